@@ -1,0 +1,2 @@
+//! ADD and DEL beside the bare kernel work.
+fn main() {}

@@ -1,0 +1,1 @@
+//! The node daemon: threads and wiring around the core.

@@ -1,0 +1,310 @@
+//! EC2 calls and answers as values: what the core asks for, what the client sends, what the model of EC2 answers
+//! (`spec/aws.md` 7).
+
+use super::ids::{AttachmentId, EniId, GroupId, InstanceId, SubnetId, VpcId};
+use super::net::Mac;
+use ipnet::{IpNet, Ipv4Net};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+/// What an ENI is asked to carry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Count {
+    /// Single secondary IPv4 addresses.
+    Addresses(u32),
+    /// IPv4 /28 prefixes.
+    Prefixes(u32),
+    /// IPv6 addresses of the ENI itself.
+    Ipv6Addresses(u32),
+}
+
+/// A call. One value is one API action; paging and retries are the client's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// DescribeNetworkInterfaces with the filter `attachment.instance-id`: every ENI of the instance.
+    DescribeAttached(InstanceId),
+    /// DescribeNetworkInterfaces with the filter `network-interface-id`; an unknown id gives an empty list.
+    DescribeOne(EniId),
+    /// DescribeNetworkInterfaces of detached ENIs by their tags (`spec/ipamd.md` 9.6).
+    DescribeLeaked {
+        /// The VPC.
+        vpc: VpcId,
+        /// Tag filters besides status and VPC: key and value, or only the key (`tag-key`).
+        tags: Vec<(String, Option<String>)>,
+    },
+    /// DescribeInstanceTypes of one type.
+    DescribeInstanceType(String),
+    /// DescribeSubnets of a VPC and zone.
+    DescribeSubnets {
+        /// The VPC.
+        vpc: VpcId,
+        /// Availability zone.
+        zone: String,
+    },
+    /// CreateNetworkInterface.
+    Create(Create),
+    /// AttachNetworkInterface.
+    Attach {
+        /// The ENI.
+        eni: EniId,
+        /// Our instance.
+        instance: InstanceId,
+        /// Device index.
+        device: u32,
+        /// Network card.
+        card: u32,
+    },
+    /// ModifyNetworkInterfaceAttribute: delete on termination.
+    DeleteOnTermination {
+        /// The ENI.
+        eni: EniId,
+        /// Its attachment.
+        attachment: AttachmentId,
+    },
+    /// ModifyNetworkInterfaceAttribute: security groups (replaces the list).
+    ModifyGroups {
+        /// The ENI.
+        eni: EniId,
+        /// All groups.
+        groups: Vec<GroupId>,
+    },
+    /// CreateTags on an ENI.
+    CreateTags {
+        /// The ENI.
+        eni: EniId,
+        /// Tags by key.
+        tags: BTreeMap<String, String>,
+    },
+    /// AssignPrivateIpAddresses (addresses or prefixes).
+    Assign {
+        /// The ENI.
+        eni: EniId,
+        /// How many.
+        count: Count,
+    },
+    /// AssignIpv6Addresses with one prefix.
+    AssignIpv6Prefix(EniId),
+    /// UnassignPrivateIpAddresses of addresses.
+    UnassignAddresses {
+        /// The ENI.
+        eni: EniId,
+        /// At least one.
+        addresses: Vec<Ipv4Addr>,
+    },
+    /// UnassignPrivateIpAddresses of prefixes.
+    UnassignPrefixes {
+        /// The ENI.
+        eni: EniId,
+        /// At least one.
+        prefixes: Vec<Ipv4Net>,
+    },
+    /// DetachNetworkInterface.
+    Detach(AttachmentId),
+    /// DeleteNetworkInterface.
+    Delete(EniId),
+}
+
+impl Call {
+    /// The API action, as in metrics and policies.
+    pub fn action(&self) -> &'static str {
+        match self {
+            Call::DescribeAttached(_) | Call::DescribeOne(_) | Call::DescribeLeaked { .. } => {
+                "DescribeNetworkInterfaces"
+            }
+            Call::DescribeInstanceType(_) => "DescribeInstanceTypes",
+            Call::DescribeSubnets { .. } => "DescribeSubnets",
+            Call::Create(_) => "CreateNetworkInterface",
+            Call::Attach { .. } => "AttachNetworkInterface",
+            Call::DeleteOnTermination { .. } | Call::ModifyGroups { .. } => "ModifyNetworkInterfaceAttribute",
+            Call::CreateTags { .. } => "CreateTags",
+            Call::Assign { .. } => "AssignPrivateIpAddresses",
+            Call::AssignIpv6Prefix(_) => "AssignIpv6Addresses",
+            Call::UnassignAddresses { .. } | Call::UnassignPrefixes { .. } => "UnassignPrivateIpAddresses",
+            Call::Detach(_) => "DetachNetworkInterface",
+            Call::Delete(_) => "DeleteNetworkInterface",
+        }
+    }
+
+    /// Sending it twice has the effect of sending it once (an Assign has not; a Create has, by its client token).
+    pub fn idempotent(&self) -> bool {
+        !matches!(self, Call::Assign { .. } | Call::AssignIpv6Prefix(_))
+    }
+}
+
+/// CreateNetworkInterface (`spec/aws.md` 7.4).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Create {
+    /// Where.
+    pub subnet: SubnetId,
+    /// `aws-K8S-<instance-id>`.
+    pub description: String,
+    /// Security groups; empty lets EC2 take the VPC's default group.
+    pub groups: Vec<GroupId>,
+    /// What it carries from the start.
+    pub count: Count,
+    /// Idle times copied from the primary ENI.
+    pub conntrack: ConntrackTimeouts,
+    /// Tags by key.
+    pub tags: BTreeMap<String, String>,
+    /// The same token gives the same ENI, however often it is sent.
+    pub client_token: String,
+}
+
+/// Connection-tracking idle times of an ENI, in seconds; absent ones are EC2's defaults.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "EC2's own names")]
+pub struct ConntrackTimeouts {
+    pub tcp_established_s: Option<u32>,
+    pub udp_stream_s: Option<u32>,
+    pub udp_s: Option<u32>,
+}
+
+/// An ENI as EC2 describes it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Interface {
+    /// Id.
+    pub id: EniId,
+    /// Hardware address.
+    pub mac: Option<Mac>,
+    /// Free text; ours start `aws-K8S-`.
+    pub description: String,
+    /// `interface`, `efa`, `efa-only`, `trunk`, `branch`.
+    pub interface_type: String,
+    /// Subnet.
+    pub subnet: SubnetId,
+    /// `available`, `attaching`, `in-use`, `detaching`.
+    pub status: String,
+    /// The attachment, if there is one.
+    pub attachment: Option<Attachment>,
+    /// Primary IPv4 address.
+    pub primary_ipv4: Option<Ipv4Addr>,
+    /// Secondary IPv4 addresses.
+    pub secondary_ipv4s: Vec<Ipv4Addr>,
+    /// IPv4 /28 prefixes.
+    pub v4_prefixes: Vec<Ipv4Net>,
+    /// IPv6 addresses.
+    pub ipv6s: Vec<Ipv6Addr>,
+    /// IPv6 /80 prefixes.
+    pub v6_prefixes: Vec<IpNet>,
+    /// Security groups.
+    pub groups: Vec<GroupId>,
+    /// Idle times.
+    pub conntrack: ConntrackTimeouts,
+    /// Tags.
+    pub tags: BTreeMap<String, String>,
+}
+
+/// How an ENI is attached.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Attachment {
+    /// Id of the attachment.
+    pub id: AttachmentId,
+    /// Instance.
+    pub instance: InstanceId,
+    /// Device index on its card.
+    pub device: u32,
+    /// Network card.
+    pub card: u32,
+    /// Goes with the instance.
+    pub delete_on_termination: bool,
+}
+
+/// A subnet as EC2 describes it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Subnet {
+    /// Id.
+    pub id: SubnetId,
+    /// Free addresses.
+    pub free: u32,
+    /// Tags.
+    pub tags: BTreeMap<String, String>,
+}
+
+/// Limits of an instance type as EC2 describes them (`spec/aws.md` 7.1).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct InstanceType {
+    /// `m5.large`.
+    pub name: String,
+    /// `nitro`, `xen`, `unknown`.
+    pub hypervisor: String,
+    /// Bare metal.
+    pub bare_metal: bool,
+    /// IPv4 addresses per ENI, the ENI's own included.
+    pub ipv4_per_eni: u32,
+    /// Index of the default card.
+    pub default_card: u32,
+    /// Cards: index and ENIs that each takes.
+    pub cards: Vec<(u32, u32)>,
+}
+
+/// What a call gave.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// To the Describe calls of ENIs.
+    Interfaces(Vec<Interface>),
+    /// To [`Call::DescribeSubnets`], most free addresses first.
+    Subnets(Vec<Subnet>),
+    /// To [`Call::DescribeInstanceType`].
+    InstanceType(InstanceType),
+    /// To [`Call::Create`].
+    Created(Box<Interface>),
+    /// To [`Call::Attach`].
+    Attached(AttachmentId),
+    /// To the Assign calls: what is new.
+    Assigned(Vec<IpNet>),
+    /// To everything else.
+    Done,
+}
+
+/// Why a call failed, after the retries inside the client.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// The API action.
+    pub action: &'static str,
+    /// EC2's code; empty when there was no answer of EC2 (refused, timed out, a proxy's page).
+    pub code: String,
+    /// Text for people.
+    pub message: String,
+    /// HTTP status; 0 without an answer.
+    pub status: u16,
+    /// EC2's request id; may be empty.
+    pub request_id: String,
+    /// No answer came and the call may have been carried out all the same.
+    pub maybe_applied: bool,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: ", self.action)?;
+        if !self.code.is_empty() {
+            write!(f, "{}: ", self.code)?;
+        }
+        f.write_str(&self.message)?;
+        if self.status != 0 {
+            write!(f, " (HTTP {}", self.status)?;
+            if !self.request_id.is_empty() {
+                write!(f, ", request {}", self.request_id)?;
+            }
+            f.write_str(")")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Failure {}
+
+impl Failure {
+    /// The subnet has no address, or no free block for a prefix (`spec/ipamd.md` 6.6).
+    pub fn subnet_exhausted(&self) -> bool {
+        matches!(self.code.as_str(), "InsufficientFreeAddressesInSubnet" | "InsufficientCidrBlocks")
+    }
+
+    /// EC2 asks for fewer calls.
+    pub fn throttled(&self) -> bool {
+        matches!(
+            self.code.as_str(),
+            "RequestLimitExceeded" | "Throttling" | "ThrottlingException" | "EC2ThrottledException" | "SlowDown"
+        )
+    }
+}

@@ -1,0 +1,14 @@
+//! Types and parsing. No file, socket, process, thread or clock is used here, so that everything in it can be tested as
+//! a table and run by the simulator.
+
+pub mod cni;
+pub mod ec2;
+pub mod ids;
+pub mod imds;
+pub mod limits;
+pub mod naming;
+pub mod net;
+pub mod nft;
+pub mod settings;
+pub mod time;
+pub mod wire;

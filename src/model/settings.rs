@@ -1,0 +1,1 @@
+//! All environment variables in one table (`spec/config.md`).

@@ -1,0 +1,1 @@
+//! Decisions: (state, observation, now) -> new state and effects. Deterministic; no I/O, no clock, ordered maps only.

@@ -1,0 +1,1 @@
+//! The CNI plugin: protocol and handlers.

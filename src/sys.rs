@@ -1,0 +1,143 @@
+//! The dozen system calls that the standard library does not offer, behind safe functions. The only `unsafe` of the
+//! program.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// Moves the calling thread into the network namespace that `namespace` is open on. The thread should end soon after:
+/// use [`in_netns`] unless it does.
+pub fn enter_netns(namespace: impl AsFd) -> io::Result<()> {
+    // SAFETY: setns takes a descriptor, which is open for as long as the borrow lives, and touches no memory.
+    check(unsafe { libc::setns(namespace.as_fd().as_raw_fd(), libc::CLONE_NEWNET) }).map(drop)
+}
+
+/// Runs `work` on a thread of its own inside the network namespace. Sockets opened there stay in that namespace for good,
+/// so that nothing has to switch back.
+pub fn in_netns<T: Send>(namespace: impl AsFd + Sync, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+    std::thread::scope(|scope| {
+        let worker = std::thread::Builder::new().name("netns".into()).spawn_scoped(scope, || {
+            enter_netns(&namespace)?;
+            Ok(work())
+        })?;
+        worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// Gives the calling thread a fresh network namespace of its own.
+pub fn unshare_netns() -> io::Result<()> {
+    // SAFETY: unshare takes flags only.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNET) }).map(drop)
+}
+
+/// Whether two paths are the same network namespace: same device and inode.
+pub fn same_namespace(one: &Path, other: &Path) -> io::Result<bool> {
+    use std::os::unix::fs::MetadataExt;
+    let (one, other) = (std::fs::metadata(one)?, std::fs::metadata(other)?);
+    Ok((one.dev(), one.ino()) == (other.dev(), other.ino()))
+}
+
+/// Takes the exclusive advisory lock of an open file; waits for it. It goes with the file.
+pub fn lock_exclusive(file: &File) -> io::Result<()> {
+    // SAFETY: flock takes an open descriptor and flags.
+    check(unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) }).map(drop)
+}
+
+/// Random bytes from the kernel.
+pub fn random_bytes(buffer: &mut [u8]) -> io::Result<()> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        let rest = &mut buffer[filled..];
+        // SAFETY: pointer and length are those of one live, writable slice.
+        let got = unsafe { libc::getrandom(rest.as_mut_ptr().cast(), rest.len(), 0) };
+        match usize::try_from(got) {
+            Ok(count) => filled += count,
+            Err(_) if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return Err(io::Error::last_os_error()),
+        }
+    }
+    Ok(())
+}
+
+/// Blocks SIGTERM, SIGINT and SIGHUP in the calling thread and all that it starts later, so that [`wait_signal`] gets them.
+pub fn block_signals() -> io::Result<()> {
+    let set = signal_set();
+    // SAFETY: `set` is initialised; the old mask is not asked for.
+    let errno = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+    if errno == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(errno)) }
+}
+
+/// Waits for one of the blocked signals, at most `timeout`; `None` when none came.
+pub fn wait_signal(timeout: std::time::Duration) -> io::Result<Option<i32>> {
+    let set = signal_set();
+    let limit = libc::timespec {
+        tv_sec: libc::time_t::try_from(timeout.as_secs()).unwrap_or(libc::time_t::MAX),
+        tv_nsec: libc::c_long::from(timeout.subsec_nanos()),
+    };
+    // SAFETY: both pointers are to live, initialised values; no siginfo is asked for.
+    let signal = unsafe { libc::sigtimedwait(&raw const set, std::ptr::null_mut(), &raw const limit) };
+    match check(signal) {
+        Ok(signal) => Ok(Some(signal)),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn signal_set() -> libc::sigset_t {
+    let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigemptyset initialises the set before it is read; the signal numbers are valid.
+    unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            libc::sigaddset(set.as_mut_ptr(), signal);
+        }
+        set.assume_init()
+    }
+}
+
+/// User and process id of the peer of a unix socket.
+pub fn peer_credentials(socket: impl AsFd) -> io::Result<(u32, i32)> {
+    let mut credentials = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    let mut length = libc::socklen_t::try_from(size_of::<libc::ucred>()).unwrap_or(0);
+    // SAFETY: `credentials` is a live ucred and `length` its size, as SO_PEERCRED wants.
+    check(unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut credentials).cast(),
+            &raw mut length,
+        )
+    })?;
+    Ok((credentials.uid, credentials.pid))
+}
+
+/// Sets how long a read on the socket may block; zero blocks for ever. For sockets the standard library does not know.
+pub fn set_receive_timeout(socket: impl AsFd, timeout: std::time::Duration) -> io::Result<()> {
+    let value = libc::timeval {
+        tv_sec: libc::time_t::try_from(timeout.as_secs()).unwrap_or(libc::time_t::MAX),
+        tv_usec: libc::suseconds_t::from(timeout.subsec_micros()),
+    };
+    // SAFETY: pointer and length are those of one live timeval.
+    check(unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVTIMEO,
+            (&raw const value).cast(),
+            libc::socklen_t::try_from(size_of::<libc::timeval>()).unwrap_or(0),
+        )
+    })
+    .map(drop)
+}
+
+/// The effective user id.
+pub fn effective_uid() -> u32 {
+    // SAFETY: geteuid cannot fail and touches no memory.
+    unsafe { libc::geteuid() }
+}
