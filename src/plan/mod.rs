@@ -1,1 +1,4 @@
 //! Decisions: (state, observation, now) -> new state and effects. Deterministic; no I/O, no clock, ordered maps only.
+
+pub mod pool;
+pub mod sizing;

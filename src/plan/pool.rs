@@ -1,0 +1,547 @@
+//! The addresses of one network card and who has them: ENIs, CIDRs, owners, cooldown (`spec/ipamd.md` 3, 4).
+//!
+//! One pool per managed card. Totals are derived from the map and never kept beside it. An address has at most one
+//! owner; an owner's key leads to its address through one index; [`Pool::check`] asserts both after every step of the
+//! core. The pool decides nothing: how large it should be is `sizing`'s, when EC2 is called is `core`'s.
+
+use crate::model::ids::{EniId, PodKey, PodName, SubnetId};
+use crate::model::net::Mac;
+use crate::model::time::{Mono, Now, Wall};
+use ipnet::IpNet;
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::time::Duration;
+
+/// What an ENI is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Kind {
+    /// An ordinary interface.
+    #[default]
+    Plain,
+    /// Elastic fabric adapter with addresses: used for pods, never freed.
+    Efa,
+    /// Carries branch ENIs: never grown, never freed.
+    Trunk,
+}
+
+/// One attached, managed ENI.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Eni {
+    /// Hardware address.
+    pub mac: Mac,
+    /// Device index on its card; 0 on card 0 is the primary ENI.
+    pub device: u32,
+    /// The node's own ENI.
+    pub primary: bool,
+    /// Kind.
+    pub kind: Kind,
+    /// Its subnet is tagged as not for pods: nothing new is handed out (`spec/ipamd.md` 7.6).
+    pub excluded: bool,
+    /// Host route table of its pods.
+    pub table: u32,
+    /// Subnet.
+    pub subnet: SubnetId,
+    /// Its own address, never given to a pod.
+    pub own: IpNet,
+    /// When it entered the pool.
+    pub added: Mono,
+    cidrs: BTreeMap<IpNet, Cidr>,
+}
+
+impl Eni {
+    /// An ENI without CIDRs.
+    #[expect(clippy::too_many_arguments, reason = "every field is a fact of the ENI; a builder would only hide one")]
+    pub fn new(
+        mac: Mac,
+        device: u32,
+        primary: bool,
+        kind: Kind,
+        table: u32,
+        subnet: SubnetId,
+        own: IpNet,
+        added: Mono,
+    ) -> Self {
+        Eni { mac, device, primary, kind, excluded: false, table, subnet, own, added, cidrs: BTreeMap::new() }
+    }
+
+    /// CIDRs by network.
+    pub fn cidrs(&self) -> impl Iterator<Item = (&IpNet, &Cidr)> {
+        self.cidrs.iter()
+    }
+
+    /// Number of CIDRs of any kind: what counts against the slots of the instance type.
+    pub fn cidr_count(&self) -> usize {
+        self.cidrs.len()
+    }
+
+    /// Addresses in use by pods.
+    pub fn assigned(&self) -> usize {
+        self.cidrs.values().map(Cidr::assigned).sum()
+    }
+}
+
+/// What EC2 assigns to an ENI: a single address or a prefix.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Cidr {
+    /// A /28 or /80 and not a single address.
+    pub prefix: bool,
+    slots: BTreeMap<IpAddr, Slot>,
+}
+
+impl Cidr {
+    /// Addresses in use by pods.
+    pub fn assigned(&self) -> usize {
+        self.slots.values().filter(|slot| slot.owner.is_some()).count()
+    }
+
+    /// Addresses that were used and are known; owners and cooling ones.
+    pub fn slots(&self) -> impl Iterator<Item = (&IpAddr, &Slot)> {
+        self.slots.iter()
+    }
+
+    fn cooling(&self, now: Mono, cooldown: Duration) -> usize {
+        self.slots.values().filter(|slot| slot.cooling(now, cooldown)).count()
+    }
+}
+
+/// An address that was ever used.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Slot {
+    /// Who has it.
+    pub owner: Option<Owner>,
+    /// When it was last released.
+    pub freed: Option<Mono>,
+}
+
+impl Slot {
+    fn cooling(&self, now: Mono, cooldown: Duration) -> bool {
+        self.owner.is_none() && self.freed.is_some_and(|freed| now.since(freed) < cooldown)
+    }
+}
+
+/// Who has an address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Owner {
+    /// Allocation key.
+    pub key: PodKey,
+    /// Pod, for logs and the check for dead pods; empty if the runtime did not tell.
+    pub pod: PodName,
+    /// Number of addresses that the pod holds over all cards.
+    pub interfaces: u32,
+    /// When it was assigned.
+    pub since: Wall,
+}
+
+/// An address and where it belongs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// ENI.
+    pub eni: EniId,
+    /// CIDR on it.
+    pub cidr: IpNet,
+    /// The address.
+    pub address: IpAddr,
+    /// Device index of the ENI.
+    pub device: u32,
+    /// Host route table of the ENI.
+    pub table: u32,
+}
+
+/// Nothing can be handed out now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoAddress {
+    /// Addresses in the pool.
+    pub total: usize,
+    /// Of these, waiting for the end of their cooldown.
+    pub cooling: usize,
+}
+
+/// Why a change of the pool was refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// No such ENI.
+    UnknownEni,
+    /// No such CIDR on that ENI.
+    UnknownCidr,
+    /// Already there (on the ENI that is named).
+    Duplicate(EniId),
+    /// Pods use it.
+    InUse,
+}
+
+/// What a release gave back; enough to undo it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Released {
+    /// The address and its place; absent for an address whose CIDR is not in the pool.
+    pub place: Option<Place>,
+    /// The address.
+    pub address: IpAddr,
+    /// The former owner.
+    pub owner: Owner,
+    before: Option<Mono>,
+}
+
+/// Figures of the pool over the ENIs that may serve pods, counting only CIDRs of the current mode (`spec/ipamd.md` 6.2).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// T: addresses.
+    pub total: usize,
+    /// A: in use.
+    pub assigned: usize,
+    /// C: free but cooling.
+    pub cooling: usize,
+    /// P: prefixes.
+    pub prefixes: usize,
+    /// F: prefixes without an address in use.
+    pub free_prefixes: usize,
+}
+
+impl Stats {
+    /// V: free addresses, cooling ones included.
+    pub fn available(&self) -> usize {
+        self.total - self.assigned
+    }
+}
+
+/// The addresses of one network card.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pool {
+    prefix_mode: bool,
+    cooldown: Duration,
+    enis: BTreeMap<EniId, Eni>,
+    index: BTreeMap<PodKey, (EniId, IpNet, IpAddr)>,
+    // Addresses of living pods whose CIDR has not been seen since the restart: kept, so that they are neither forgotten
+    // nor handed out when their CIDR turns up (B6).
+    orphans: BTreeMap<PodKey, (IpAddr, Owner)>,
+}
+
+/// The number of addresses of a CIDR that can be given to pods; every address of a prefix can.
+fn size_of_cidr(net: &IpNet) -> usize {
+    let bits = net.max_prefix_len() - net.prefix_len();
+    1usize.checked_shl(u32::from(bits)).unwrap_or(usize::MAX)
+}
+
+fn nth_address(net: &IpNet, n: u128) -> IpAddr {
+    match net.network() {
+        IpAddr::V4(base) => IpAddr::V4((u32::from(base).wrapping_add(u32::try_from(n).unwrap_or(u32::MAX))).into()),
+        IpAddr::V6(base) => IpAddr::V6((u128::from(base).wrapping_add(n)).into()),
+    }
+}
+
+impl Pool {
+    /// An empty pool.
+    pub fn new(prefix_mode: bool, cooldown: Duration) -> Self {
+        Pool { prefix_mode, cooldown, enis: BTreeMap::new(), index: BTreeMap::new(), orphans: BTreeMap::new() }
+    }
+
+    /// ENIs by id.
+    pub fn enis(&self) -> impl Iterator<Item = (&EniId, &Eni)> {
+        self.enis.iter()
+    }
+
+    /// One ENI.
+    pub fn eni(&self, id: &EniId) -> Option<&Eni> {
+        self.enis.get(id)
+    }
+
+    /// Whether CIDRs of the current mode are prefixes.
+    pub fn prefix_mode(&self) -> bool {
+        self.prefix_mode
+    }
+
+    /// How long a released address rests.
+    pub fn cooldown(&self) -> Duration {
+        self.cooldown
+    }
+
+    /// Adds an ENI without CIDRs.
+    pub fn add_eni(&mut self, id: EniId, eni: Eni) -> Result<(), Refused> {
+        assert!(eni.cidrs.is_empty(), "CIDRs are added one by one, so that the index sees them");
+        match self.enis.entry(id) {
+            std::collections::btree_map::Entry::Occupied(entry) => Err(Refused::Duplicate(entry.key().clone())),
+            std::collections::btree_map::Entry::Vacant(entry) => {
+                entry.insert(eni);
+                Ok(())
+            }
+        }
+    }
+
+    /// Takes an unused ENI out of the pool. One with pods is refused: nobody loses an address because an ENI goes.
+    pub fn remove_eni(&mut self, id: &EniId) -> Result<Eni, Refused> {
+        let eni = self.enis.get(id).ok_or(Refused::UnknownEni)?;
+        if eni.assigned() > 0 {
+            return Err(Refused::InUse);
+        }
+        self.enis.remove(id).ok_or(Refused::UnknownEni)
+    }
+
+    /// Marks whether an ENI may serve new pods.
+    pub fn set_excluded(&mut self, id: &EniId, excluded: bool) {
+        if let Some(eni) = self.enis.get_mut(id) {
+            eni.excluded = excluded;
+        }
+    }
+
+    /// Sets the kind of an ENI, which only EC2 knows.
+    pub fn set_kind(&mut self, id: &EniId, kind: Kind) {
+        if let Some(eni) = self.enis.get_mut(id) {
+            eni.kind = kind;
+        }
+    }
+
+    /// Adds a CIDR to an ENI. Addresses of living pods inside it that were orphans find their place again.
+    pub fn add_cidr(&mut self, id: &EniId, net: IpNet) -> Result<(), Refused> {
+        let net = net.trunc();
+        if let Some((holder, _)) = self.enis.iter().find(|(_, eni)| eni.cidrs.contains_key(&net)) {
+            return Err(Refused::Duplicate(holder.clone()));
+        }
+        let eni = self.enis.get_mut(id).ok_or(Refused::UnknownEni)?;
+        let mut cidr = Cidr { prefix: net.prefix_len() != net.max_prefix_len(), slots: BTreeMap::new() };
+        let returning: Vec<PodKey> =
+            self.orphans.iter().filter(|(_, (ip, _))| net.contains(ip)).map(|(key, _)| key.clone()).collect();
+        for key in returning {
+            if let Some((address, owner)) = self.orphans.remove(&key) {
+                cidr.slots.insert(address, Slot { owner: Some(owner), freed: None });
+                self.index.insert(key, (id.clone(), net, address));
+            }
+        }
+        eni.cidrs.insert(net, cidr);
+        Ok(())
+    }
+
+    /// Takes an unused CIDR from an ENI.
+    pub fn remove_cidr(&mut self, id: &EniId, net: &IpNet) -> Result<(), Refused> {
+        let eni = self.enis.get_mut(id).ok_or(Refused::UnknownEni)?;
+        let cidr = eni.cidrs.get(net).ok_or(Refused::UnknownCidr)?;
+        if cidr.assigned() > 0 {
+            return Err(Refused::InUse);
+        }
+        eni.cidrs.remove(net);
+        Ok(())
+    }
+
+    /// Where the address of a key is.
+    pub fn find(&self, key: &PodKey) -> Option<Place> {
+        self.index.get(key).map(|(eni, cidr, address)| self.place(eni, *cidr, *address))
+    }
+
+    fn place(&self, id: &EniId, cidr: IpNet, address: IpAddr) -> Place {
+        let eni = &self.enis[id];
+        Place { eni: id.clone(), cidr, address, device: eni.device, table: eni.table }
+    }
+
+    /// Gives an address to a key: the one that it has already, else the best free one (`spec/ipamd.md` 4.2 with B13:
+    /// deterministic and packing). The flag says whether it is new.
+    pub fn assign(&mut self, now: Now, owner: Owner) -> Result<(Place, bool), NoAddress> {
+        if let Some(place) = self.find(&owner.key) {
+            return Ok((place, false));
+        }
+        let (eni_id, net, address) = self.choose(now.mono).ok_or_else(|| {
+            let stats = self.stats(now.mono);
+            NoAddress { total: stats.total, cooling: stats.cooling }
+        })?;
+        let place = self.place(&eni_id, net, address);
+        self.index.insert(owner.key.clone(), (eni_id.clone(), net, address));
+        let cidr = self.enis.get_mut(&eni_id).and_then(|eni| eni.cidrs.get_mut(&net));
+        let slot = cidr.expect("choose names a CIDR of the pool").slots.entry(address).or_default();
+        assert!(slot.owner.is_none(), "{address} has an owner already");
+        slot.owner = Some(owner);
+        Ok((place, true))
+    }
+
+    // ENIs with most pods first, then by device: ENIs and prefixes with few pods drain. In a prefix, the address that has
+    // rested longest, then the lowest never used; among single addresses the never used ones have rested longest.
+    fn choose(&self, now: Mono) -> Option<(EniId, IpNet, IpAddr)> {
+        let mut enis: Vec<_> = self.enis.iter().filter(|(_, eni)| !eni.excluded).collect();
+        enis.sort_by_key(|(_, eni)| (Reverse(eni.assigned()), eni.device));
+        for (id, eni) in enis {
+            let cidrs = eni.cidrs.iter().filter(|(_, cidr)| cidr.prefix == self.prefix_mode);
+            let found = if self.prefix_mode {
+                let mut cidrs: Vec<_> = cidrs.collect();
+                cidrs.sort_by_key(|(net, cidr)| (Reverse(cidr.assigned()), **net));
+                cidrs.into_iter().find_map(|(net, cidr)| self.choose_in_prefix(net, cidr, now).map(|ip| (*net, ip)))
+            } else {
+                cidrs
+                    .filter_map(|(net, cidr)| match cidr.slots.get(&net.addr()) {
+                        None => Some((None, net)),
+                        Some(slot) if slot.owner.is_some() || slot.cooling(now, self.cooldown) => None,
+                        Some(slot) => Some((slot.freed, net)),
+                    })
+                    .min_by_key(|(freed, net)| (*freed, **net))
+                    .map(|(_, net)| (*net, net.addr()))
+            };
+            if let Some((net, address)) = found {
+                return Some((id.clone(), net, address));
+            }
+        }
+        None
+    }
+
+    fn choose_in_prefix(&self, net: &IpNet, cidr: &Cidr, now: Mono) -> Option<IpAddr> {
+        let rested = cidr.slots.iter().filter(|(_, slot)| slot.owner.is_none() && !slot.cooling(now, self.cooldown));
+        if let Some((address, _)) = rested.min_by_key(|(address, slot)| (slot.freed, **address)) {
+            return Some(*address);
+        }
+        // Known addresses are at most a few more than the pods ever were, so the first gap is near.
+        let limit = size_of_cidr(net).min(cidr.slots.len() + 1);
+        (0..limit as u128).map(|n| nth_address(net, n)).find(|address| !cidr.slots.contains_key(address))
+    }
+
+    /// Takes the address of a key back; its cooldown starts now. `None`: the key is unknown.
+    pub fn release(&mut self, now: Now, key: &PodKey) -> Option<Released> {
+        if let Some((address, owner)) = self.orphans.remove(key) {
+            return Some(Released { place: None, address, owner, before: None });
+        }
+        let (eni, net, address) = self.index.remove(key)?;
+        let place = self.place(&eni, net, address);
+        let slot = self.slot_mut(&eni, &net, address);
+        let owner = slot.owner.take().expect("the index leads to an owned address");
+        let before = slot.freed.replace(now.mono);
+        Some(Released { place: Some(place), address, owner, before })
+    }
+
+    /// Undoes an assignment that could not be made durable: as if the address had never been used by it.
+    pub fn undo_assign(&mut self, key: &PodKey) {
+        if let Some((eni, net, address)) = self.index.remove(key) {
+            let slot = self.slot_mut(&eni, &net, address);
+            slot.owner = None;
+            if slot.freed.is_none() {
+                self.enis.get_mut(&eni).and_then(|eni| eni.cidrs.get_mut(&net)).map(|cidr| cidr.slots.remove(&address));
+            }
+        }
+    }
+
+    /// Undoes a release that could not be made durable.
+    pub fn undo_release(&mut self, released: Released) {
+        let key = released.owner.key.clone();
+        let Some(place) = released
+            .place
+            .filter(|place| self.enis.get(&place.eni).is_some_and(|eni| eni.cidrs.contains_key(&place.cidr)))
+        else {
+            self.orphans.insert(key, (released.address, released.owner));
+            return;
+        };
+        self.index.insert(key, (place.eni.clone(), place.cidr, place.address));
+        let slot = self.slot_mut(&place.eni, &place.cidr, place.address);
+        slot.owner = Some(released.owner);
+        slot.freed = released.before;
+    }
+
+    fn slot_mut(&mut self, eni: &EniId, net: &IpNet, address: IpAddr) -> &mut Slot {
+        let cidr = self.enis.get_mut(eni).and_then(|eni| eni.cidrs.get_mut(net));
+        cidr.expect("a CIDR with an owner is not removed").slots.entry(address).or_default()
+    }
+
+    /// Puts back an allocation read from the checkpoint: in its CIDR if that is known, else among the orphans. The error
+    /// names the other owner of the address.
+    pub fn restore(&mut self, address: IpAddr, owner: Owner) -> Result<(), Owner> {
+        let found = self
+            .enis
+            .iter()
+            .find_map(|(id, eni)| eni.cidrs.keys().find(|net| net.contains(&address)).map(|net| (id.clone(), *net)));
+        if let Some((other, _)) = self.orphans.values().find(|(ip, _)| *ip == address).map(|(ip, o)| (o.clone(), ip)) {
+            return Err(other);
+        }
+        let Some((id, net)) = found else {
+            self.orphans.insert(owner.key.clone(), (address, owner));
+            return Ok(());
+        };
+        let slot = self.slot_mut(&id, &net, address);
+        if let Some(other) = &slot.owner {
+            return Err(other.clone());
+        }
+        let key = owner.key.clone();
+        slot.owner = Some(owner);
+        self.index.insert(key, (id, net, address));
+        Ok(())
+    }
+
+    /// Puts back the rest of a cooldown read from the checkpoint.
+    pub fn restore_cooling(&mut self, address: IpAddr, freed: Mono) {
+        for eni in self.enis.values_mut() {
+            if let Some((_, cidr)) = eni.cidrs.iter_mut().find(|(net, _)| net.contains(&address)) {
+                let slot = cidr.slots.entry(address).or_default();
+                if slot.owner.is_none() {
+                    slot.freed = Some(freed);
+                }
+            }
+        }
+    }
+
+    /// Every allocation: address, owner, and its table if its ENI is known.
+    pub fn allocations(&self) -> impl Iterator<Item = (IpAddr, &Owner, Option<u32>)> {
+        let placed = self.enis.values().flat_map(|eni| {
+            let table = eni.table;
+            eni.cidrs.values().flat_map(move |cidr| {
+                cidr.slots
+                    .iter()
+                    .filter_map(move |(ip, slot)| slot.owner.as_ref().map(|owner| (*ip, owner, Some(table))))
+            })
+        });
+        placed.chain(self.orphans.values().map(|(ip, owner)| (*ip, owner, None)))
+    }
+
+    /// Addresses in their cooldown and since when.
+    pub fn cooling(&self, now: Mono) -> impl Iterator<Item = (IpAddr, Mono)> {
+        let slots = self.enis.values().flat_map(|eni| eni.cidrs.values().flat_map(Cidr::slots));
+        slots.filter_map(move |(ip, slot)| slot.freed.filter(|_| slot.cooling(now, self.cooldown)).map(|at| (*ip, at)))
+    }
+
+    /// Number of addresses of living pods whose CIDR has not been seen.
+    pub fn orphan_count(&self) -> usize {
+        self.orphans.len()
+    }
+
+    /// Figures over the ENIs that may serve pods.
+    pub fn stats(&self, now: Mono) -> Stats {
+        self.stats_of(now, |_, eni| !eni.excluded)
+    }
+
+    /// Figures over some of the ENIs.
+    pub fn stats_of(&self, now: Mono, include: impl Fn(&EniId, &Eni) -> bool) -> Stats {
+        let mut stats = Stats::default();
+        for (_, eni) in self.enis.iter().filter(|(id, eni)| include(id, eni)) {
+            for (net, cidr) in eni.cidrs.iter().filter(|(_, cidr)| cidr.prefix == self.prefix_mode) {
+                let assigned = cidr.assigned();
+                stats.total = stats.total.saturating_add(size_of_cidr(net));
+                stats.assigned += assigned;
+                stats.cooling += cidr.cooling(now, self.cooldown);
+                stats.prefixes += usize::from(cidr.prefix);
+                stats.free_prefixes += usize::from(cidr.prefix && assigned == 0);
+            }
+        }
+        stats
+    }
+
+    /// Whether an address of the ENI is in its cooldown.
+    pub fn eni_cooling(&self, id: &EniId, now: Mono) -> bool {
+        self.enis.get(id).is_some_and(|eni| eni.cidrs.values().any(|cidr| cidr.cooling(now, self.cooldown) > 0))
+    }
+
+    /// CIDRs of the current mode on an ENI that nobody uses and that are not cooling, lowest first.
+    pub fn idle_cidrs(&self, id: &EniId, now: Mono) -> Vec<IpNet> {
+        let Some(eni) = self.enis.get(id) else { return Vec::new() };
+        let idle = eni.cidrs.iter().filter(|(_, cidr)| {
+            cidr.prefix == self.prefix_mode && cidr.assigned() == 0 && cidr.cooling(now, self.cooldown) == 0
+        });
+        idle.map(|(net, _)| *net).collect()
+    }
+
+    /// Asserts what must always hold: the index and the owners are two views of one thing, and no address has two owners.
+    pub fn check(&self) {
+        let mut seen = std::collections::BTreeSet::new();
+        for (address, owner, table) in self.allocations() {
+            assert!(seen.insert(address), "{address} has two owners, one is {}", owner.key);
+            if table.is_some() {
+                let at = self.index.get(&owner.key).map(|(_, _, ip)| *ip);
+                assert_eq!(at, Some(address), "the index has lost {}", owner.key);
+            }
+        }
+        assert_eq!(seen.len(), self.index.len() + self.orphans.len(), "the index names addresses without an owner");
+    }
+}
+
+#[cfg(test)]
+#[path = "pool_tests.rs"]
+pub(super) mod tests;

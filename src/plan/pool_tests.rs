@@ -1,0 +1,235 @@
+//! The vectors of `spec/ipamd.md` 17 that concern one pool, and its invariants as properties.
+
+use super::*;
+use proptest::prelude::*;
+
+pub(crate) fn at(seconds: u64) -> Now {
+    Now {
+        mono: Mono::from_nanos((1000 + seconds) * 1_000_000_000),
+        wall: Wall::from_unix_seconds(1_785_571_200 + i64::try_from(seconds).unwrap()),
+    }
+}
+
+pub(crate) fn owner(id: &str) -> Owner {
+    let key = PodKey { network: "aws-cni".into(), container: id.into(), ifname: "eth0".into() };
+    Owner {
+        key,
+        pod: PodName { namespace: "default".into(), name: id.into() },
+        interfaces: 1,
+        since: Wall::from_unix_seconds(0),
+    }
+}
+
+pub(crate) fn eni(device: u32, added: Now) -> Eni {
+    let mac = Mac([2, 0, 0, 0, 0, u8::try_from(device).unwrap()]);
+    let own = format!("10.0.{device}.4/24").parse().unwrap();
+    let table = if device == 0 { 254 } else { device + 1 };
+    Eni::new(mac, device, device == 0, Kind::Plain, table, "subnet-1".into(), own, added.mono)
+}
+
+/// ENIs `eni-<device>` with `total` single addresses each, `assigned` of them in use.
+pub(crate) fn pool_of(shape: &[(usize, usize)], cooldown_s: u64) -> Pool {
+    let mut pool = Pool::new(false, Duration::from_secs(cooldown_s));
+    for (device, (assigned, total)) in shape.iter().enumerate() {
+        let id = EniId(format!("eni-{device}"));
+        pool.add_eni(id.clone(), eni(u32::try_from(device).unwrap(), at(0))).unwrap();
+        for n in 0..*total {
+            let net: IpNet = format!("10.0.{device}.{}/32", 10 + n).parse().unwrap();
+            pool.add_cidr(&id, net).unwrap();
+            if n < *assigned {
+                pool.restore(net.addr(), owner(&format!("pod-{device}-{n}"))).unwrap();
+            }
+        }
+    }
+    pool.check();
+    pool
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+fn prefix_pool(cooldown_s: u64) -> Pool {
+    let mut pool = Pool::new(true, Duration::from_secs(cooldown_s));
+    pool.add_eni("eni-0".into(), eni(0, at(0))).unwrap();
+    pool.add_cidr(&"eni-0".into(), "10.0.0.0/28".parse().unwrap()).unwrap();
+    pool
+}
+
+#[test]
+fn a_prefix_is_used_from_its_first_address_on() {
+    let mut pool = prefix_pool(30);
+    for (id, want) in [("a", "10.0.0.0"), ("b", "10.0.0.1"), ("c", "10.0.0.2")] {
+        assert_eq!(pool.assign(at(1), owner(id)).unwrap().0.address, ip(want));
+    }
+    pool.release(at(2), &owner("b").key).unwrap();
+    let stats = pool.stats(at(3).mono);
+    assert_eq!((stats.assigned, stats.total, stats.cooling), (2, 16, 1));
+    assert_eq!(pool.assign(at(3), owner("d")).unwrap().0.address, ip("10.0.0.3"), "within the cooldown");
+    assert_eq!(pool.assign(at(40), owner("e")).unwrap().0.address, ip("10.0.0.1"), "after it");
+    pool.check();
+}
+
+#[test]
+fn a_repeated_key_gets_its_address_again() {
+    let mut pool = pool_of(&[(0, 3)], 30);
+    let (first, fresh) = pool.assign(at(1), owner("a")).unwrap();
+    assert!(fresh);
+    assert_eq!(pool.assign(at(2), owner("a")).unwrap(), (first, false));
+    assert_eq!(pool.stats(at(2).mono).assigned, 1);
+}
+
+#[test]
+fn the_address_that_rested_longest_is_taken_first() {
+    let mut pool = pool_of(&[(0, 3)], 10);
+    let addresses: Vec<_> = ["a", "b", "c"].map(|id| pool.assign(at(1), owner(id)).unwrap().0.address).into();
+    assert_eq!(pool.assign(at(1), owner("d")), Err(NoAddress { total: 3, cooling: 0 }));
+    pool.release(at(2), &owner("c").key).unwrap();
+    pool.release(at(3), &owner("a").key).unwrap();
+    assert_eq!(pool.assign(at(4), owner("d")), Err(NoAddress { total: 3, cooling: 2 }));
+    assert_eq!(pool.assign(at(20), owner("d")).unwrap().0.address, addresses[2]);
+    assert_eq!(pool.assign(at(20), owner("e")).unwrap().0.address, addresses[0]);
+}
+
+#[test]
+fn pods_are_packed_on_the_fullest_eni() {
+    let mut pool = pool_of(&[(1, 3), (2, 3), (0, 3)], 0);
+    assert_eq!(pool.assign(at(1), owner("a")).unwrap().0.eni.as_str(), "eni-1");
+    assert_eq!(pool.assign(at(1), owner("b")).unwrap().0.eni.as_str(), "eni-0");
+}
+
+#[test]
+fn cooldown_ends() {
+    let mut pool = pool_of(&[(0, 2)], 1);
+    pool.assign(at(0), owner("a")).unwrap();
+    pool.assign(at(0), owner("b")).unwrap();
+    pool.release(at(1), &owner("a").key).unwrap();
+    let stats = pool.stats(at(1).mono);
+    assert_eq!((stats.total, stats.assigned, stats.cooling), (2, 1, 1));
+    assert_eq!(pool.stats(at(3).mono).cooling, 0);
+}
+
+#[test]
+fn other_kinds_of_cidrs_serve_their_pods_but_nobody_new() {
+    let mut pool = prefix_pool(30);
+    let single: IpNet = "10.0.0.99/32".parse().unwrap();
+    pool.add_cidr(&"eni-0".into(), single).unwrap();
+    pool.restore(single.addr(), owner("old")).unwrap();
+    assert_eq!(pool.assign(at(1), owner("new")).unwrap().0.address, ip("10.0.0.0"));
+    assert_eq!(pool.remove_cidr(&"eni-0".into(), &single), Err(Refused::InUse));
+    assert_eq!(pool.stats(at(1).mono).total, 16, "the other kind is not counted");
+    pool.release(at(2), &owner("old").key).unwrap();
+    pool.remove_cidr(&"eni-0".into(), &single).unwrap();
+}
+
+#[test]
+fn an_excluded_eni_hands_nothing_out() {
+    let mut pool = pool_of(&[(0, 3)], 30);
+    pool.set_excluded(&"eni-0".into(), true);
+    assert_eq!(pool.assign(at(1), owner("a")), Err(NoAddress { total: 0, cooling: 0 }));
+}
+
+#[test]
+fn a_pod_whose_cidr_is_missing_is_kept_and_finds_its_place() {
+    let mut pool = pool_of(&[(0, 1)], 0);
+    pool.restore(ip("10.0.7.7"), owner("lost")).unwrap();
+    assert_eq!(pool.orphan_count(), 1);
+    pool.add_cidr(&"eni-0".into(), "10.0.7.7/32".parse().unwrap()).unwrap();
+    assert_eq!(pool.orphan_count(), 0);
+    assert_eq!(pool.find(&owner("lost").key).unwrap().address, ip("10.0.7.7"));
+    assert_eq!(pool.assign(at(1), owner("new")).unwrap().0.address, ip("10.0.0.10"), "never the kept one");
+    assert_eq!(pool.restore(ip("10.0.7.7"), owner("thief")).unwrap_err(), owner("lost"));
+    pool.check();
+}
+
+#[test]
+fn undo_leaves_no_trace() {
+    let mut pool = pool_of(&[(0, 2)], 30);
+    let before = pool.clone();
+    pool.assign(at(1), owner("a")).unwrap();
+    pool.undo_assign(&owner("a").key);
+    assert_eq!(pool, before);
+    pool.assign(at(1), owner("a")).unwrap();
+    let assigned = pool.clone();
+    let released = pool.release(at(2), &owner("a").key).unwrap();
+    pool.undo_release(released);
+    assert_eq!(pool, assigned);
+}
+
+#[derive(Clone, Debug)]
+enum Act {
+    Assign(u8),
+    Release(u8),
+    UndoAssign(u8),
+    AddCidr(u8, u8),
+    RemoveCidr(u8, u8),
+    RemoveEni(u8),
+    AddEni(u8),
+    Pass(u8),
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    prop_oneof![
+        5 => any::<u8>().prop_map(|n| Act::Assign(n % 24)),
+        4 => any::<u8>().prop_map(|n| Act::Release(n % 24)),
+        1 => any::<u8>().prop_map(|n| Act::UndoAssign(n % 24)),
+        3 => any::<(u8, u8)>().prop_map(|(e, n)| Act::AddCidr(e % 4, n % 8)),
+        2 => any::<(u8, u8)>().prop_map(|(e, n)| Act::RemoveCidr(e % 4, n % 8)),
+        1 => any::<u8>().prop_map(|n| Act::RemoveEni(n % 4)),
+        2 => any::<u8>().prop_map(|n| Act::AddEni(n % 4)),
+        2 => any::<u8>().prop_map(Act::Pass),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn whatever_happens_owners_are_unique_and_rested(acts in prop::collection::vec(act(), 1..200), prefixes: bool) {
+        let cooldown_s = 30;
+        let mut pool = Pool::new(prefixes, Duration::from_secs(cooldown_s));
+        let mut now_s = 0;
+        let mut freed: BTreeMap<IpAddr, u64> = BTreeMap::new();
+        let cidr = |e: u8, n: u8| -> IpNet {
+            if prefixes { format!("10.{e}.0.{}/28", u32::from(n) * 16).parse().unwrap() }
+            else { format!("10.{e}.0.{n}/32").parse().unwrap() }
+        };
+        for act in acts {
+            match act {
+                Act::Assign(n) => {
+                    if let Ok((place, true)) = pool.assign(at(now_s), owner(&n.to_string())) {
+                        if let Some(at_s) = freed.get(&place.address) {
+                            prop_assert!(now_s - at_s >= cooldown_s, "{} handed out in its cooldown", place.address);
+                        }
+                        prop_assert!(place.cidr.contains(&place.address));
+                    }
+                }
+                Act::Release(n) => {
+                    if let Some(released) = pool.release(at(now_s), &owner(&n.to_string()).key) {
+                        freed.insert(released.address, now_s);
+                    }
+                }
+                Act::UndoAssign(n) => {
+                    if let Some(place) = pool.find(&owner(&n.to_string()).key) {
+                        pool.undo_assign(&owner(&n.to_string()).key);
+                        freed.remove(&place.address);
+                    }
+                }
+                Act::AddCidr(e, n) => { let _ = pool.add_cidr(&EniId(format!("eni-{e}")), cidr(e, n)); }
+                Act::RemoveCidr(e, n) => {
+                    let net = cidr(e, n);
+                    if pool.remove_cidr(&EniId(format!("eni-{e}")), &net).is_ok() {
+                        freed.retain(|ip, _| !net.contains(ip));
+                    }
+                }
+                Act::RemoveEni(e) => {
+                    if let Ok(eni) = pool.remove_eni(&EniId(format!("eni-{e}"))) {
+                        prop_assert_eq!(eni.assigned(), 0);
+                        freed.retain(|ip, _| !eni.cidrs().any(|(net, _)| net.contains(ip)));
+                    }
+                }
+                Act::AddEni(e) => { let _ = pool.add_eni(EniId(format!("eni-{e}")), eni(u32::from(e), at(now_s))); }
+                Act::Pass(seconds) => now_s += u64::from(seconds % 20),
+            }
+            pool.check();
+        }
+    }
+}
