@@ -10,5 +10,6 @@ pub mod naming;
 pub mod net;
 pub mod nft;
 pub mod settings;
+pub mod spool;
 pub mod time;
 pub mod wire;
