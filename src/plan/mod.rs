@@ -1,4 +1,7 @@
 //! Decisions: (state, observation, now) -> new state and effects. Deterministic; no I/O, no clock, ordered maps only.
 
+pub mod host;
+pub mod pod;
 pub mod pool;
+pub mod ruleset;
 pub mod sizing;
