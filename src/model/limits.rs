@@ -1,1 +1,257 @@
-//! Limits of the instance types (`spec/aws.md` 15, appendix A).
+//! Limits of the instance types known at the time of the build (`spec/aws.md` 15).
+//!
+//! The table is kept as 8 KiB of text in the notation of its source and read on each look-up: one look-up per start of
+//! the daemon does not earn a map in memory, and the text can be compared with its source by eye. A type that is missing
+//! here is asked of EC2 by the daemon; this module asks nobody.
+
+use super::ec2::InstanceType;
+
+/// `<ENIs per card>/<IPv4 addresses per ENI> <size>: <families>`; a line that starts with a blank continues the one above.
+const TYPES: &str = include_str!("limits.txt");
+
+/// Types with more than one network card: number of cards and types.
+const CARDS: [(usize, &str); 6] = [
+    (
+        2,
+        "c6in.32xlarge c6in.metal c8gb.48xlarge c8gb.metal-48xl c8gn.48xlarge c8gn.metal-48xl c8ib.96xlarge \
+         c8ib.metal-96xl c8in.96xlarge c8in.metal-96xl g6e.24xlarge g7.48xlarge g7e.24xlarge hpc6id.32xlarge \
+         hpc7a.12xlarge hpc7a.24xlarge hpc7a.48xlarge hpc7a.96xlarge hpc8a.96xlarge m6idn.32xlarge m6idn.metal \
+         m6in.32xlarge m6in.metal m8gb.48xlarge m8gb.metal-48xl m8gn.48xlarge m8gn.metal-48xl m8ib.96xlarge \
+         m8ib.metal-96xl m8idb.96xlarge m8idb.metal-96xl m8idn.96xlarge m8idn.metal-96xl m8in.96xlarge m8in.metal-96xl \
+         r6idn.32xlarge r6idn.metal r6in.32xlarge r6in.metal r8gb.48xlarge r8gb.metal-48xl r8gn.48xlarge \
+         r8gn.metal-48xl r8ib.96xlarge r8ib.metal-96xl r8idb.96xlarge r8idb.metal-96xl r8idn.96xlarge r8idn.metal-96xl \
+         r8in.96xlarge r8in.metal-96xl u7in-16tb.224xlarge u7in-24tb.224xlarge u7in-32tb.224xlarge",
+    ),
+    (4, "dl1.24xlarge g6e.48xlarge g7e.48xlarge p4d.24xlarge p4de.24xlarge"),
+    (8, "p6-b200.48xlarge trn1.32xlarge"),
+    (16, "p5en.48xlarge trn1n.32xlarge trn2.48xlarge"),
+    (17, "p6-b300.48xlarge"),
+    (32, "p5.48xlarge p5e.48xlarge"),
+];
+
+/// Families that run on Xen in every size.
+const XEN: &str = "c1 c3 c4 d2 f1 h1 i2 i3 m1 m2 m3 m4 p3 r3 r4 t1 t2 x1 x1e";
+
+/// Families none of whose sizes can carry a trunk ENI (`spec/aws.md` 15.2); `i3.metal` can.
+const TRUNKLESS: &str = "c1 c3 c4 d2 f1 h1 i2 i3 m1 m2 m3 m4 p3 r3 r4 t1 t2 t3 t3a t4g x1 x1e";
+
+/// What runs the instance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hypervisor {
+    /// Nitro.
+    Nitro,
+    /// Xen.
+    Xen,
+    /// None (most bare-metal types) or not told.
+    Unknown,
+}
+
+/// What an instance type can carry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// ENIs on the default network card, the primary one included.
+    pub enis: u32,
+    /// IPv4 addresses per ENI, the ENI's own included; prefixes count as one address each.
+    pub ipv4_per_eni: u32,
+    /// ENIs that each network card takes, by card index; never empty.
+    pub cards: Vec<u32>,
+    /// Hypervisor.
+    pub hypervisor: Hypervisor,
+    /// Bare metal.
+    pub bare_metal: bool,
+}
+
+impl Limits {
+    /// Addresses or prefixes that an ENI has for pods: all but its own.
+    pub fn slots_per_eni(&self) -> u32 {
+        self.ipv4_per_eni.saturating_sub(1)
+    }
+
+    /// Whether EC2 assigns prefixes to this type.
+    pub fn takes_prefixes(&self) -> bool {
+        self.hypervisor == Hypervisor::Nitro || self.bare_metal
+    }
+
+    /// Pods that fit with single secondary addresses: every slot, and two on the host's network (`spec/aws.md` 15.1).
+    /// With prefixes the kubelet's own setting is the smaller bound.
+    pub fn max_pods(&self) -> u32 {
+        self.enis.saturating_mul(self.slots_per_eni()).saturating_add(2)
+    }
+}
+
+/// Network cards of one instance; today's largest has 32. An answer that names a higher index is taken to be broken.
+const CARDS_MAX: u32 = 256;
+
+/// What EC2 tells of a type; `None` when it is of no use: no ENI or no address (`spec/aws.md` 7.1).
+pub fn from_ec2(described: &InstanceType) -> Option<Limits> {
+    let last = described.cards.iter().map(|(index, _)| *index).max().filter(|last| *last < CARDS_MAX)?;
+    let cards: Vec<u32> = (0..=last)
+        .map(|index| described.cards.iter().find(|(card, _)| *card == index).map_or(0, |(_, enis)| *enis))
+        .collect();
+    let enis = *cards.get(usize::try_from(described.default_card).ok()?)?;
+    let hypervisor = match described.hypervisor.as_str() {
+        "nitro" => Hypervisor::Nitro,
+        "xen" => Hypervisor::Xen,
+        _ => Hypervisor::Unknown,
+    };
+    (enis > 0 && described.ipv4_per_eni > 0).then_some(Limits {
+        enis,
+        ipv4_per_eni: described.ipv4_per_eni,
+        cards,
+        hypervisor,
+        bare_metal: described.bare_metal,
+    })
+}
+
+/// Limits of an instance type such as `m5.large`, if it was known when this program was built.
+pub fn of(instance_type: &str) -> Option<Limits> {
+    let (family, size) = instance_type.split_once('.')?;
+    let (enis, ipv4_per_eni, ..) =
+        entries().find(|(_, _, entry_size, entry_family)| *entry_size == size && *entry_family == family)?;
+    let cards = CARDS.iter().find(|(_, types)| listed(types, instance_type)).map_or(1, |(cards, _)| *cards);
+    let bare_metal = size.starts_with("metal");
+    Some(Limits { enis, ipv4_per_eni, cards: vec![enis; cards], hypervisor: hypervisor(family, size), bare_metal })
+}
+
+/// Whether the type can carry a trunk ENI. A type that is not known to be unable counts as able, as upstream does.
+pub fn takes_trunk(instance_type: &str) -> bool {
+    let Some((family, size)) = instance_type.split_once('.') else { return true };
+    let unable = match (family, size) {
+        ("i3", "metal") => false,
+        ("i4i", "large") => true,
+        ("u-6tb1", size) => !size.starts_with("metal"),
+        _ => listed(TRUNKLESS, family),
+    };
+    !unable
+}
+
+fn hypervisor(family: &str, size: &str) -> Hypervisor {
+    match (family, size) {
+        ("c7g", "metal") => Hypervisor::Nitro,
+        ("cr1" | "hs1", "8xlarge") => Hypervisor::Unknown,
+        (_, size) if size.starts_with("metal") => Hypervisor::Unknown,
+        (family, _) if listed(XEN, family) => Hypervisor::Xen,
+        _ => Hypervisor::Nitro,
+    }
+}
+
+fn listed(words: &str, word: &str) -> bool {
+    words.split_ascii_whitespace().any(|each| each == word)
+}
+
+/// Every type of the table: ENIs, addresses, size, family. A malformed line would be skipped; the tests count them all.
+fn entries() -> impl Iterator<Item = (u32, u32, &'static str, &'static str)> {
+    let mut head = None;
+    TYPES.lines().flat_map(move |line| {
+        let families = match line.split_once(':') {
+            Some((start, families)) => {
+                head = parse_head(start);
+                families
+            }
+            None => line,
+        };
+        let head = head;
+        families
+            .split_ascii_whitespace()
+            .filter_map(move |family| head.map(|(enis, addresses, size)| (enis, addresses, size, family)))
+    })
+}
+
+fn parse_head(text: &'static str) -> Option<(u32, u32, &'static str)> {
+    let (numbers, size) = text.split_once(' ')?;
+    let (enis, addresses) = numbers.split_once('/')?;
+    Some((enis.parse().ok()?, addresses.parse().ok()?, size))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn the_table_holds_every_type_once() {
+        let names: Vec<String> = entries().map(|(_, _, size, family)| format!("{family}.{size}")).collect();
+        let unique: BTreeSet<&String> = names.iter().collect();
+        assert_eq!((names.len(), unique.len()), (1391, 1391));
+        for name in &names {
+            let limits = of(name).unwrap_or_else(|| panic!("{name} is not found by its own name"));
+            assert!(limits.enis > 0 && limits.ipv4_per_eni > 0, "{name}: {limits:?}");
+        }
+    }
+
+    #[test]
+    fn every_line_of_the_table_is_understood() {
+        for line in TYPES.lines() {
+            let head = line.split_once(':').map(|(head, _)| head);
+            assert!(line.starts_with(' ') || head.and_then(parse_head).is_some(), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn multi_card_types_are_in_the_table() {
+        let types: Vec<&str> = CARDS.iter().flat_map(|(_, types)| types.split_ascii_whitespace()).collect();
+        assert_eq!(types.iter().collect::<BTreeSet<_>>().len(), types.len(), "a type is named twice");
+        for name in types {
+            assert!(of(name).is_some_and(|limits| limits.cards.len() > 1), "{name}");
+        }
+    }
+
+    #[test]
+    fn samples() {
+        #[track_caller]
+        fn check(name: &str, enis: u32, ipv4: u32, cards: usize, hypervisor: Hypervisor, prefixes: bool, pods: u32) {
+            let limits = of(name).unwrap_or_else(|| panic!("{name} is missing"));
+            assert_eq!(
+                (limits.enis, limits.ipv4_per_eni, limits.cards.len(), limits.hypervisor, limits.takes_prefixes()),
+                (enis, ipv4, cards, hypervisor, prefixes),
+                "{name}"
+            );
+            assert_eq!(limits.max_pods(), pods, "{name}");
+        }
+        use Hypervisor::{Nitro, Unknown, Xen};
+        check("m5.large", 3, 10, 1, Nitro, true, 29);
+        check("t3.micro", 2, 2, 1, Nitro, true, 4);
+        check("m4.large", 2, 10, 1, Xen, false, 20);
+        check("c5.metal", 15, 50, 1, Unknown, true, 737);
+        check("p5.48xlarge", 2, 50, 32, Nitro, true, 100);
+        check("c7g.metal", 15, 50, 1, Nitro, true, 737);
+        check("cr1.8xlarge", 8, 30, 1, Unknown, false, 234);
+        check("c6in.metal", 8, 50, 2, Unknown, true, 394);
+    }
+
+    #[test]
+    fn names_that_are_no_type() {
+        for name in ["", ".", "m5", "m5.", ".large", "m5.large.x", "large.m5", "m5.10/50"] {
+            assert_eq!(of(name), None, "{name:?}");
+        }
+    }
+
+    #[test]
+    fn trunks() {
+        let able = ["m5.large", "i3.metal", "i4i.xlarge", "u-6tb1.metal", "x99.huge", "odd"];
+        let unable = ["t3.large", "i3.large", "i4i.large", "u-6tb1.56xlarge", "x1e.xlarge"];
+        for (names, expected) in [(&able[..], true), (&unable[..], false)] {
+            for name in names {
+                assert_eq!(takes_trunk(name), expected, "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_answer_of_ec2_counts_the_default_card_only() {
+        let described = InstanceType {
+            name: "new.32xlarge".into(),
+            hypervisor: "nitro".into(),
+            ipv4_per_eni: 50,
+            default_card: 1,
+            cards: vec![(0, 2), (1, 8)],
+            ..InstanceType::default()
+        };
+        let limits = from_ec2(&described).expect("usable");
+        assert_eq!((limits.enis, limits.cards), (8, vec![2, 8]));
+        assert_eq!(from_ec2(&InstanceType { ipv4_per_eni: 0, ..described.clone() }), None);
+        assert_eq!(from_ec2(&InstanceType { default_card: 2, ..described.clone() }), None);
+        assert_eq!(from_ec2(&InstanceType { cards: vec![], ..described.clone() }), None);
+        assert_eq!(from_ec2(&InstanceType { cards: vec![(1, 8), (u32::MAX, 8)], ..described }), None);
+    }
+}
