@@ -136,6 +136,12 @@ pub fn set_receive_timeout(socket: impl AsFd, timeout: std::time::Duration) -> i
     .map(drop)
 }
 
+/// Shuts a socket down in both directions. On a listening socket this wakes the thread that is blocked in `accept`.
+pub fn shutdown(socket: impl AsFd) -> io::Result<()> {
+    // SAFETY: shutdown takes an open descriptor and a flag.
+    check(unsafe { libc::shutdown(socket.as_fd().as_raw_fd(), libc::SHUT_RDWR) }).map(drop)
+}
+
 /// The effective user id.
 pub fn effective_uid() -> u32 {
     // SAFETY: geteuid cannot fail and touches no memory.
