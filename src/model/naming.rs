@@ -17,6 +17,10 @@ pub const DEFAULT_VETH_PREFIX: &str = "eni";
 pub const VLAN_PREFIX: &str = "vlan";
 /// The connmark's value and mask when none is configured.
 pub const DEFAULT_MARK: u32 = 0x80;
+/// Socket of the daemon.
+pub const DAEMON_SOCKET: &str = "/var/run/aws-node/ipamd.sock";
+/// Socket of the network policy agent.
+pub const POLICY_AGENT_SOCKET: &str = "/var/run/aws-node/npa.sock";
 /// Our nf_tables table in the families `ip` and `ip6`.
 pub const NFT_TABLE: &str = "aws-cni";
 
