@@ -490,3 +490,7 @@ impl<'a> FromPod<'a> {
         self.routes.get(&address).is_some_and(|link| link.starts_with(prefix))
     }
 }
+
+#[cfg(test)]
+#[path = "host_tests.rs"]
+mod tests;

@@ -2,6 +2,7 @@
 //! also when only a cached CNI result is left to know it from. Pure; `apply` carries it out.
 
 use crate::error::{Context, Error, Result};
+use crate::model::cni::{IpConfig, Output};
 use crate::model::naming::{self, normal_table, priority};
 use crate::model::net::{Address, Link, Mac, Neighbour, Route, Rule, Scope, TABLE_MAIN};
 use crate::model::wire::{AddNetworkReply, DelNetworkReply, IpAllocation};
@@ -84,8 +85,8 @@ impl Pod {
     }
 
     /// The network that a cached result tells of, for CHECK.
-    pub fn from_previous(previous: &Previous, request: &Request) -> Result<Pod> {
-        let known = previous.interfaces(request)?;
+    pub fn from_previous(previous: &Output, request: &Request) -> Result<Pod> {
+        let known = interfaces_of(previous, request)?;
         if known.is_empty() {
             return Err(Error::new(format!(
                 "the previous result has no interface {:?} with an address",
@@ -189,58 +190,38 @@ fn link_route(table: u32, to: IpAddr, dev: u32) -> Route {
     Route { table, dst: IpNet::from(to), gateway: None, dev, scope: Scope::Link, prefsrc: None, metric: 0 }
 }
 
-/// What is known from a cached CNI result: its interfaces and addresses, in order.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Previous {
-    /// `interfaces` of the result.
-    pub interfaces: Vec<PreviousInterface>,
-    /// `ips` of the result: the index in `interfaces` and the address.
-    pub addresses: Vec<(Option<usize>, IpAddr)>,
-}
-
-/// An entry of `interfaces`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PreviousInterface {
-    /// Name.
-    pub name: String,
-    /// In our results a decimal number, not a MAC (`spec/plugin.md` 12); may be empty.
-    pub mac: String,
-    /// Path of the namespace; of the dummy entry, the device number.
-    pub sandbox: String,
-}
-
-impl Previous {
-    /// Number, address and route table number of each of our interfaces (`spec/plugin.md` 10.1). An error says why the
-    /// result cannot be used.
-    fn interfaces(&self, request: &Request) -> Result<Vec<(usize, IpAddr, i32)>> {
-        let name = naming::dummy(&request.namespace, &request.name);
-        let dummy = self
-            .interfaces
-            .iter()
-            .find(|interface| interface.name == name)
-            .ok_or_else(|| Error::new(format!("the previous result has no entry {name:?}")))?;
-        let vlan = dummy.mac.parse::<u32>().with_context(|| format!("VLAN {:?} of entry {name:?}", dummy.mac))?;
-        if vlan != 0 {
-            return Err(Error::new(format!("the previous result is of a pod on a branch ENI (VLAN {vlan})")));
-        }
-        let device =
-            dummy.sandbox.parse::<u32>().with_context(|| format!("device {:?} of entry {name:?}", dummy.sandbox))?;
-        let mut table = i32::try_from(naming::table_of(0, device)?).context("route table of the previous result")?;
-        let mut found = Vec::new();
-        for (position, interface) in self.interfaces.iter().enumerate() {
-            let Some(number) = interface_number(&interface.name, &request.ifname) else { continue };
-            let mut addresses = self.addresses.iter().filter(|(index, _)| *index == Some(position));
-            let (Some((_, address)), None) = (addresses.next(), addresses.next()) else { continue };
-            if !interface.mac.is_empty() {
-                table = interface
-                    .mac
-                    .parse()
-                    .with_context(|| format!("route table {:?} of interface {:?}", interface.mac, interface.name))?;
-            }
-            found.push((number, *address, table));
-        }
-        Ok(found)
+/// Number, address and route table number of each of our interfaces in a cached result (`spec/plugin.md` 10.1). An error
+/// says why the result cannot be used.
+fn interfaces_of(previous: &Output, request: &Request) -> Result<Vec<(usize, IpAddr, i32)>> {
+    let name = naming::dummy(&request.namespace, &request.name);
+    let dummy = previous
+        .interfaces
+        .iter()
+        .find(|interface| interface.name == name)
+        .ok_or_else(|| Error::new(format!("the previous result has no entry {name:?}")))?;
+    let vlan = dummy.mac.parse::<u32>().with_context(|| format!("VLAN {:?} of entry {name:?}", dummy.mac))?;
+    if vlan != 0 {
+        return Err(Error::new(format!("the previous result is of a pod on a branch ENI (VLAN {vlan})")));
     }
+    let device =
+        dummy.sandbox.parse::<u32>().with_context(|| format!("device {:?} of entry {name:?}", dummy.sandbox))?;
+    let mut table = i32::try_from(naming::table_of(0, device)?).context("route table of the previous result")?;
+    let mut found = Vec::new();
+    for (position, interface) in previous.interfaces.iter().enumerate() {
+        let Some(number) = interface_number(&interface.name, &request.ifname) else { continue };
+        let here = |ip: &&IpConfig| ip.interface.and_then(|index| usize::try_from(index).ok()) == Some(position);
+        let mut addresses = previous.ips.iter().filter(here);
+        let (Some(ip), None) = (addresses.next(), addresses.next()) else { continue };
+        // The "MAC" of a container interface is its route table (`spec/plugin.md` 12); it also counts for those after it.
+        if !interface.mac.is_empty() {
+            table = interface
+                .mac
+                .parse()
+                .with_context(|| format!("route table {:?} of interface {:?}", interface.mac, interface.name))?;
+        }
+        found.push((number, ip.address.addr(), table));
+    }
+    Ok(found)
 }
 
 fn interface_number(name: &str, ifname: &str) -> Option<usize> {
@@ -282,9 +263,9 @@ impl Removal {
     }
 
     /// From a cached result, when the daemon cannot tell. An error says why it is of no use.
-    pub fn from_previous(previous: &Previous, request: &Request) -> Result<Removal> {
+    pub fn from_previous(previous: &Output, request: &Request) -> Result<Removal> {
         let mut removal = Removal::default();
-        for (number, address, table) in previous.interfaces(request)? {
+        for (number, address, table) in interfaces_of(previous, request)? {
             removal.push(request, number, address, table)?;
         }
         Ok(removal)
@@ -410,3 +391,7 @@ fn has_route(side: &Side, wanted: &Route) -> bool {
         (route.table, route.dst, route.gateway, route.dev) == (wanted.table, wanted.dst, wanted.gateway, wanted.dev)
     })
 }
+
+#[cfg(test)]
+#[path = "pod_tests.rs"]
+mod tests;

@@ -1,0 +1,403 @@
+//! Tables for the host plan: each fault of a node that is otherwise right, and the steps that repair it.
+
+use super::*;
+use proptest::prelude::*;
+
+fn net(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+fn mac(last: u8) -> Mac {
+    Mac([0x02, 0, 0, 0, 0, last])
+}
+
+fn link(index: u32, name: &str, mac: Mac) -> Link {
+    Link { index, name: name.into(), mac: Some(mac), mtu: 9001, up: true, ..Link::default() }
+}
+
+fn intent() -> Intent {
+    Intent {
+        node_ip: ip("10.20.11.162"),
+        primary_mac: mac(1),
+        vpc_cidrs: vec![net("10.20.0.0/16"), net("100.64.0.0/16")],
+        excluded_cidrs: vec![net("172.16.0.0/12")],
+        external_service_cidrs: vec![net("192.0.2.0/24")],
+        enis: vec![HostEni {
+            id: "eni-2".into(),
+            mac: mac(2),
+            card: 0,
+            device: 1,
+            own: net("10.20.12.5/24"),
+            gateway: ip("10.20.12.1"),
+            table: 2,
+            trunk: false,
+        }],
+        pods: vec![(ip("10.20.11.50"), TABLE_MAIN), (ip("10.20.12.60"), 2)],
+        ..Intent::default()
+    }
+}
+
+fn route(table: u32, dst: &str, gateway: Option<&str>, dev: u32) -> Route {
+    let scope = if gateway.is_none() { Scope::Link } else { Scope::Universe };
+    Route { table, dst: net(dst), gateway: gateway.map(ip), dev, scope, prefsrc: None, metric: 0 }
+}
+
+fn marked(bits: u32) -> Rule {
+    Rule { fwmark: Some((bits, bits)), ..Rule::any(Family::V4, 1024, TABLE_MAIN) }
+}
+
+/// The node that [`intent`] describes, with nothing missing.
+fn right() -> Observation {
+    Observation {
+        links: vec![
+            link(1, "lo", Mac::default()),
+            // A VLAN on top of the primary link carries the same MAC and stands first.
+            Link { parent: Some(3), kind: Some("vlan".into()), ..link(2, "vlan.eth.9", mac(1)) },
+            link(3, "eth0", mac(1)),
+            link(4, "eth1", mac(2)),
+            Link { kind: Some("veth".into()), parent: Some(2), ..link(10, "eni0123456789a", mac(10)) },
+            Link { kind: Some("veth".into()), parent: Some(2), ..link(11, "enib123456789a", mac(11)) },
+        ],
+        addresses: vec![
+            Address { dev: 3, addr: net("10.20.11.162/24"), no_prefix_route: false, no_dad: false },
+            Address { dev: 4, addr: net("10.20.12.5/24"), no_prefix_route: true, no_dad: false },
+        ],
+        routes: vec![
+            route(254, "0.0.0.0/0", Some("10.20.11.1"), 3),
+            Route { prefsrc: Some(ip("10.20.11.162")), ..route(254, "10.20.11.0/24", None, 3) },
+            route(254, "10.20.11.50/32", None, 10),
+            route(254, "10.20.12.60/32", None, 11),
+            route(2, "10.20.12.1/32", None, 4),
+            route(2, "0.0.0.0/0", Some("10.20.12.1"), 4),
+        ],
+        rules: vec![
+            Rule::any(Family::V4, 0, TABLE_LOCAL),
+            Rule::to(net("10.20.11.50/32"), 512, TABLE_MAIN),
+            Rule::to(net("10.20.12.60/32"), 512, TABLE_MAIN),
+            marked(0x80),
+            Rule::to(net("192.0.2.0/24"), 1535, TABLE_MAIN),
+            Rule::from(net("10.20.12.60/32"), 1536, 2),
+            Rule::from(net("10.20.12.5/32"), 32765, 2),
+            Rule::any(Family::V4, 32766, TABLE_MAIN),
+            Rule::any(Family::V4, 32767, 253),
+            Rule::any(Family::V6, 0, TABLE_LOCAL),
+        ],
+        tables: ruleset::tables(&intent(), "eth0").unwrap(),
+    }
+}
+
+fn texts(plan: &Plan) -> Vec<&str> {
+    plan.steps.iter().map(|step| step.text.as_str()).collect()
+}
+
+/// The steps after a change of the right node.
+fn check(fault: impl Fn(&mut Observation), steps: &[&str]) {
+    let mut seen = right();
+    fault(&mut seen);
+    let plan = diff(&intent(), &seen).unwrap();
+    assert_eq!(texts(&plan), steps);
+    assert_eq!(plan.primary, (3, "eth0".into()));
+    assert!(plan.failed.is_empty(), "{:?}", plan.failed);
+}
+
+/// The steps of the right node after a change of intent.
+fn check_intent(change: impl Fn(&mut Intent), steps: &[&str]) {
+    let mut wanted = intent();
+    change(&mut wanted);
+    assert_eq!(texts(&diff(&wanted, &right()).unwrap()), steps);
+}
+
+fn without(rule: Rule) -> impl Fn(&mut Observation) {
+    move |seen| seen.rules.retain(|there| *there != rule)
+}
+
+fn with(rule: Rule) -> impl Fn(&mut Observation) {
+    move |seen| seen.rules.push(rule.clone())
+}
+
+#[test]
+fn a_node_that_is_right_is_left_alone() {
+    check(|_| {}, &[]);
+}
+
+#[test]
+fn links_are_repaired() {
+    check(|seen| seen.links[2].mtu = 1500, &["set mtu 9001 on eth0"]);
+    check(|seen| seen.links[3].mtu = 1500, &["set mtu 9001 on eth1"]);
+    check(|seen| seen.links[3].up = false, &["set eth1 up"]);
+}
+
+#[test]
+fn addresses_and_routes_of_an_eni_are_repaired() {
+    check(|seen| seen.addresses.truncate(1), &["add address 10.20.12.5/24 to eth1"]);
+    check(
+        |seen| seen.addresses[1].addr = net("10.20.12.77/24"),
+        &["add address 10.20.12.5/24 to eth1", "delete address 10.20.12.77/24 from eth1"],
+    );
+    check(
+        |seen| seen.addresses[1].addr = net("10.20.12.5/32"),
+        &["add address 10.20.12.5/24 to eth1", "delete address 10.20.12.5/32 from eth1"],
+    );
+    // Set up by somebody who lets the kernel make the connected route: the address stays, the route goes.
+    check(|seen| seen.addresses[1].no_prefix_route = false, &[]);
+    check(
+        |seen| seen.routes.push(Route { prefsrc: Some(ip("10.20.12.5")), ..route(254, "10.20.12.0/24", None, 4) }),
+        &["delete route 10.20.12.0/24 dev eth1 scope link src 10.20.12.5"],
+    );
+    check(
+        |seen| {
+            for addr in ["169.254.7.7/16", "127.0.0.2/8", "fe80::1/64", "2001:db8::7/64"] {
+                seen.addresses.push(Address { dev: 4, addr: net(addr), no_prefix_route: false, no_dad: false });
+            }
+        },
+        &[],
+    );
+    check(
+        |seen| seen.routes.truncate(4),
+        &[
+            "replace route 10.20.12.1 dev eth1 table 2 scope link",
+            "replace route default via 10.20.12.1 dev eth1 table 2",
+        ],
+    );
+    check(
+        |seen| seen.routes[5].gateway = Some(ip("10.20.12.9")),
+        &["replace route default via 10.20.12.1 dev eth1 table 2"],
+    );
+    // Somebody else's routes over the same link stay.
+    check(|seen| seen.routes.push(route(254, "10.99.0.0/16", Some("10.20.12.1"), 4)), &[]);
+}
+
+#[test]
+fn rules_are_compared_and_not_rewritten() {
+    check(without(marked(0x80)), &["add rule 1024: from all fwmark 0x80/0x80 lookup main"]);
+    check(with(marked(0x100)), &["delete rule 1024: from all fwmark 0x100/0x100 lookup main"]);
+    check(with(Rule { fwmark: Some((1, 3)), ..marked(1) }), &[]);
+    check(with(Rule { foreign: true, ..marked(0x100) }), &[]);
+    check(without(Rule::from(net("10.20.12.5/32"), 32765, 2)), &["add rule 32765: from 10.20.12.5 lookup 2"]);
+    check(without(Rule::from(net("10.20.12.60/32"), 1536, 2)), &["add rule 1536: from 10.20.12.60 lookup 2"]);
+    check(
+        |seen| seen.rules.iter_mut().filter(|rule| rule.priority == 1536).for_each(|rule| rule.table = 3),
+        &["add rule 1536: from 10.20.12.60 lookup 2", "delete rule 1536: from 10.20.12.60 lookup 3"],
+    );
+    check(with(Rule::from(net("10.20.11.50/32"), 1536, 3)), &["delete rule 1536: from 10.20.11.50 lookup 3"]);
+    check(
+        without(Rule::to(net("10.20.12.60/32"), 512, TABLE_MAIN)),
+        &["add rule 512: from all to 10.20.12.60 lookup main"],
+    );
+    // An address that is assigned but not wired up: an ADD is under way, or failed.
+    check(
+        |seen| {
+            seen.routes.remove(3);
+            without(Rule::to(net("10.20.12.60/32"), 512, TABLE_MAIN))(seen);
+        },
+        &[],
+    );
+    check(
+        without(Rule::to(net("192.0.2.0/24"), 1535, TABLE_MAIN)),
+        &["add rule 1535: from all to 192.0.2.0/24 lookup main"],
+    );
+    check(
+        with(Rule::to(net("198.51.100.0/24"), 1535, TABLE_MAIN)),
+        &["delete rule 1535: from all to 198.51.100.0/24 lookup main"],
+    );
+}
+
+#[test]
+fn rules_of_others_stay() {
+    for rule in [
+        Rule::to(net("10.20.12.99/32"), 512, TABLE_MAIN),
+        Rule::from(net("10.20.12.99/32"), 1536, 2),
+        Rule::from(net("10.20.12.0/24"), 1536, 2),
+        Rule::from(net("10.20.12.0/24"), 32765, 2),
+        Rule::from(net("10.20.12.99/32"), 32764, 2),
+        Rule::from(net("10.20.12.99/32"), 32765, 200),
+        Rule::to(net("192.0.2.0/24"), 1535, 77),
+        Rule { iif: Some("eth9".into()), ..Rule::to(net("198.51.100.0/24"), 1535, TABLE_MAIN) },
+        Rule::any(Family::V4, 20, TABLE_MAIN),
+    ] {
+        check(with(rule), &[]);
+    }
+}
+
+#[test]
+fn leftovers_go() {
+    check(with(Rule::from(net("10.20.12.99/32"), 32765, 2)), &["delete rule 32765: from 10.20.12.99 lookup 2"]);
+    check(with(Rule::from(net("10.20.12.5/32"), 32765, 7)), &["delete rule 32765: from 10.20.12.5 lookup 7"]);
+    // The address of an ENI that is not ours to manage.
+    check(
+        |seen| {
+            seen.addresses.push(Address { dev: 9, addr: net("10.20.40.4/24"), no_prefix_route: false, no_dad: false });
+            with(Rule::from(net("10.20.40.4/32"), 32765, 4))(seen);
+        },
+        &[],
+    );
+    check(
+        |seen| {
+            seen.rules.remove(0);
+            with(Rule::any(Family::V4, 20, TABLE_LOCAL))(seen);
+        },
+        &["add rule 0: from all lookup local", "delete rule 20: from all lookup local"],
+    );
+    check(
+        |seen| {
+            seen.rules.remove(0);
+            with(Rule::any(Family::V4, 20, TABLE_LOCAL))(seen);
+            with(Rule { iif: Some("vlan.eth.9".into()), ..Rule::any(Family::V4, 10, 109) })(seen);
+        },
+        &[],
+    );
+    check_intent(
+        |intent| intent.gone = vec![ip("10.20.12.60"), ip("10.20.11.50")],
+        &[], // They are assigned: that counts.
+    );
+    check_intent(
+        |intent| {
+            intent.gone = vec![ip("10.20.12.60")];
+            intent.pods.pop();
+        },
+        &["delete rule 512: from all to 10.20.12.60 lookup main", "delete rule 1536: from 10.20.12.60 lookup 2"],
+    );
+}
+
+#[test]
+fn settings_change_the_node() {
+    check_intent(
+        |intent| intent.mark = 0x100,
+        &[
+            "add rule 1024: from all fwmark 0x100/0x100 lookup main",
+            "set nf_tables rules: table ip aws-cni chain snat-mark rule 4: counter ct mark set ct mark | 0x00000080 comment \
+         \"leaves through the primary ENI\" instead of counter ct mark set ct mark | 0x00000100 comment \"leaves through \
+         the primary ENI\" (and 5 more)",
+            "delete rule 1024: from all fwmark 0x80/0x80 lookup main",
+        ],
+    );
+    check_intent(
+        |intent| (intent.external_snat, intent.node_port) = (true, false),
+        &[
+            "set nf_tables rules: table ip aws-cni is there and should not be",
+            "delete rule 1024: from all fwmark 0x80/0x80 lookup main",
+        ],
+    );
+    check_intent(
+        |intent| intent.external_service_cidrs.clear(),
+        &["delete rule 1535: from all to 192.0.2.0/24 lookup main"],
+    );
+}
+
+#[test]
+fn an_eni_without_a_link_does_not_hold_up_the_rest() {
+    let mut wanted = intent();
+    let later =
+        HostEni { id: "eni-3".into(), mac: mac(3), own: net("10.20.13.5/24"), table: 3, ..wanted.enis[0].clone() };
+    let bad = HostEni { id: "eni-4".into(), table: TABLE_MAIN, ..later.clone() };
+    wanted.enis.splice(0..0, [later, bad]);
+    let mut seen = right();
+    seen.addresses.pop();
+    let plan = diff(&wanted, &seen).unwrap();
+    assert_eq!(texts(&plan), ["add address 10.20.12.5/24 to eth1"]);
+    assert_eq!(plan.steps[0].eni, Some("eni-2".into()));
+    assert!(plan.failed[&"eni-3".into()].starts_with("no link has MAC 02:00:00:00:00:03 (links: lo 00:"));
+    assert_eq!(plan.failed[&"eni-4".into()], "route table 254 is not one of an ENI's own");
+}
+
+#[test]
+fn a_trunk_has_no_rule_of_its_own() {
+    let mut wanted = intent();
+    wanted.enis[0].trunk = true;
+    let mut seen = right();
+    assert!(diff(&wanted, &seen).unwrap().steps.is_empty(), "a rule from before it was a trunk stays");
+    seen.rules.retain(|rule| rule.priority != 32765);
+    assert!(diff(&wanted, &seen).unwrap().steps.is_empty());
+}
+
+#[test]
+fn without_the_primary_link_nothing_is_planned() {
+    let mut seen = right();
+    seen.links.remove(2);
+    let error = diff(&intent(), &seen).unwrap_err().to_string();
+    assert!(error.starts_with("no link has MAC 02:00:00:00:00:01 (links: lo "), "{error}");
+}
+
+/// What the kernel makes of a step, as far as the plan is concerned.
+fn carry_out(seen: &mut Observation, step: &Step) {
+    let by_index = |links: &mut Vec<Link>, index: u32| links.iter().position(|link| link.index == index).unwrap();
+    match &step.action {
+        Action::SetMtu(index, mtu) => {
+            let at = by_index(&mut seen.links, *index);
+            seen.links[at].mtu = *mtu;
+        }
+        Action::SetUp(index) => {
+            let at = by_index(&mut seen.links, *index);
+            seen.links[at].up = true;
+        }
+        Action::AddAddress(address) => seen.addresses.push(*address),
+        Action::DeleteAddress(address) => seen.addresses.retain(|there| there != address),
+        Action::ReplaceRoute(route) => {
+            seen.routes
+                .retain(|there| (there.table, there.dst, there.metric) != (route.table, route.dst, route.metric));
+            seen.routes.push(*route);
+        }
+        Action::DeleteRoute(route) => seen.routes.retain(|there| there != route),
+        Action::AddRule(rule) => {
+            assert!(!seen.rules.contains(rule), "{rule} is there already");
+            seen.rules.push(rule.clone());
+        }
+        Action::DeleteRule(rule) => {
+            let at =
+                seen.rules.iter().position(|there| there == rule).expect("a rule is deleted only when it is there");
+            seen.rules.remove(at);
+        }
+        Action::SetTables(tables) => seen.tables.clone_from(tables),
+    }
+}
+
+proptest! {
+    /// Whatever part of a node is missing and whatever leftovers it has, one plan makes it right, no pod ever loses its
+    /// rule, nothing is deleted and added again, and what belongs to others is still there.
+    #[test]
+    fn one_plan_is_enough(
+        missing in proptest::collection::vec(any::<prop::sample::Index>(), 0..6),
+        strays in proptest::collection::vec((0u8..8, 2u32..6), 0..6),
+        no_table in any::<bool>(),
+        short_mtu in any::<bool>(),
+    ) {
+        let mut seen = right();
+        for index in missing {
+            match index.index(4) {
+                0 => drop(seen.rules.remove(index.index(seen.rules.len()))),
+                1 => seen.routes.truncate(4 + index.index(3).min(seen.routes.len() - 4)),
+                2 => seen.addresses.truncate(1),
+                _ => seen.links[3].up = false,
+            }
+        }
+        for (last, table) in strays {
+            let address = net(&format!("10.20.12.{}/32", 56 + last));
+            for rule in [Rule::from(address, 1536, table), Rule::from(address, 32765, table)] {
+                if !seen.rules.contains(&rule) {
+                    seen.rules.push(rule);
+                }
+            }
+        }
+        if no_table { seen.tables.clear() }
+        if short_mtu { seen.links[2].mtu = 1500 }
+        let before = seen.clone();
+        let plan = diff(&intent(), &seen).unwrap();
+        let pod = Rule::from(net("10.20.12.60/32"), 1536, 2);
+        let mut had = seen.rules.contains(&pod);
+        for step in &plan.steps {
+            carry_out(&mut seen, step);
+            prop_assert!(!had || seen.rules.contains(&pod));
+            had |= seen.rules.contains(&pod);
+        }
+        prop_assert!(had);
+        let again = diff(&intent(), &seen).unwrap();
+        prop_assert_eq!(texts(&again), Vec::<&str>::new());
+        for rule in before.rules.iter().filter(|rule| rule.priority == 1536 && !rule.src.unwrap().to_string().contains(".60/")) {
+            prop_assert!(seen.rules.contains(rule), "{} is nobody's known leftover", rule);
+        }
+    }
+}
