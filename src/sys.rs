@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
@@ -119,6 +119,10 @@ pub fn peer_credentials(socket: impl AsFd) -> io::Result<(u32, i32)> {
 
 /// Sets how long a read on the socket may block; zero blocks for ever. For sockets the standard library does not know.
 pub fn set_receive_timeout(socket: impl AsFd, timeout: std::time::Duration) -> io::Result<()> {
+    set_socket_timeout(socket, libc::SO_RCVTIMEO, timeout)
+}
+
+fn set_socket_timeout(socket: impl AsFd, option: libc::c_int, timeout: std::time::Duration) -> io::Result<()> {
     let value = libc::timeval {
         tv_sec: libc::time_t::try_from(timeout.as_secs()).unwrap_or(libc::time_t::MAX),
         tv_usec: libc::suseconds_t::from(timeout.subsec_micros()),
@@ -128,7 +132,7 @@ pub fn set_receive_timeout(socket: impl AsFd, timeout: std::time::Duration) -> i
         libc::setsockopt(
             socket.as_fd().as_raw_fd(),
             libc::SOL_SOCKET,
-            libc::SO_RCVTIMEO,
+            option,
             (&raw const value).cast(),
             libc::socklen_t::try_from(size_of::<libc::timeval>()).unwrap_or(0),
         )
@@ -146,4 +150,29 @@ pub fn shutdown(socket: impl AsFd) -> io::Result<()> {
 pub fn effective_uid() -> u32 {
     // SAFETY: geteuid cannot fail and touches no memory.
     unsafe { libc::geteuid() }
+}
+
+/// Connects a stream socket to a unix socket; waits at most `timeout` while the listener's backlog is full, and then fails
+/// with `EAGAIN`. The time-out stays on the socket for writes. For [`std::os::unix::net::UnixStream`], which cannot.
+pub fn connect_unix(path: &Path, timeout: std::time::Duration) -> io::Result<OwnedFd> {
+    use std::os::unix::ffi::OsStrExt;
+    let bytes = path.as_os_str().as_bytes();
+    let mut address = libc::sockaddr_un { sun_family: 0, sun_path: [0; 108] };
+    address.sun_family = libc::sa_family_t::try_from(libc::AF_UNIX).unwrap_or(0);
+    // One byte stays zero, and a zero byte inside would end the name or make it abstract.
+    if bytes.is_empty() || bytes.len() >= address.sun_path.len() || bytes.contains(&0) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "socket path is empty or longer than 107 bytes"));
+    }
+    for (to, from) in address.sun_path.iter_mut().zip(bytes) {
+        *to = libc::c_char::from_ne_bytes([*from]);
+    }
+    // SAFETY: socket takes numbers only.
+    let fd = check(unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) })?;
+    // SAFETY: the descriptor was just made and has no other owner.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    set_socket_timeout(&socket, libc::SO_SNDTIMEO, timeout)?;
+    let length = libc::socklen_t::try_from(size_of::<libc::sockaddr_un>()).unwrap_or(0);
+    // SAFETY: pointer and length are those of one live, initialised sockaddr_un.
+    check(unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length) })?;
+    Ok(socket)
 }
