@@ -176,3 +176,74 @@ pub fn connect_unix(path: &Path, timeout: std::time::Duration) -> io::Result<Own
     check(unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length) })?;
     Ok(socket)
 }
+
+/// The descriptor of a netlink socket, which the library keeps to itself.
+pub fn netlink_fd(socket: &neli::socket::NlSocket) -> std::os::fd::BorrowedFd<'_> {
+    // SAFETY: the socket owns the descriptor and closes it when dropped, which the borrow outlives.
+    unsafe { std::os::fd::BorrowedFd::borrow_raw(socket.as_raw_fd()) }
+}
+
+/// Sets a socket option whose value is an integer.
+pub fn set_int_option(socket: impl AsFd, level: i32, option: i32, value: i32) -> io::Result<()> {
+    // SAFETY: pointer and length are those of one live integer.
+    check(unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            level,
+            option,
+            (&raw const value).cast(),
+            libc::socklen_t::try_from(size_of::<i32>()).unwrap_or(0),
+        )
+    })
+    .map(drop)
+}
+
+/// Waits until one of the descriptors can be read or is broken, at most `timeout` (rounded up to a millisecond); tells for
+/// each whether it is. All false: the time is over.
+pub fn poll_readable(fds: &[std::os::fd::BorrowedFd<'_>], timeout: std::time::Duration) -> io::Result<Vec<bool>> {
+    let mut polled =
+        fds.iter().map(|fd| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 }).collect::<Vec<_>>();
+    let limit = libc::c_int::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(libc::c_int::MAX);
+    let count = libc::nfds_t::try_from(polled.len()).unwrap_or(0);
+    // SAFETY: pointer and count are those of one live, writable vector.
+    match check(unsafe { libc::poll(polled.as_mut_ptr(), count, limit) }) {
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(vec![false; fds.len()]),
+        Err(error) => Err(error),
+        Ok(_) => Ok(polled.iter().map(|fd| fd.revents != 0).collect()),
+    }
+}
+
+/// Whether an open file lies on nsfs or procfs, the two file systems that namespaces are opened from (`linux/magic.h`).
+pub fn is_on_nsfs_or_procfs(file: &File) -> io::Result<bool> {
+    const NSFS_MAGIC: i64 = 0x6e73_6673;
+    const PROC_SUPER_MAGIC: i64 = 0x9fa0;
+    let mut status = std::mem::MaybeUninit::<libc::statfs>::uninit();
+    // SAFETY: fstatfs takes an open descriptor and fills the structure when it succeeds, and only then it is read.
+    let magic = unsafe {
+        check(libc::fstatfs(file.as_raw_fd(), status.as_mut_ptr()))?;
+        status.assume_init().f_type
+    };
+    #[allow(clippy::unnecessary_cast, clippy::cast_possible_wrap, reason = "the width of f_type differs by target")]
+    let magic = magic as i64;
+    Ok(matches!(magic, NSFS_MAGIC | PROC_SUPER_MAGIC))
+}
+
+fn c_path(path: &Path) -> io::Result<std::ffi::CString> {
+    use std::os::unix::ffi::OsStrExt;
+    std::ffi::CString::new(path.as_os_str().as_bytes()).map_err(|_| io::ErrorKind::InvalidInput.into())
+}
+
+/// Makes `target` show what `source` is (`mount --bind`).
+pub fn bind_mount(source: &Path, target: &Path) -> io::Result<()> {
+    let (source, target) = (c_path(source)?, c_path(target)?);
+    // SAFETY: both paths are live C strings; a bind mount reads neither type nor data.
+    check(unsafe { libc::mount(source.as_ptr(), target.as_ptr(), std::ptr::null(), libc::MS_BIND, std::ptr::null()) })
+        .map(drop)
+}
+
+/// Takes a mount away at once; it vanishes when its last user closes it (`umount --lazy`).
+pub fn unmount_lazily(target: &Path) -> io::Result<()> {
+    let target = c_path(target)?;
+    // SAFETY: the path is a live C string.
+    check(unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) }).map(drop)
+}

@@ -1,0 +1,226 @@
+//! Links: `ip link`. Encodings are those of `spec/plugin.md` 13.6 and `linux/if_link.h`.
+//!
+//! A veth is created complete in one message: names, MACs, MTU, both ends up, the peer born in its namespace. Moving an end
+//! afterwards would serialise concurrent pods on an RCU barrier.
+
+use super::attr::{Attrs, Writer};
+use super::socket::{CREATE_EXCL, KernelError, Message, Request, Socket};
+use crate::error::Result;
+use crate::model::net::{Link, Mac};
+use neli::consts::rtnl::{Ifla, IflaInfo, IflaVlan, Rtm};
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+const IFF_UP: u32 = libc::IFF_UP.cast_unsigned();
+/// Length of `struct ifinfomsg`.
+const HEADER: usize = 16;
+/// VETH_INFO_PEER (`linux/veth.h`).
+const VETH_INFO_PEER: u16 = 1;
+/// RTEXT_FILTER_SKIP_STATS: no counters, which are half of every link message.
+const SKIP_STATS: u32 = 1 << 3;
+/// Longest name of a link, without its NUL (IFNAMSIZ - 1).
+const NAME_MAX: usize = 15;
+
+/// One end of a veth pair.
+#[derive(Clone, Copy, Debug)]
+pub struct End<'a> {
+    /// Name, at most 15 bytes.
+    pub name: &'a str,
+    /// Hardware address; none leaves the choice to the kernel.
+    pub mac: Option<Mac>,
+    /// Up at once.
+    pub up: bool,
+    /// The namespace it is born in; none is the socket's. The descriptor must stay open until the request was sent.
+    pub netns: Option<BorrowedFd<'a>>,
+}
+
+/// A veth pair.
+#[derive(Clone, Copy, Debug)]
+pub struct Veth<'a> {
+    /// The end that the request is about; its [`Link::parent`] tells the peer's index.
+    pub end: End<'a>,
+    /// The other end.
+    pub peer: End<'a>,
+    /// Largest packet of both ends in bytes; 0 leaves 1500.
+    pub mtu: u32,
+}
+
+fn header(index: u32, flags: u32, change: u32) -> [u8; HEADER] {
+    let mut header = [0; HEADER];
+    header[4..8].copy_from_slice(&index.to_ne_bytes());
+    header[8..12].copy_from_slice(&flags.to_ne_bytes());
+    header[12..].copy_from_slice(&change.to_ne_bytes());
+    header
+}
+
+fn up_header(up: bool) -> [u8; HEADER] {
+    let flag = if up { IFF_UP } else { 0 };
+    header(0, flag, flag)
+}
+
+fn end_attributes(writer: &mut Writer, end: &End<'_>, mtu: u32) {
+    writer.text(Ifla::Ifname, end.name);
+    if mtu != 0 {
+        writer.u32(Ifla::Mtu, mtu);
+    }
+    if let Some(mac) = end.mac {
+        writer.bytes(Ifla::Address, &mac.0);
+    }
+    if let Some(netns) = end.netns {
+        writer.u32(Ifla::NetNsFd, netns.as_raw_fd().cast_unsigned());
+    }
+}
+
+/// Creates a veth pair; EEXIST if one of the names is taken.
+pub fn create_veth(veth: &Veth<'_>) -> Request {
+    let mut writer = Writer::new(&up_header(veth.end.up));
+    end_attributes(&mut writer, &veth.end, veth.mtu);
+    writer.nest(Ifla::Linkinfo, |writer| {
+        writer.text(IflaInfo::Kind, "veth");
+        writer.nest(IflaInfo::Data, |writer| {
+            writer.nest(VETH_INFO_PEER, |writer| {
+                writer.raw(&up_header(veth.peer.up));
+                end_attributes(writer, &veth.peer, veth.mtu);
+            });
+        });
+    });
+    let what = format!("add link {} type veth peer {}", veth.end.name, veth.peer.name);
+    Request::new(Rtm::Newlink, CREATE_EXCL, writer.finish(), what)
+}
+
+/// Creates an 802.1Q link on the link with index `lower`, down, with the MTU of the one below.
+pub fn create_vlan(name: &str, lower: u32, id: u16, mac: Option<Mac>) -> Request {
+    let mut writer = Writer::new(&up_header(false));
+    writer.text(Ifla::Ifname, name);
+    writer.u32(Ifla::Link, lower);
+    if let Some(mac) = mac {
+        writer.bytes(Ifla::Address, &mac.0);
+    }
+    writer.nest(Ifla::Linkinfo, |writer| {
+        writer.text(IflaInfo::Kind, "vlan");
+        writer.nest(IflaInfo::Data, |writer| writer.u16(IflaVlan::Id, id));
+    });
+    Request::new(Rtm::Newlink, CREATE_EXCL, writer.finish(), format!("add link {name} type vlan id {id} on if{lower}"))
+}
+
+/// Creates a dummy link, down.
+pub fn create_dummy(name: &str) -> Request {
+    let mut writer = Writer::new(&up_header(false));
+    writer.text(Ifla::Ifname, name);
+    writer.nest(Ifla::Linkinfo, |writer| writer.text(IflaInfo::Kind, "dummy"));
+    Request::new(Rtm::Newlink, CREATE_EXCL, writer.finish(), format!("add link {name} type dummy"))
+}
+
+fn change(index: u32, verb: &str, fill: impl FnOnce(&mut Writer)) -> Request {
+    let mut writer = Writer::new(&header(index, 0, 0));
+    fill(&mut writer);
+    Request::new(Rtm::Newlink, 0, writer.finish(), format!("set link if{index} {verb}"))
+}
+
+/// Sets the link up.
+pub fn set_up(index: u32) -> Request {
+    Request::new(Rtm::Newlink, 0, header(index, IFF_UP, IFF_UP).to_vec(), format!("set link if{index} up"))
+}
+
+/// Sets the link down, which flushes its routes.
+pub fn set_down(index: u32) -> Request {
+    Request::new(Rtm::Newlink, 0, header(index, 0, IFF_UP).to_vec(), format!("set link if{index} down"))
+}
+
+/// Sets the MTU in bytes.
+pub fn set_mtu(index: u32, mtu: u32) -> Request {
+    change(index, &format!("mtu {mtu}"), |writer| writer.u32(Ifla::Mtu, mtu))
+}
+
+/// Sets the hardware address.
+pub fn set_mac(index: u32, mac: Mac) -> Request {
+    change(index, &format!("address {mac}"), |writer| writer.bytes(Ifla::Address, &mac.0))
+}
+
+/// Renames the link.
+pub fn rename(index: u32, name: &str) -> Request {
+    change(index, &format!("name {name}"), |writer| writer.text(Ifla::Ifname, name))
+}
+
+/// Moves the link into another namespace; it arrives down and without addresses. The descriptor must stay open until the
+/// request was sent.
+pub fn move_to(index: u32, netns: BorrowedFd<'_>) -> Request {
+    let fd = netns.as_raw_fd().cast_unsigned();
+    change(index, "netns", |writer| writer.u32(Ifla::NetNsFd, fd))
+}
+
+/// Deletes the link; ENODEV if it is not there.
+pub fn delete(index: u32) -> Request {
+    Request::new(Rtm::Dellink, 0, header(index, 0, 0).to_vec(), format!("delete link if{index}"))
+}
+
+/// Deletes the link of this name; ENODEV if it is not there.
+pub fn delete_by_name(name: &str) -> Request {
+    let mut writer = Writer::new(&header(0, 0, 0));
+    writer.text(Ifla::Ifname, name);
+    Request::new(Rtm::Dellink, 0, writer.finish(), format!("delete link {name}"))
+}
+
+/// Asks for one link by name; [`decode`] reads the answer. Lets a caller learn the index of a link that it creates in the
+/// same batch.
+pub fn query(name: &str) -> Request {
+    let mut writer = Writer::new(&header(0, 0, 0));
+    writer.u32(Ifla::ExtMask, SKIP_STATS);
+    // Longer names can only be alternative ones.
+    writer.text(if name.len() > NAME_MAX { Ifla::AltIfname } else { Ifla::Ifname }, name);
+    Request::new(Rtm::Getlink, 0, writer.finish(), format!("get link {name}"))
+}
+
+/// Asks for one link by index; [`decode`] reads the answer.
+pub fn query_index(index: u32) -> Request {
+    let mut writer = Writer::new(&header(index, 0, 0));
+    writer.u32(Ifla::ExtMask, SKIP_STATS);
+    Request::new(Rtm::Getlink, 0, writer.finish(), format!("get link if{index}"))
+}
+
+fn get(socket: &mut Socket, request: &Request) -> Result<Option<Link>> {
+    match socket.ask(request) {
+        Ok(answers) => Ok(answers.iter().find_map(|body| decode(body))),
+        Err(error) if error.find::<KernelError>().is_some_and(KernelError::not_found) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The link of this name in the socket's namespace, if there is one.
+pub fn by_name(socket: &mut Socket, name: &str) -> Result<Option<Link>> {
+    get(socket, &query(name))
+}
+
+/// The link with this index in the socket's namespace, if there is one.
+pub fn by_index(socket: &mut Socket, index: u32) -> Result<Option<Link>> {
+    get(socket, &query_index(index))
+}
+
+/// All links of the socket's namespace, by index.
+pub fn list(socket: &mut Socket) -> Result<Vec<Link>> {
+    let mut writer = Writer::new(&header(0, 0, 0));
+    writer.u32(Ifla::ExtMask, SKIP_STATS);
+    let request = Request::new(Rtm::Getlink, 0, writer.finish(), "list links".into());
+    let mut links = socket.dump(&request, |message: &Message<'_>| decode(message.body))?;
+    links.sort_by_key(|link| link.index);
+    Ok(links)
+}
+
+/// Reads the body of an RTM_NEWLINK or RTM_DELLINK message; none if it is too short.
+pub fn decode(body: &[u8]) -> Option<Link> {
+    let word = |at: usize| Some(u32::from_ne_bytes(body.get(at..at + 4)?.try_into().ok()?));
+    let mut link = Link { index: word(4)?, up: word(8)? & IFF_UP != 0, ..Link::default() };
+    word(12)?;
+    for attr in Attrs::after(body, HEADER) {
+        match Ifla::from(attr.kind) {
+            Ifla::Ifname => link.name = attr.text(),
+            Ifla::Address => link.mac = attr.mac(),
+            Ifla::Mtu => link.mtu = attr.u32().unwrap_or(0),
+            // 0 is what the kernel reports for tunnels without a lower link.
+            Ifla::Link => link.parent = attr.u32().filter(|index| *index != 0),
+            Ifla::Master => link.master = attr.u32(),
+            Ifla::Linkinfo => link.kind = attr.nested().find(IflaInfo::Kind).map(|kind| kind.text()),
+            _ => {}
+        }
+    }
+    Some(link)
+}

@@ -1,0 +1,86 @@
+//! Neighbour entries: `ip neighbour`. Encodings are those of `spec/plugin.md` 13.6 and `linux/neighbour.h`.
+
+use super::attr::{Attrs, Writer};
+use super::socket::{CREATE_EXCL, CREATE_REPLACE, Message, Request, Socket};
+use super::{family_byte, family_of};
+use crate::error::Result;
+use crate::model::net::{Family, Neighbour};
+use neli::consts::rtnl::{Nda, Rtm};
+use std::net::IpAddr;
+
+/// Length of `struct ndmsg`.
+const HEADER: usize = 12;
+/// NUD_PERMANENT.
+const PERMANENT: u16 = 0x80;
+
+fn body(neighbour: &Neighbour) -> Vec<u8> {
+    let state = if neighbour.permanent { PERMANENT } else { 0 };
+    let mut header = [0; HEADER];
+    header[0] = family_byte(Family::of(neighbour.addr));
+    header[4..8].copy_from_slice(&neighbour.dev.to_ne_bytes());
+    header[8..10].copy_from_slice(&state.to_ne_bytes());
+    let mut writer = Writer::new(&header);
+    writer.ip(Nda::Dst, neighbour.addr);
+    if let Some(mac) = neighbour.mac {
+        writer.bytes(Nda::Lladdr, &mac.0);
+    }
+    writer.finish()
+}
+
+fn request(kind: Rtm, flags: u16, verb: &str, neighbour: &Neighbour) -> Request {
+    let mac = neighbour.mac.map(|mac| format!(" lladdr {mac}")).unwrap_or_default();
+    let what = format!("{verb} neighbour {}{mac} dev if{}", neighbour.addr, neighbour.dev);
+    Request::new(kind, flags, body(neighbour), what)
+}
+
+/// Adds an entry; EEXIST if there is one for the address on that link.
+pub fn add(neighbour: &Neighbour) -> Request {
+    request(Rtm::Newneigh, CREATE_EXCL, "add", neighbour)
+}
+
+/// Adds an entry or changes the one that is there.
+pub fn replace(neighbour: &Neighbour) -> Request {
+    request(Rtm::Newneigh, CREATE_REPLACE, "replace", neighbour)
+}
+
+/// Deletes the entry of an address on a link; ENOENT if there is none.
+pub fn delete(dev: u32, addr: IpAddr) -> Request {
+    request(Rtm::Delneigh, 0, "delete", &Neighbour { dev, addr, mac: None, permanent: false })
+}
+
+/// Deletes the entries of an address on all links; how many there were. One that vanishes meanwhile is no error.
+pub fn delete_everywhere(socket: &mut Socket, addr: IpAddr) -> Result<usize> {
+    let entries = list(socket, Some(Family::of(addr)))?;
+    let requests = entries
+        .iter()
+        .filter(|entry| entry.addr == addr)
+        .map(|entry| delete(entry.dev, addr).or_not_found())
+        .collect::<Vec<_>>();
+    socket.run(&requests)?;
+    Ok(requests.len())
+}
+
+/// The entries of the socket's namespace, of one family or of both; those of links that need none (NUD_NOARP) included.
+pub fn list(socket: &mut Socket, family: Option<Family>) -> Result<Vec<Neighbour>> {
+    let mut header = [0; HEADER];
+    header[0] = family.map_or(0, family_byte);
+    let request = Request::new(Rtm::Getneigh, 0, header.to_vec(), "list neighbours".into());
+    let listed = |entry: &Neighbour| family.is_none_or(|family| family == Family::of(entry.addr));
+    let mut entries = socket.dump(&request, |message: &Message<'_>| decode(message.body).filter(listed))?;
+    entries.sort_unstable();
+    Ok(entries)
+}
+
+/// Reads the body of an RTM_NEWNEIGH or RTM_DELNEIGH message; none if it is malformed or of another family.
+pub fn decode(body: &[u8]) -> Option<Neighbour> {
+    let header: [u8; HEADER] = body.get(..HEADER)?.try_into().ok()?;
+    let family = family_of(header[0])?;
+    let attrs = Attrs::after(body, HEADER);
+    let addr = attrs.clone().find(Nda::Dst)?.ip().filter(|addr| Family::of(*addr) == family)?;
+    Some(Neighbour {
+        dev: u32::from_ne_bytes([header[4], header[5], header[6], header[7]]),
+        addr,
+        mac: attrs.find(Nda::Lladdr).and_then(|attr| attr.mac()),
+        permanent: u16::from_ne_bytes([header[8], header[9]]) & PERMANENT != 0,
+    })
+}

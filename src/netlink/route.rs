@@ -1,0 +1,188 @@
+//! Unicast routes: `ip route`. Encodings and wildcards are those of `spec/dataplane.md` 3 and `spec/plugin.md` 13.6.
+//!
+//! Routes of other types (local, broadcast, blackhole, …), cached ones and those with several next hops are not listed:
+//! they are never ours.
+
+use super::attr::{Attr, Attrs, Writer};
+use super::socket::{CREATE_EXCL, CREATE_REPLACE, KernelError, Message, Request, Socket};
+use super::{family_byte, family_of};
+use crate::error::Result;
+use crate::model::net::{Family, Route, Scope, TABLE_MAIN};
+use ipnet::IpNet;
+use neli::consts::rtnl::{Rta, Rtm, Rtn, Rtprot};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// Length of `struct rtmsg`.
+const HEADER: usize = 12;
+/// RTM_F_CLONED: a cached copy.
+const CLONED: u32 = 0x200;
+
+fn scope_byte(scope: Scope) -> u8 {
+    match scope {
+        Scope::Universe => 0,
+        Scope::Link => 253,
+        Scope::Host => 254,
+    }
+}
+
+fn body(route: &Route, protocol: u8, kind: u8) -> Vec<u8> {
+    // Tables up to 255 stand in the header, larger ones only in RTA_TABLE.
+    let short_table = u8::try_from(route.table).unwrap_or(0);
+    let header = [
+        family_byte(Family::of(route.dst.addr())),
+        route.dst.prefix_len(),
+        0,
+        0,
+        short_table,
+        protocol,
+        scope_byte(route.scope),
+        kind,
+        0,
+        0,
+        0,
+        0,
+    ];
+    let mut writer = Writer::new(&header);
+    if route.dst.prefix_len() > 0 {
+        writer.ip(Rta::Dst, route.dst.network());
+    }
+    if let Some(gateway) = route.gateway {
+        writer.ip(Rta::Gateway, gateway);
+    }
+    writer.u32(Rta::Oif, route.dev);
+    if route.table > 255 {
+        writer.u32(Rta::Table, route.table);
+    }
+    if let Some(source) = route.prefsrc {
+        writer.ip(Rta::Prefsrc, source);
+    }
+    if route.metric != 0 {
+        writer.u32(Rta::Priority, route.metric);
+    }
+    writer.finish()
+}
+
+fn created(route: &Route, flags: u16, verb: &str) -> Request {
+    let body = body(route, Rtprot::Boot.into(), Rtn::Unicast.into());
+    Request::new(Rtm::Newroute, flags, body, format!("{verb} route {route}"))
+}
+
+/// Adds a route of protocol boot; EEXIST if one with the same destination, table and metric is there.
+pub fn add(route: &Route) -> Request {
+    created(route, CREATE_EXCL, "add")
+}
+
+/// Adds a route or puts it in place of the one with the same destination, table and metric.
+pub fn replace(route: &Route) -> Request {
+    created(route, CREATE_REPLACE, "replace")
+}
+
+/// Deletes a route; ESRCH if there is none. Protocol and type are wildcards, and so are an absent gateway or source, a link
+/// of index 0 and a metric of 0; the scope counts.
+pub fn delete(route: &Route) -> Request {
+    Request::new(Rtm::Delroute, 0, body(route, 0, 0), format!("delete route {route}"))
+}
+
+/// The unicast routes of one family, of one table or of all, in the order of the kernel's lookup as far as it tells.
+pub fn list(socket: &mut Socket, family: Family, table: Option<u32>) -> Result<Vec<Route>> {
+    let mut header = [0; HEADER];
+    header[0] = family_byte(family);
+    let mut writer = Writer::new(&header);
+    if let Some(table) = table {
+        writer.u32(Rta::Table, table);
+    }
+    let what = table.map_or_else(|| "list routes".to_owned(), |table| format!("list routes of table {table}"));
+    let request = Request::new(Rtm::Getroute, 0, writer.finish(), what);
+    let listed =
+        |route: &Route| Family::of(route.dst.addr()) == family && table.is_none_or(|table| table == route.table);
+    match socket.dump(&request, |message: &Message<'_>| decode(message.body).filter(listed)) {
+        // The kernel says ENOENT for a table that never had a route.
+        Err(error) if table.is_some() && error.find::<KernelError>().is_some_and(KernelError::not_found) => {
+            Ok(Vec::new())
+        }
+        other => other,
+    }
+}
+
+/// Reads the body of an RTM_NEWROUTE or RTM_DELROUTE message; none if it is malformed or not a plain unicast route.
+pub fn decode(body: &[u8]) -> Option<Route> {
+    let header: [u8; HEADER] = body.get(..HEADER)?.try_into().ok()?;
+    let family = family_of(header[0])?;
+    let flags = u32::from_ne_bytes([header[8], header[9], header[10], header[11]]);
+    let scope = match header[6] {
+        0 => Scope::Universe,
+        253 => Scope::Link,
+        254 => Scope::Host,
+        _ => return None,
+    };
+    // A source prefix (header[2]) or a type of service (header[3]) makes it something that this type cannot say.
+    if header[7] != u8::from(Rtn::Unicast) || flags & CLONED != 0 || header[2] != 0 || header[3] != 0 {
+        return None;
+    }
+    let any = match family {
+        Family::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        Family::V6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    let (mut dst, mut dev, mut table) = (any, None, u32::from(header[4]));
+    let (mut gateway, mut prefsrc, mut metric) = (None, None, 0);
+    for attr in Attrs::after(body, HEADER) {
+        match Rta::from(attr.kind) {
+            Rta::Dst => dst = attr.ip()?,
+            Rta::Oif => dev = attr.u32(),
+            Rta::Gateway => gateway = attr.ip(),
+            Rta::Table => table = attr.u32()?,
+            Rta::Prefsrc => prefsrc = attr.ip(),
+            Rta::Priority => metric = attr.u32()?,
+            _ => {}
+        }
+    }
+    if Family::of(dst) != family {
+        return None;
+    }
+    let (dst, dev) = (IpNet::new(dst, header[1]).ok()?, dev?);
+    Some(Route { table, dst, gateway, dev, scope, prefsrc, metric })
+}
+
+/// The route that a packet to `to` would take in the socket's namespace, if there is one: `ip route get`. With `mark`,
+/// `from` and `iif` (index) for packets that are forwarded.
+pub fn lookup(socket: &mut Socket, to: IpAddr, from: Option<IpAddr>, iif: u32, mark: u32) -> Result<Option<Route>> {
+    let bits = if to.is_ipv4() { 32 } else { 128 };
+    let mut header = [0; HEADER];
+    header[0] = family_byte(Family::of(to));
+    header[1] = bits;
+    header[2] = if from.is_some() { bits } else { 0 };
+    let mut writer = Writer::new(&header);
+    writer.ip(Rta::Dst, to);
+    if let Some(from) = from {
+        writer.ip(Rta::Src, from);
+    }
+    if iif != 0 {
+        writer.u32(Rta::Iif, iif);
+    }
+    if mark != 0 {
+        writer.u32(Rta::Mark, mark);
+    }
+    let request = Request::new(Rtm::Getroute, 0, writer.finish(), format!("look up the route to {to}"));
+    match socket.ask(&request) {
+        Ok(answers) => Ok(answers.iter().find_map(|body| decode_lookup(body, to))),
+        Err(error) if error.find::<KernelError>().is_some_and(|e| e.not_found() || e.errno == libc::ENETUNREACH) => {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// An answer to a look-up is marked as cloned and echoes the source: only the way is read.
+fn decode_lookup(body: &[u8], to: IpAddr) -> Option<Route> {
+    let header: [u8; HEADER] = body.get(..HEADER)?.try_into().ok()?;
+    let find = |kind: Rta| Attrs::after(body, HEADER).find(kind);
+    Some(Route {
+        table: find(Rta::Table).and_then(|attr| attr.u32()).unwrap_or(TABLE_MAIN),
+        dst: IpNet::from(to),
+        gateway: find(Rta::Gateway).and_then(|attr: Attr<'_>| attr.ip()),
+        dev: find(Rta::Oif)?.u32()?,
+        scope: if header[6] == 253 { Scope::Link } else { Scope::Universe },
+        prefsrc: find(Rta::Prefsrc).and_then(|attr| attr.ip()),
+        metric: 0,
+    })
+}

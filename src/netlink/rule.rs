@@ -1,0 +1,141 @@
+//! Routing rules: `ip rule`. Encodings and wildcards are those of `spec/dataplane.md` 3, `spec/plugin.md` 13.6 and
+//! `linux/fib_rules.h`.
+
+use super::attr::{Attr, Attrs, Writer};
+use super::socket::{CREATE_EXCL, KernelError, Message, Request, Socket};
+use super::{family_byte, family_of};
+use crate::error::{Error, Result};
+use crate::model::net::{Family, Rule};
+use ipnet::IpNet;
+use neli::consts::rtnl::{FrAct, Frattr, Rtm};
+use std::fmt::Write;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// Length of `struct fib_rule_hdr`.
+const HEADER: usize = 12;
+/// Header flags that say nothing about what the rule matches: FIB_RULE_PERMANENT, FIB_RULE_IIF_DETACHED (the interface is
+/// away), FIB_RULE_OIF_DETACHED.
+const HARMLESS_FLAGS: u32 = 0x1 | 0x8 | 0x10;
+/// Times that [`delete_all`] deletes at most; more rules of one selector than this are somebody's mistake.
+const DELETE_LIMIT: usize = 1000;
+
+fn body(rule: &Rule, action: u8) -> Vec<u8> {
+    let bits = |net: Option<IpNet>| net.map_or(0, |net| net.prefix_len());
+    let short_table = u8::try_from(rule.table).unwrap_or(0);
+    let header = [family_byte(rule.family), bits(rule.dst), bits(rule.src), 0, short_table, 0, 0, action, 0, 0, 0, 0];
+    let mut writer = Writer::new(&header);
+    if let Some(dst) = rule.dst {
+        writer.ip(Frattr::Dst, dst.network());
+    }
+    if let Some(src) = rule.src {
+        writer.ip(Frattr::Src, src.network());
+    }
+    writer.u32(Frattr::Priority, rule.priority);
+    if let Some((mark, mask)) = rule.fwmark {
+        writer.u32(Frattr::Fwmark, mark);
+        writer.u32(Frattr::Fwmask, mask);
+    }
+    if let Some(iif) = &rule.iif {
+        writer.text(Frattr::Iifname, iif);
+    }
+    if let Some(protocol) = rule.ipproto {
+        writer.u8(Frattr::IpProto, protocol);
+    }
+    if rule.table > 255 {
+        writer.u32(Frattr::Table, rule.table);
+    }
+    writer.finish()
+}
+
+/// `rule 512 to 10.0.1.5 lookup 254`.
+fn words(rule: &Rule) -> String {
+    let mut text = format!("rule {}", rule.priority);
+    let net = |net: &IpNet| {
+        if net.prefix_len() == net.max_prefix_len() { net.addr().to_string() } else { net.to_string() }
+    };
+    let mut word = |name: &str, value: Option<String>| {
+        if let Some(value) = value {
+            write!(text, " {name} {value}").ok(); // writing to a string cannot fail
+        }
+    };
+    word("from", rule.src.as_ref().map(net));
+    word("to", rule.dst.as_ref().map(net));
+    word("fwmark", rule.fwmark.map(|(mark, mask)| format!("{mark:#x}/{mask:#x}")));
+    word("iif", rule.iif.clone());
+    word("ipproto", rule.ipproto.map(|protocol| protocol.to_string()));
+    word("lookup", (rule.table != 0).then(|| rule.table.to_string()));
+    text
+}
+
+/// Adds the rule; EEXIST if the same one is there. (The same selector with another table is another rule: both stay, the
+/// first added wins.)
+pub fn add(rule: &Rule) -> Request {
+    Request::new(Rtm::Newrule, CREATE_EXCL, body(rule, FrAct::FrActToTbl.into()), format!("add {}", words(rule)))
+}
+
+/// Deletes the first rule that matches; ENOENT if none does. Absent selectors and table 0 are wildcards.
+pub fn delete(rule: &Rule) -> Request {
+    Request::new(Rtm::Delrule, 0, body(rule, 0), format!("delete {}", words(rule)))
+}
+
+/// Deletes every rule that matches, with the wildcards of [`delete`]; how many there were.
+pub fn delete_all(socket: &mut Socket, rule: &Rule) -> Result<usize> {
+    let request = delete(rule);
+    for count in 0..DELETE_LIMIT {
+        match socket.ask(&request) {
+            Ok(_) => {}
+            Err(error) if error.find::<KernelError>().is_some_and(KernelError::not_found) => return Ok(count),
+            Err(error) => return Err(error),
+        }
+    }
+    Err(Error::new(format!("{}: still there after {DELETE_LIMIT} times", request.what)))
+}
+
+/// The rules of one family, in the order in which the kernel asks them.
+pub fn list(socket: &mut Socket, family: Family) -> Result<Vec<Rule>> {
+    let mut header = [0; HEADER];
+    header[0] = family_byte(family);
+    let request = Request::new(Rtm::Getrule, 0, header.to_vec(), "list rules".into());
+    socket.dump(&request, |message: &Message<'_>| decode(message.body).filter(|rule| rule.family == family))
+}
+
+/// Reads the body of an RTM_NEWRULE or RTM_DELRULE message; none if it is malformed or of another family. What [`Rule`]
+/// cannot say makes it `foreign`.
+pub fn decode(body: &[u8]) -> Option<Rule> {
+    let header: [u8; HEADER] = body.get(..HEADER)?.try_into().ok()?;
+    let family = family_of(header[0])?;
+    let flags = u32::from_ne_bytes([header[8], header[9], header[10], header[11]]);
+    let mut rule = Rule::any(family, 0, u32::from(header[4]));
+    rule.foreign = header[3] != 0 || header[7] != u8::from(FrAct::FrActToTbl) || flags & !HARMLESS_FLAGS != 0;
+    let any = match family {
+        Family::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        Family::V6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    let net = |attr: &Attr<'_>, bits: u8| IpNet::new(attr.ip().filter(|ip| Family::of(*ip) == family)?, bits).ok();
+    // A prefix of length 0 comes without an address and matches everything, as does none.
+    let (mut src, mut dst) = (IpNet::new(any, header[2]).ok()?, IpNet::new(any, header[1]).ok()?);
+    let (mut mark, mut mask) = (None, None);
+    for attr in Attrs::after(body, HEADER) {
+        match Frattr::from(attr.kind) {
+            Frattr::Dst => dst = net(&attr, header[1])?,
+            Frattr::Src => src = net(&attr, header[2])?,
+            Frattr::Priority => rule.priority = attr.u32()?,
+            Frattr::Fwmark => mark = attr.u32(),
+            Frattr::Fwmask => mask = attr.u32(),
+            Frattr::Iifname => rule.iif = Some(attr.text()),
+            Frattr::IpProto => rule.ipproto = attr.u8(),
+            Frattr::Table => rule.table = attr.u32()?,
+            // -1 is "do not suppress" and always sent; who added the rule does not change what it does.
+            Frattr::SuppressPrefixlen | Frattr::SuppressIfgroup if attr.u32() == Some(u32::MAX) => {}
+            Frattr::Protocol | Frattr::Pad | Frattr::Unspec => {}
+            _ => rule.foreign = true,
+        }
+    }
+    rule.src = Some(src).filter(|net| net.prefix_len() > 0);
+    rule.dst = Some(dst).filter(|net| net.prefix_len() > 0);
+    rule.fwmark = match (mark.unwrap_or(0), mask.unwrap_or(0)) {
+        (0, 0) => None,
+        pair => Some(pair),
+    };
+    Some(rule)
+}
