@@ -1,6 +1,7 @@
 //! Types and parsing. No file, socket, process, thread or clock is used here, so that everything in it can be tested as
 //! a table and run by the simulator.
 
+pub mod checkpoint;
 pub mod cni;
 pub mod ec2;
 pub mod ids;

@@ -1,5 +1,6 @@
 //! Decisions: (state, observation, now) -> new state and effects. Deterministic; no I/O, no clock, ordered maps only.
 
+pub mod backoff;
 pub mod host;
 pub mod pod;
 pub mod pool;
