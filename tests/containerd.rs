@@ -1,0 +1,368 @@
+//! A real runtime: containerd and runc start containers whose network comes from a conflist, as on a node.
+//!
+//! containerd runs on sockets and folders of its own, in a mount namespace of its own, because `ctr run --cni` has fixed
+//! paths (`/etc/cni/net.d`, `/opt/cni/bin`); the machine's own are never touched. The same scenario is run with the
+//! reference plugin `ptp`: when both fail, it is the machine that cannot run containers.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Set in the copy of this test that runs inside the private mount namespace.
+const INSIDE: &str = "ENIBOX_TEST_PRIVATE_MOUNTS";
+/// What the scenario cannot do without: program and Debian package.
+const NEEDS: &[(&str, &str)] = &[
+    ("containerd", "containerd"),
+    ("ctr", "containerd"),
+    ("runc", "runc"),
+    ("iptables", "iptables"),
+    ("nft", "nftables"),
+    ("ip", "iproute2"),
+    ("unshare", "util-linux"),
+];
+/// Where Debian puts the reference plugins.
+const PLUGINS: &str = "/usr/lib/cni";
+/// No command of the scenario takes longer on a loaded machine.
+const COMMAND_S_MAX: u32 = 60;
+
+/// containerd's namespace, and the name of the cgroup above all containers of it.
+const NAMESPACE: &str = "enibox-test";
+
+/// Port in the container and on the host.
+const PORTS: (u16, u16) = (8080, 18080);
+
+#[test]
+fn the_reference_plugin_passes() {
+    in_private_mounts("the_reference_plugin_passes", |dir| {
+        let bed = ReferenceBed::new();
+        scenario(dir, &bed.0);
+    });
+}
+
+/// Where containers run: two namespaces, an address, and the plugins before `portmap`.
+struct Bed {
+    /// Network namespace of the node.
+    node: String,
+    /// Network namespace from which the node's port is called.
+    outside: String,
+    /// The node's address as seen from there.
+    address: String,
+    /// First plugin of the conflist, as JSON.
+    plugin: String,
+}
+
+/// A node and a neighbour, joined by one veth.
+struct ReferenceBed(Bed);
+
+impl ReferenceBed {
+    fn new() -> ReferenceBed {
+        let bed = Bed {
+            node: format!("ctd-node-{}", std::process::id()),
+            outside: format!("ctd-out-{}", std::process::id()),
+            address: "10.78.0.1".into(),
+            plugin:
+                r#"{"type":"ptp","ipam":{"type":"host-local","subnet":"10.77.0.0/24","routes":[{"dst":"0.0.0.0/0"}]}}"#
+                    .into(),
+        };
+        let (node, outside) = (&bed.node, &bed.outside);
+        run(&format!("ip netns add {node}"));
+        run(&format!("ip netns add {outside}"));
+        run(&format!("ip -n {node} link add name up0 type veth peer name up0 netns {outside}"));
+        run(&format!("ip -n {node} addr add {}/24 dev up0", bed.address));
+        run(&format!("ip -n {outside} addr add 10.78.0.2/24 dev up0"));
+        for namespace in [node, outside] {
+            run(&format!("ip -n {namespace} link set lo up"));
+            run(&format!("ip -n {namespace} link set up0 up"));
+        }
+        run(&format!("ip netns exec {node} sysctl -q -w net.ipv4.ip_forward=1"));
+        ReferenceBed(bed)
+    }
+}
+
+impl Drop for ReferenceBed {
+    fn drop(&mut self) {
+        for namespace in [&self.0.node, &self.0.outside] {
+            _ = Command::new("ip").args(["netns", "del", namespace]).status();
+        }
+    }
+}
+
+/// Two containers find each other, a mapped port is reached from outside, and nothing is left when they are gone.
+fn scenario(dir: &Path, bed: &Bed) {
+    let containerd = Containerd::start(dir, bed);
+    // portmap leaves its empty chains for the next container, as it should: they belong to the state before.
+    let first = containerd.create("first", "/bin/sleep 1000", true);
+    containerd.remove(first);
+    let before = containerd.network_state();
+
+    let serve = format!("/bin/sh -c 'while true; do echo served | nc -l -p {}; done'", PORTS.0);
+    let server = containerd.create("server", &serve, true);
+    let client = containerd.create("client", "/bin/sleep 1000", false);
+    assert_ne!(server.address, client.address, "two containers share an address");
+    assert_ne!(containerd.network_state(), before, "containers do not show in the state, so leaks would not either");
+
+    let call = format!("nc -w 2 {} {}", server.address, PORTS.0);
+    containerd.expect_served("container to container", || containerd.exec("client", &call));
+    let (address, port) = (&bed.address, PORTS.1);
+    containerd.expect_served("port of the node", || {
+        let call = format!("exec 3<>/dev/tcp/{address}/{port}; timeout 2 cat <&3");
+        try_run(&format!("ip netns exec {} timeout 5 bash -c '{call}'", bed.outside))
+    });
+
+    containerd.remove(client);
+    containerd.remove(server);
+    assert_eq!(containerd.network_state(), before, "the node's network before and after two containers");
+}
+
+/// A container and the `ctr` that waits for it: that process calls DEL, without a namespace, when the container has ended.
+struct Container {
+    name: &'static str,
+    address: String,
+    ctr: Child,
+}
+
+/// containerd on its own, and `ctr` in the node's network namespace.
+struct Containerd<'a> {
+    process: Child,
+    dir: &'a Path,
+    bed: &'a Bed,
+}
+
+impl<'a> Containerd<'a> {
+    fn start(dir: &'a Path, bed: &'a Bed) -> Self {
+        let config = include_str!("containerd/config.toml").replace("@dir@", &dir.display().to_string());
+        fs::write(dir.join("config.toml"), config).unwrap();
+        let log = fs::File::create(dir.join("containerd.log")).unwrap();
+        let process = Command::new("containerd")
+            .arg("--config")
+            .arg(dir.join("config.toml"))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let containerd = Containerd { process, dir, bed };
+        until("containerd answers", || try_run(&format!("{} version", containerd.ctr())));
+        let image = dir.join("image.tar");
+        let pack = fixture("image");
+        run(&format!("{} {} {}", pack.display(), static_busybox().display(), image.display()));
+        run(&format!("{} images import --no-unpack {}", containerd.ctr(), image.display()));
+        containerd
+    }
+
+    fn ctr(&self) -> String {
+        let (node, dir) = (&self.bed.node, self.dir.display());
+        format!("nsenter --net=/run/netns/{node} ctr -a {dir}/containerd.sock -n {NAMESPACE}")
+    }
+
+    /// The list as on a node: our plugin, then portmap. `ctr` has no option for ports, so the mapping that a runtime would
+    /// put into portmap's configuration stands there from the start.
+    fn write_conflist(&self, with_port: bool) {
+        let (inside, outside) = PORTS;
+        let mapping = format!(r#"{{"hostPort":{outside},"containerPort":{inside},"protocol":"tcp"}}"#);
+        let mappings = if with_port { mapping } else { String::new() };
+        let list = format!(
+            r#"{{"cniVersion":"0.4.0","name":"aws-cni","disableCheck":true,"plugins":[{},{{"type":"portmap","capabilities":{{"portMappings":true}},"snat":true,"runtimeConfig":{{"portMappings":[{mappings}]}}}}]}}"#,
+            self.bed.plugin
+        );
+        fs::write("/etc/cni/net.d/10-aws.conflist", list).unwrap();
+    }
+
+    fn create(&self, name: &'static str, command: &str, with_port: bool) -> Container {
+        self.write_conflist(with_port); // read once, by the `ctr run` below
+        let ctr = self.ctr();
+        // The native snapshotter needs nothing of the file system below it.
+        let run = format!("exec {ctr} run --rm --cni --snapshotter native enibox.test/busybox:1 {name} {command}");
+        let log = fs::File::create(self.dir.join(format!("{name}.log"))).unwrap();
+        let mut child = Command::new("bash")
+            .args(["-c", &run])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        until("the container runs", || match child.try_wait() {
+            Ok(None) => self.task_is_running(name),
+            ended => panic!("ctr run {name}: {ended:?}: {}", self.log(name)),
+        });
+        Container { name, address: self.address(name), ctr: child }
+    }
+
+    fn task_is_running(&self, name: &str) -> Result<String, String> {
+        let tasks = try_run(&format!("{} tasks ls", self.ctr()))?;
+        let running = tasks.lines().any(|line| line.starts_with(name) && line.contains("RUNNING"));
+        if running { Ok(tasks) } else { Err(tasks) }
+    }
+
+    fn remove(&self, mut container: Container) {
+        let name = container.name;
+        run(&format!("{} tasks kill --signal KILL {name}", self.ctr()));
+        let mut status = None;
+        until("ctr run ends", || {
+            status = container.ctr.try_wait().map_err(|error| error.to_string())?;
+            status.map(|_| String::new()).ok_or_else(|| "it still runs".into())
+        });
+        // It ends with the code of the killed process. A failed DEL would be told on a line of its own.
+        let (code, log) = (status.and_then(|status| status.code()), self.log(name));
+        assert!(code == Some(137) && log.trim().is_empty(), "ctr run {name} ended with {code:?}: {log}");
+    }
+
+    fn log(&self, name: &str) -> String {
+        fs::read_to_string(self.dir.join(format!("{name}.log"))).unwrap_or_default()
+    }
+
+    fn exec(&self, name: &str, command: &str) -> Result<String, String> {
+        let id = format!("exec-{}", uniquely());
+        try_run(&format!("{} tasks exec --exec-id {id} {name} {command}", self.ctr()))
+    }
+
+    fn address(&self, name: &str) -> String {
+        let shown = self.exec(name, "ip -o -4 addr show dev eth0").unwrap_or_else(|what| panic!("{what}"));
+        let cidr = shown.split_whitespace().skip_while(|word| *word != "inet").nth(1).unwrap_or_default();
+        let address = cidr.split('/').next().unwrap_or_default();
+        assert!(address.parse::<std::net::Ipv4Addr>().is_ok(), "{name} has no address: {shown:?}");
+        address.to_owned()
+    }
+
+    fn expect_served(&self, what: &str, call: impl Fn() -> Result<String, String>) {
+        until(what, || call().and_then(|text| if text.trim() == "served" { Ok(text) } else { Err(text) }));
+    }
+
+    /// Everything that a pod could leave behind in the node's network, as text.
+    fn network_state(&self) -> String {
+        let mut state = String::new();
+        for command in [
+            "ip -o link show",
+            "ip -o addr show",
+            "ip -4 rule show",
+            "ip -6 rule show",
+            "ip -4 route show table all",
+            "ip -4 neigh show nud permanent",
+            "nft --stateless list ruleset",
+        ] {
+            let shown = run(&format!("ip netns exec {} {command}", self.bed.node));
+            _ = writeln!(state, "# {command}\n{shown}");
+        }
+        state
+    }
+}
+
+impl Drop for Containerd<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- network\n{}", self.network_state());
+            eprintln!("--- containerd\n{}", fs::read_to_string(self.dir.join("containerd.log")).unwrap_or_default());
+            let ctr = self.ctr();
+            let names = try_run(&format!("{ctr} tasks ls -q")).unwrap_or_default();
+            for name in names.lines() {
+                _ = try_run(&format!("{ctr} tasks rm --force {name}"));
+            }
+        }
+        _ = Command::new("kill").arg(self.process.id().to_string()).status();
+        _ = self.process.wait();
+        // runc removes a container's cgroup and leaves the one above it, in each hierarchy of version 1 or at the root of 2.
+        let top = Path::new("/sys/fs/cgroup");
+        let below = fs::read_dir(top).into_iter().flatten().flatten().map(|entry| entry.path());
+        for hierarchy in below.chain([top.to_owned()]) {
+            _ = fs::remove_dir(hierarchy.join(NAMESPACE));
+        }
+    }
+}
+
+/// Runs `work` in a copy of this process that has a mount namespace of its own; `work` gets a folder that goes with it.
+fn in_private_mounts(test: &str, work: impl FnOnce(&Path)) {
+    if let Some(dir) = std::env::var_os(INSIDE) {
+        let dir = PathBuf::from(dir);
+        run(&format!("{} {}", fixture("private-mounts").display(), dir.display()));
+        for plugin in ["host-local", "ptp", "portmap", "loopback"] {
+            fs::copy(Path::new(PLUGINS).join(plugin), Path::new("/opt/cni/bin").join(plugin)).unwrap();
+        }
+        work(&dir);
+        return;
+    }
+    if let Some(missing) = missing() {
+        assert!(std::env::var_os("CI").is_none(), "{missing}");
+        // Straight to the descriptor: a captured line would be a silent skip.
+        _ = std::io::Write::write_all(&mut std::io::stderr(), format!("SKIPPED {test}: {missing}\n").as_bytes());
+        return;
+    }
+    let dir = std::env::temp_dir().join(format!("enibox-ctd-{}-{}", std::process::id(), uniquely()));
+    fs::create_dir(&dir).unwrap();
+    let output = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "--"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture", "--test-threads=1"])
+        .env(INSIDE, &dir)
+        .stdin(Stdio::null())
+        .output();
+    _ = fs::remove_dir(&dir); // empty: the tmpfs on it went with the namespace
+    let output = output.unwrap();
+    let said = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+    assert!(output.status.success(), "{}: {}", output.status, said.concat());
+}
+
+fn missing() -> Option<String> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = |program: &str| std::env::split_paths(&path).any(|folder| executable(&folder.join(program)));
+    if let Some((program, package)) = NEEDS.iter().find(|(program, _)| !found(program)) {
+        return Some(format!("{program} is not installed (Debian package {package})"));
+    }
+    if !executable(&Path::new(PLUGINS).join("portmap")) {
+        return Some(format!("{PLUGINS}/portmap is not installed (Debian package containernetworking-plugins)"));
+    }
+    (!executable(&static_busybox())).then(|| "a static busybox is not installed (Debian package busybox-static)".into())
+}
+
+fn executable(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+}
+
+fn static_busybox() -> PathBuf {
+    let places = ["/usr/bin/busybox", "/bin/busybox"].map(PathBuf::from);
+    places.into_iter().find(|place| executable(place)).unwrap_or_default()
+}
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/containerd").join(name)
+}
+
+fn uniquely() -> usize {
+    static NEXT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+    NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+}
+
+/// Runs a shell command within its time limit; standard output, or everything it said.
+fn try_run(command: &str) -> Result<String, String> {
+    let output = Command::new("timeout")
+        .args(["--kill-after=5", &COMMAND_S_MAX.to_string(), "bash", "-c", command])
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| format!("{command}: {error}"))?;
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    if output.status.success() {
+        Ok(out.into_owned())
+    } else {
+        Err(format!("{command}: {}\n{out}{err}", output.status))
+    }
+}
+
+#[track_caller]
+fn run(command: &str) -> String {
+    try_run(command).unwrap_or_else(|what| panic!("{what}"))
+}
+
+/// Tries until it works, at most 15 s: what is waited for takes a few milliseconds.
+#[track_caller]
+fn until(what: &str, mut attempt: impl FnMut() -> Result<String, String>) {
+    let start = Instant::now();
+    loop {
+        match attempt() {
+            Ok(_) => return,
+            Err(why) if start.elapsed() > Duration::from_secs(15) => panic!("{what}: {why}"),
+            Err(_) => std::thread::sleep(Duration::from_millis(50)),
+        }
+    }
+}
