@@ -435,13 +435,13 @@ impl Pool {
 
     /// Puts back an allocation read from the checkpoint: in its CIDR if that is known, else among the orphans. The error
     /// names the other owner of the address.
-    pub fn restore(&mut self, address: IpAddr, owner: Owner) -> Result<(), Owner> {
+    pub fn restore(&mut self, address: IpAddr, owner: Owner) -> Result<(), PodKey> {
         let found = self
             .enis
             .iter()
             .find_map(|(id, eni)| eni.cidrs.keys().find(|net| net.contains(&address)).map(|net| (id.clone(), *net)));
-        if let Some((other, _)) = self.orphans.values().find(|(ip, _)| *ip == address).map(|(ip, o)| (o.clone(), ip)) {
-            return Err(other);
+        if let Some((_, other)) = self.orphans.values().find(|(ip, _)| *ip == address) {
+            return Err(other.key.clone());
         }
         let Some((id, net)) = found else {
             self.orphans.insert(owner.key.clone(), (address, owner));
@@ -449,7 +449,7 @@ impl Pool {
         };
         let slot = self.slot_mut(&id, &net, address);
         if let Some(other) = &slot.owner {
-            return Err(other.clone());
+            return Err(other.key.clone());
         }
         let key = owner.key.clone();
         slot.owner = Some(owner);

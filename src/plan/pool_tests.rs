@@ -138,7 +138,7 @@ fn a_pod_whose_cidr_is_missing_is_kept_and_finds_its_place() {
     assert_eq!(pool.orphan_count(), 0);
     assert_eq!(pool.find(&owner("lost").key).unwrap().address, ip("10.0.7.7"));
     assert_eq!(pool.assign(at(1), owner("new")).unwrap().0.address, ip("10.0.0.10"), "never the kept one");
-    assert_eq!(pool.restore(ip("10.0.7.7"), owner("thief")).unwrap_err(), owner("lost"));
+    assert_eq!(pool.restore(ip("10.0.7.7"), owner("thief")).unwrap_err(), owner("lost").key);
     pool.check();
 }
 

@@ -13,7 +13,7 @@ use std::time::Duration;
 /// Addresses in an IPv4 prefix (/28).
 pub const PREFIX_ADDRESSES: usize = 16;
 /// An ENI younger than this is not freed (`spec/ipamd.md` 6.1).
-pub const ENI_AGE_MIN: Duration = Duration::from_secs(60);
+pub const ENI_AGE_MIN: Duration = Duration::from_mins(1);
 
 /// The warm targets; 0 in `warm_ip` and `minimum_ip` means that they are not set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -39,7 +39,7 @@ impl Default for Limits {
             head: 8 << 10,
             body: 1 << 20,
             headers: 64,
-            idle: Duration::from_secs(60),
+            idle: Duration::from_mins(1),
             transfer: Duration::from_secs(10),
         }
     }

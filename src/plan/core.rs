@@ -1,0 +1,439 @@
+//! The node's brain: `step(now, event) -> effects`, a state machine without I/O that the daemon, the simulator and the
+//! planner run unchanged.
+//!
+//! Effects are data. What takes time is an operation with a number: the effect that starts it and the event that ends it
+//! carry the same number. Two rules run through everything: an allocation is durable before its reply leaves
+//! ([`saver`]), and what is begun with EC2 is written down before the call ([`growth`], [`freeing`]). EC2 decides what
+//! exists; IMDS only hints ([`upkeep`]).
+
+mod boot;
+mod event;
+mod freeing;
+mod growth;
+mod pods;
+mod saver;
+mod upkeep;
+
+pub use event::{Answer, CallId, Effect, Event, Level, OpId, Seen};
+
+use super::backoff::{Backoff, Random};
+use super::host::Intent;
+use super::pool::Pool;
+use super::sizing::{Sizing, Targets};
+use crate::model::checkpoint::{Creating, EniFacts};
+use crate::model::ec2::{Call, ConntrackTimeouts, Failure, Interface, Reply, Subnet};
+use crate::model::ids::{EniId, GroupId, PodKey, SubnetId};
+use crate::model::imds::{self, Identity, Query};
+use crate::model::time::{Mono, Now};
+use ipnet::IpNet;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::IpAddr;
+use std::time::Duration;
+
+/// What the core is told once.
+#[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "they are the settings' own switches")]
+pub struct Config {
+    /// The instance.
+    pub identity: Identity,
+    /// IPv6 mode.
+    pub v6: bool,
+    /// Prefix delegation.
+    pub prefix_mode: bool,
+    /// Warm targets.
+    pub targets: Targets,
+    /// CIDRs per ENI besides its own address.
+    pub slots: usize,
+    /// ENIs that the card may hold.
+    pub eni_limit: usize,
+    /// Pods that the node may run.
+    pub max_pods: usize,
+    /// How long a released address rests.
+    pub ip_cooldown: Duration,
+    /// How long an ADD waits for an address that is on its way.
+    pub add_wait: Duration,
+    /// ENIs and addresses may be created, tagged and given back.
+    pub provisioning: bool,
+    /// The subnet of a new ENI is looked for by tags.
+    pub subnet_discovery: bool,
+    /// ENIs without our tags are used too.
+    pub manage_untagged: bool,
+    /// CLUSTER_NAME; empty when not set.
+    pub cluster_name: String,
+    /// ADDITIONAL_ENI_TAGS, checked.
+    pub additional_tags: BTreeMap<String, String>,
+    /// NETWORK_POLICY_ENFORCING_MODE verbatim; empty when not set.
+    pub network_policy_mode: String,
+    /// The host's network as the settings want it; the core fills in ENIs, pods and VPC CIDRs.
+    pub host: Intent,
+    /// Seed of jitter and client tokens.
+    pub seed: u64,
+}
+
+/// What has to be looked at again at a certain time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Timer {
+    /// IMDS: all ENIs.
+    Scan,
+    /// IMDS: CIDRs of the VPC.
+    VpcCidrs,
+    /// IMDS: security groups.
+    Groups,
+    /// EC2: all ENIs of the instance.
+    Describe,
+    /// The host's network.
+    Host,
+    /// Links of the host, to find pods that are gone.
+    Links,
+    /// The growth in progress wants to go on, or the pause after a failed one ends.
+    Growth,
+    /// A checkpoint that could not be written is tried again.
+    Save,
+    /// CIDRs or an ENI may be given back: enough time has passed.
+    Shrink,
+    /// ENIs on their way out.
+    Freeing,
+}
+
+/// An operation in progress: what its end means.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Op {
+    Scan,
+    VpcCidrs,
+    Groups,
+    Describe,
+    Host { enis: BTreeSet<EniId>, gone: BTreeSet<IpAddr> },
+    Tags(EniId),
+    ModifyGroups(EniId),
+    Unassign(EniId, Vec<IpNet>),
+    Growth,
+    Look,
+    Modify,
+    Free(EniId),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Nothing is known yet.
+    Starting,
+    /// Observing, setting up the host; no requests are served.
+    Booting,
+    /// Requests are served.
+    Ready,
+    /// No growth any more; requests are served until the process ends.
+    Stopping,
+}
+
+/// Pauses between attempts to reach IMDS, EC2, the kernel or the disk again.
+const RETRY: Backoff = Backoff { first: Duration::from_millis(500), cap: Duration::from_secs(30), jitter_percent: 20 };
+/// How often VPC CIDRs, security groups and the host's rules are looked at (`spec/ipamd.md` 9).
+const WATCH: Duration = Duration::from_secs(30);
+/// Reconcile after this long without a pool action, and at least every [`RECONCILE_MAX`] (B39).
+const RECONCILE: Duration = Duration::from_mins(1);
+const RECONCILE_MAX: Duration = Duration::from_mins(5);
+/// How often the host's links are compared with the allocations (B18).
+const LINK_CHECK: Duration = Duration::from_secs(150);
+
+/// The state of the node.
+#[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "four independent facts, not a state in disguise; that is `phase`")]
+pub struct Core {
+    config: Config,
+    random: Random,
+    phase: Phase,
+    now: Now,
+    out: Vec<Effect>,
+    ops: BTreeMap<OpId, Op>,
+    next_op: OpId,
+    timers: BTreeMap<Timer, Mono>,
+    attempts: BTreeMap<Timer, u32>,
+    woken_for: Option<Mono>,
+
+    pool: Pool,
+    saver: saver::Saver,
+    waiting: VecDeque<pods::Waiting>,
+    restarted: bool,
+    // Addresses that a pod seems to have although the checkpoint was unreadable.
+    reserved: BTreeMap<IpAddr, PodKey>,
+    // Cooldowns from the checkpoint, until the CIDR of the address is known.
+    cooling: BTreeMap<IpAddr, Mono>,
+    missing_veth: BTreeSet<PodKey>,
+
+    // What IMDS and EC2 told.
+    attached: BTreeMap<EniId, imds::Eni>,
+    scanned: bool,
+    facts: BTreeMap<EniId, EniFacts>,
+    described: Option<Mono>,
+    conntrack: ConntrackTimeouts,
+    vpc_cidrs: Option<Vec<IpNet>>,
+    groups: Option<Vec<GroupId>>,
+    subnets: Option<(Mono, Vec<Subnet>)>,
+    exhausted: BTreeMap<SubnetId, Mono>,
+    absent: BTreeMap<(EniId, Option<IpNet>), Mono>,
+    unassigned: BTreeMap<IpNet, Mono>,
+
+    // The host's network: what it should hold, and what it holds.
+    wanted: BTreeMap<EniId, imds::Eni>,
+    ready: BTreeSet<EniId>,
+    gone: BTreeSet<IpAddr>,
+    host_dirty: bool,
+
+    // What is being done with EC2.
+    growth: Option<growth::Growth>,
+    growth_failures: u32,
+    grown_once: bool,
+    resume: VecDeque<Creating>,
+    freeing: BTreeMap<EniId, freeing::Free>,
+    last_action: Mono,
+    last_reconcile: Mono,
+    last_shrink: Option<Mono>,
+}
+
+impl Core {
+    /// A core that knows nothing yet; it acts on [`Event::Started`].
+    pub fn new(config: Config) -> Core {
+        Core {
+            random: Random::new(config.seed),
+            pool: Pool::new(config.prefix_mode, config.ip_cooldown),
+            config,
+            phase: Phase::Starting,
+            now: Now::default(),
+            out: Vec::new(),
+            ops: BTreeMap::new(),
+            next_op: 1,
+            timers: BTreeMap::new(),
+            attempts: BTreeMap::new(),
+            woken_for: None,
+            saver: saver::Saver::default(),
+            waiting: VecDeque::new(),
+            restarted: false,
+            reserved: BTreeMap::new(),
+            cooling: BTreeMap::new(),
+            missing_veth: BTreeSet::new(),
+            attached: BTreeMap::new(),
+            scanned: false,
+            facts: BTreeMap::new(),
+            described: None,
+            conntrack: ConntrackTimeouts::default(),
+            vpc_cidrs: None,
+            groups: None,
+            subnets: None,
+            exhausted: BTreeMap::new(),
+            absent: BTreeMap::new(),
+            unassigned: BTreeMap::new(),
+            wanted: BTreeMap::new(),
+            ready: BTreeSet::new(),
+            gone: BTreeSet::new(),
+            host_dirty: false,
+            growth: None,
+            growth_failures: 0,
+            grown_once: false,
+            resume: VecDeque::new(),
+            freeing: BTreeMap::new(),
+            last_action: Mono::default(),
+            last_reconcile: Mono::default(),
+            last_shrink: None,
+        }
+    }
+
+    /// Takes one event and says what is to be done. Panics only if an invariant is broken: a wrong answer to a pod is
+    /// worse than a restart from the checkpoint.
+    pub fn step(&mut self, now: Now, event: Event) -> Vec<Effect> {
+        self.now = now;
+        match event {
+            Event::Started { checkpoint, seen, spool } => self.started(checkpoint.as_deref(), &seen, spool),
+            Event::Add(call, request) => self.add(call, request),
+            Event::Del(call, request) => self.del(call, &request),
+            Event::Spool(records) => self.drain_spool(records),
+            Event::Seen(Ok(seen)) => self.check_links(&seen),
+            Event::Seen(Err(error)) => self.log(Level::Warn, format!("list links: {error}")),
+            Event::Saved(generation, result) => self.saved(generation, result),
+            Event::Imds(op, result) => self.imds_done(op, result),
+            Event::Ec2(op, result) => self.ec2_done(op, result),
+            Event::Kernel(op, result) => self.kernel_done(op, result),
+            Event::Tick => {}
+            Event::Stop => self.stop(),
+        }
+        self.advance();
+        self.pool.check();
+        std::mem::take(&mut self.out)
+    }
+
+    /// The pool, for those who show it.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// Whether nothing is in progress and nobody waits: the state to which the core always comes back.
+    pub fn quiet(&self) -> bool {
+        self.phase == Phase::Ready
+            && self.ops.is_empty()
+            && self.growth.is_none()
+            && self.freeing.is_empty()
+            && self.waiting.is_empty()
+            && self.saver.idle()
+    }
+
+    // Everything that follows from the state and the time, whatever event it was.
+    fn advance(&mut self) {
+        if self.phase != Phase::Starting {
+            self.run_timers();
+            self.adopt();
+            self.grow();
+            self.become_ready();
+            self.shrink();
+            self.advance_freeing();
+            self.reconfigure_host();
+            self.serve_waiting();
+            self.save();
+        }
+        let deadlines = self.timers.values().copied().chain(self.waiting.iter().map(|waiting| waiting.deadline));
+        let next = deadlines.min();
+        if let Some(at) = next.filter(|_| next != self.woken_for) {
+            self.out.push(Effect::WakeAt(at));
+        }
+        self.woken_for = next;
+    }
+
+    fn run_timers(&mut self) {
+        let due: Vec<Timer> =
+            self.timers.iter().filter(|(_, at)| **at <= self.now.mono).map(|(timer, _)| *timer).collect();
+        for timer in due {
+            self.timers.remove(&timer);
+            match timer {
+                Timer::Scan => self.ask_imds(Op::Scan, Query::Scan),
+                Timer::VpcCidrs => self.ask_imds(Op::VpcCidrs, Query::VpcCidrs { v6: self.config.v6 }),
+                Timer::Groups => self.ask_imds(Op::Groups, Query::SecurityGroups),
+                Timer::Describe => self.describe(),
+                Timer::Host => self.host_dirty = true,
+                Timer::Links => {
+                    self.out.push(Effect::ListLinks);
+                    self.set_timer(Timer::Links, LINK_CHECK);
+                }
+                Timer::Growth => self.growth_timer(),
+                Timer::Save | Timer::Shrink | Timer::Freeing => {} // looked at in every step
+            }
+        }
+    }
+
+    fn set_timer(&mut self, timer: Timer, after: Duration) {
+        self.timers.insert(timer, self.now.mono.plus(after));
+    }
+
+    // Wakes up no later than `at` for `timer`.
+    fn wake_for(&mut self, timer: Timer, at: Mono) {
+        let at = self.timers.get(&timer).map_or(at, |set| at.min(*set));
+        self.timers.insert(timer, at);
+    }
+
+    // The next attempt of something that failed; the pause grows until it succeeds.
+    fn retry(&mut self, timer: Timer) {
+        let attempt = self.attempts.entry(timer).or_insert(0);
+        let pause = RETRY.pause(*attempt, &mut self.random);
+        *attempt = attempt.saturating_add(1);
+        self.set_timer(timer, pause);
+    }
+
+    fn succeeded(&mut self, timer: Timer) {
+        self.attempts.remove(&timer);
+    }
+
+    fn begin(&mut self, op: Op) -> OpId {
+        let id = self.next_op;
+        self.next_op += 1;
+        self.ops.insert(id, op);
+        id
+    }
+
+    fn ask_imds(&mut self, op: Op, query: Query) {
+        if !self.ops.values().any(|running| *running == op) {
+            let id = self.begin(op);
+            self.out.push(Effect::Imds(id, query));
+        }
+    }
+
+    fn ask_ec2(&mut self, op: Op, call: Call) {
+        let id = self.begin(op);
+        self.out.push(Effect::Ec2(id, call));
+    }
+
+    fn log(&mut self, level: Level, text: String) {
+        self.out.push(Effect::Log(level, text));
+    }
+
+    fn imds_done(&mut self, op: OpId, result: Result<imds::Answer, String>) {
+        match (self.ops.remove(&op), result) {
+            (Some(Op::Scan), Ok(imds::Answer::Enis(enis))) => self.scan_done(enis),
+            (Some(Op::VpcCidrs), Ok(imds::Answer::Cidrs(cidrs))) => self.vpc_cidrs_done(cidrs),
+            (Some(Op::Groups), Ok(imds::Answer::Groups(groups))) => self.groups_done(groups),
+            (Some(Op::Look), Ok(imds::Answer::Eni(eni))) => self.look_done(eni),
+            (Some(Op::Look), Err(_)) => self.look_done(None),
+            (Some(op), Err(error)) => {
+                let timer = match op {
+                    Op::VpcCidrs => Timer::VpcCidrs,
+                    Op::Groups => Timer::Groups,
+                    _ => Timer::Scan,
+                };
+                self.log(Level::Warn, format!("ask IMDS: {error}"));
+                self.retry(timer);
+            }
+            (op, Ok(answer)) => self.log(Level::Error, format!("IMDS answered {answer:?} to {op:?}")),
+            (None, Err(_)) => {} // of an operation that was given up
+        }
+    }
+
+    fn ec2_done(&mut self, op: OpId, result: Result<Reply, Failure>) {
+        match (self.ops.remove(&op), result) {
+            (Some(Op::Describe), Ok(Reply::Interfaces(interfaces))) => self.describe_done(&interfaces),
+            (Some(Op::Describe), Err(failure)) => {
+                self.log(Level::Warn, format!("describe the instance's ENIs: {failure}"));
+                self.retry(Timer::Describe);
+            }
+            (Some(Op::Growth), result) => self.growth_done(result),
+            (Some(Op::Modify), result) => self.modify_done(result),
+            (Some(Op::Free(eni)), result) => self.free_done(&eni, result),
+            (Some(Op::Unassign(eni, nets)), result) => self.unassign_done(&eni, &nets, result),
+            (Some(Op::Tags(eni) | Op::ModifyGroups(eni)), Err(failure)) => {
+                // Looked at again with the next description of the ENIs.
+                self.log(Level::Warn, format!("eni {eni}: {failure}"));
+            }
+            (Some(Op::Tags(_) | Op::ModifyGroups(_)) | None, _) => {}
+            (Some(op), result) => self.log(Level::Error, format!("EC2 answered {result:?} to {op:?}")),
+        }
+    }
+
+    fn sizing(&self) -> Sizing {
+        let unmanaged = self.attached.keys().filter(|id| self.facts.contains_key(*id) && !self.managed(id));
+        Sizing {
+            card: 0,
+            targets: self.config.targets,
+            slots: self.config.slots,
+            eni_limit: self.config.eni_limit.saturating_sub(unmanaged.count()),
+            reserved: self.freeing.len(), // an ENI on its way out still takes its slot
+            max_pods: self.config.max_pods,
+            primary_serves_pods: true,
+        }
+    }
+
+    // Whether pods may be put on an attached ENI, as far as is known. Cards above 0 are not managed (ENABLE_MULTI_NIC).
+    fn managed(&self, id: &EniId) -> bool {
+        let usable = |facts: &EniFacts| facts.managed && facts.interface_type != "efa-only";
+        let card_zero = self.attached.get(id).is_none_or(|eni| eni.card == 0);
+        *id == self.config.identity.primary_eni || (card_zero && self.facts.get(id).is_some_and(usable))
+    }
+
+    fn stop(&mut self) {
+        self.phase = Phase::Stopping;
+        self.log(Level::Info, "stopping: no growth any more".into());
+    }
+
+    fn acted(&mut self) {
+        self.last_action = self.now.mono;
+    }
+}
+
+// What EC2 says an ENI carries besides its own address.
+fn cidrs_of(interface: &Interface) -> BTreeSet<IpNet> {
+    let single = interface.secondary_ipv4s.iter().map(|ip| IpNet::from(IpAddr::V4(*ip)));
+    single.chain(interface.v4_prefixes.iter().map(|net| IpNet::V4(*net))).collect()
+}

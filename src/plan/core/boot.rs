@@ -1,0 +1,313 @@
+//! From nothing to serving: the checkpoint, what IMDS shows, the host's network, then requests. A restart needs no EC2:
+//! what EC2 told before stands in the checkpoint, and is checked as soon as EC2 answers (`spec/ipamd.md` 2, 5.3).
+
+use super::freeing::Free;
+use super::{Core, Effect, LINK_CHECK, Level, Op, Phase, Seen, Timer};
+use crate::model::checkpoint::{Allocation, Checkpoint, Own};
+use crate::model::ids::{EniId, PodKey, PodName};
+use crate::model::imds::{self, Query};
+use crate::model::naming;
+use crate::model::time::Wall;
+use crate::plan::host::HostEni;
+use crate::plan::pool::{Eni, Kind, Owner, Refused};
+use ipnet::IpNet;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+impl Core {
+    pub(super) fn started(&mut self, checkpoint: Option<&str>, seen: &Seen, spool: Vec<(String, PodKey)>) {
+        self.phase = Phase::Booting;
+        match checkpoint.map(Checkpoint::parse) {
+            None => self.log(Level::Info, "no checkpoint: a fresh node".into()),
+            Some(Ok(checkpoint)) => {
+                self.restarted = true;
+                self.restore(&checkpoint.allocations, seen);
+                self.restore_own(checkpoint.enibox.unwrap_or_default());
+            }
+            Some(Err(error)) => {
+                self.restarted = true;
+                self.log(
+                    Level::Error,
+                    format!("read checkpoint: {error}; keeping the addresses that the rules lead to"),
+                );
+                self.out.push(Effect::SetAside(error));
+                self.reserve(seen);
+            }
+        }
+        self.drain_spool(spool);
+        self.changed();
+        self.ask_imds(Op::Scan, Query::Scan);
+        self.ask_imds(Op::VpcCidrs, Query::VpcCidrs { v6: self.config.v6 });
+        self.ask_imds(Op::Groups, Query::SecurityGroups);
+        self.describe();
+        self.set_timer(Timer::Links, LINK_CHECK);
+    }
+
+    // Living pods keep their addresses, first without a place: their CIDRs are not known yet.
+    fn restore(&mut self, allocations: &[Allocation], seen: &Seen) {
+        for entry in allocations {
+            let Some(address) = entry.address() else {
+                self.log(
+                    Level::Error,
+                    format!("checkpoint: the entry of container {:?} has no address", entry.container),
+                );
+                continue;
+            };
+            let owner = Owner {
+                key: PodKey {
+                    network: entry.network.clone(),
+                    container: entry.container.clone(),
+                    ifname: entry.ifname.clone(),
+                },
+                pod: PodName { namespace: entry.metadata.namespace.clone(), name: entry.metadata.name.clone() },
+                interfaces: entry.metadata.interfaces.max(1),
+                since: Wall::from_unix_nanos(entry.timestamp),
+            };
+            if self.gone_at_restart(&owner, seen) {
+                self.log(Level::Info, format!("release {address} of {}: its pod is gone", owner.pod));
+                self.gone.insert(address);
+                self.cooling.insert(address, self.now.mono);
+            } else if let Err(other) = self.pool.restore(address, owner.clone()) {
+                // The one that came first stays; the other pod keeps its packets until it is deleted.
+                let text = format!("checkpoint: {address} is given to {other} and to {}", owner.key);
+                self.log(Level::Error, text);
+            }
+        }
+    }
+
+    fn restore_own(&mut self, own: Own) {
+        for (address, freed) in own.cooling {
+            let age = self.now.wall.since(Wall::from_unix_nanos(freed));
+            self.cooling.entry(address).or_insert(self.now.mono.minus(age));
+        }
+        self.facts = own.enis;
+        self.resume = own.creating.into();
+        self.freeing = own.freeing.into_iter().map(|(id, free)| (id, Free::resumed(free.attachment))).collect();
+    }
+
+    // The checkpoint is unreadable: whatever address a rule leads to belongs to a living pod that we cannot name (B19).
+    fn reserve(&mut self, seen: &Seen) {
+        for address in &seen.routed {
+            let key = PodKey { network: "unknown".into(), container: address.to_string(), ifname: "unknown".into() };
+            let owner = Owner { key: key.clone(), pod: PodName::default(), interfaces: 1, since: self.now.wall };
+            if self.pool.restore(*address, owner).is_ok() {
+                self.reserved.insert(*address, key);
+            }
+        }
+    }
+
+    pub(super) fn scan_done(&mut self, enis: Vec<imds::Eni>) {
+        self.succeeded(Timer::Scan);
+        if enis.is_empty() {
+            // An instance always has its primary ENI: this is no observation (`spec/ipamd.md` 17 "IMDS answers nothing").
+            self.log(Level::Warn, "IMDS lists no ENI: ignored".into());
+            return self.retry(Timer::Scan);
+        }
+        self.attached = enis.into_iter().map(|eni| (eni.id.clone(), eni)).collect();
+        let first = !std::mem::replace(&mut self.scanned, true);
+        if self.phase != Phase::Booting || !first {
+            self.compare_scan();
+        }
+    }
+
+    pub(super) fn vpc_cidrs_done(&mut self, mut cidrs: Vec<IpNet>) {
+        cidrs.sort_unstable();
+        cidrs.dedup();
+        self.succeeded(Timer::VpcCidrs);
+        self.set_timer(Timer::VpcCidrs, super::WATCH);
+        if cidrs.is_empty() {
+            self.log(Level::Warn, "IMDS lists no CIDR of the VPC: ignored".into());
+        } else if self.vpc_cidrs.as_ref() != Some(&cidrs) {
+            self.log(Level::Info, format!("the VPC has {cidrs:?}"));
+            self.vpc_cidrs = Some(cidrs);
+            self.host_dirty = true;
+        }
+    }
+
+    /// Takes in attached ENIs that are ours to use: first on the host, then in the pool.
+    pub(super) fn adopt(&mut self) {
+        if !self.scanned {
+            return;
+        }
+        let creating = self.growth.as_ref().and_then(|growth| growth.creating()).and_then(|c| c.eni.clone());
+        let resuming = |id: &EniId| self.resume.iter().any(|c| c.eni.as_ref().is_some_and(|(eni, _)| eni == id));
+        let new: Vec<imds::Eni> = self
+            .attached
+            .values()
+            .filter(|eni| {
+                self.managed(&eni.id)
+                    && !self.wanted.contains_key(&eni.id)
+                    && !self.freeing.contains_key(&eni.id)
+                    && creating.as_ref().is_none_or(|(id, _)| *id != eni.id)
+                    && !resuming(&eni.id)
+                    && eni.own_address(self.config.v6).is_some()
+            })
+            .cloned()
+            .collect();
+        for eni in new {
+            self.want(eni);
+        }
+    }
+
+    /// From now on the host's network includes this ENI.
+    pub(super) fn want(&mut self, eni: imds::Eni) {
+        self.log(Level::Info, format!("eni {}: device {}, {} addresses", eni.id, eni.device, eni.ipv4s.len()));
+        self.wanted.insert(eni.id.clone(), eni);
+        self.host_dirty = true;
+        self.succeeded(Timer::Host); // what failed for others is no reason to keep this one waiting
+    }
+
+    fn own_net(&self, eni: &imds::Eni) -> Option<IpNet> {
+        let subnet = if self.config.v6 { eni.subnet_v6 } else { eni.subnet_v4 };
+        let length = subnet.map_or(if self.config.v6 { 64 } else { 32 }, |net| net.prefix_len());
+        IpNet::new(eni.own_address(self.config.v6)?, length).ok()
+    }
+
+    // The subnet's first address is its router, in IPv4 (`spec/dataplane.md` 8.3).
+    fn gateway(&self, eni: &imds::Eni) -> Option<IpAddr> {
+        if self.config.v6 {
+            return "fe80:ec2::1".parse().ok();
+        }
+        match eni.subnet_v4?.network() {
+            IpAddr::V4(base) => Some(IpAddr::V4((u32::from(base).checked_add(1)?).into())),
+            IpAddr::V6(_) => None,
+        }
+    }
+
+    /// Has the kernel made what the state wants, one round at a time.
+    pub(super) fn reconfigure_host(&mut self) {
+        let busy = self.ops.values().any(|op| matches!(op, Op::Host { .. }));
+        let Some(vpc_cidrs) = self.vpc_cidrs.clone() else { return };
+        let primary = self.wanted.contains_key(&self.config.identity.primary_eni);
+        let paused = self.attempts.contains_key(&Timer::Host) && self.timers.contains_key(&Timer::Host);
+        if busy || paused || !primary || !self.host_dirty {
+            return;
+        }
+        self.host_dirty = false;
+        let mut intent = self.config.host.clone();
+        intent.vpc_cidrs = vpc_cidrs;
+        let mut included = std::collections::BTreeSet::new();
+        for eni in self.wanted.values() {
+            included.insert(eni.id.clone());
+            if eni.id == self.config.identity.primary_eni {
+                continue;
+            }
+            let facts = (self.own_net(eni), self.gateway(eni), naming::table_of(eni.card, eni.device));
+            let (Some(own), Some(gateway), Ok(table)) = facts else { continue };
+            intent.enis.push(HostEni {
+                id: eni.id.clone(),
+                mac: eni.mac,
+                card: eni.card,
+                device: eni.device,
+                own,
+                gateway,
+                table,
+                trunk: self.kind(&eni.id) == Kind::Trunk,
+            });
+        }
+        intent.pods = self.pool.allocations().filter_map(|(ip, _, table)| table.map(|table| (ip, table))).collect();
+        intent.gone = self.gone.iter().copied().collect();
+        let op = self.begin(Op::Host { enis: included, gone: self.gone.clone() });
+        self.out.push(Effect::Kernel(op, Box::new(intent)));
+    }
+
+    pub(super) fn kernel_done(&mut self, op: super::OpId, result: Result<BTreeMap<EniId, String>, String>) {
+        let Some(Op::Host { enis, gone }) = self.ops.remove(&op) else { return };
+        match result {
+            Err(error) => {
+                self.log(Level::Error, format!("set up the host's network: {error}"));
+                self.host_dirty = true;
+                self.retry(Timer::Host);
+            }
+            Ok(failed) => {
+                self.gone.retain(|ip| !gone.contains(ip));
+                for (eni, why) in &failed {
+                    self.log(Level::Warn, format!("set up eni {eni}: {why}"));
+                }
+                for id in enis {
+                    if !failed.contains_key(&id) && self.wanted.contains_key(&id) && self.ready.insert(id.clone()) {
+                        self.enrol(&id);
+                    }
+                }
+                if failed.is_empty() {
+                    self.succeeded(Timer::Host);
+                    self.set_timer(Timer::Host, super::WATCH);
+                } else {
+                    self.host_dirty = true;
+                    self.retry(Timer::Host);
+                }
+            }
+        }
+    }
+
+    pub(super) fn kind(&self, id: &EniId) -> Kind {
+        match self.facts.get(id).map(|facts| facts.interface_type.as_str()) {
+            Some("trunk") => Kind::Trunk,
+            Some("efa") => Kind::Efa,
+            _ => Kind::Plain,
+        }
+    }
+
+    // The host is ready for the ENI: its addresses can be given to pods from now on.
+    fn enrol(&mut self, id: &EniId) {
+        let Some(eni) = self.wanted.get(id).cloned() else { return };
+        let table = naming::table_of(eni.card, eni.device);
+        let (Some(own), Ok(table)) = (self.own_net(&eni), table) else { return };
+        let primary = *id == self.config.identity.primary_eni;
+        let entry =
+            Eni::new(eni.mac, eni.device, primary, self.kind(id), table, eni.subnet.clone(), own, self.now.mono);
+        if self.pool.add_eni(id.clone(), entry).is_err() {
+            return;
+        }
+        let singles = eni.ipv4s.iter().skip(1).map(|ip| IpNet::from(IpAddr::V4(*ip)));
+        let prefixes = if self.config.v6 { eni.v6_prefixes.clone() } else { eni.v4_prefixes.clone() };
+        let cidrs: Vec<IpNet> = if self.config.v6 { prefixes } else { singles.chain(prefixes).collect() };
+        for net in cidrs {
+            self.add_cidr(id, net);
+        }
+        self.acted();
+        self.growth_enrolled();
+    }
+
+    /// Puts a CIDR into the pool, with the cooldowns that its addresses still have.
+    pub(super) fn add_cidr(&mut self, id: &EniId, net: IpNet) {
+        match self.pool.add_cidr(id, net) {
+            Ok(()) => {
+                self.absent.remove(&(id.clone(), Some(net)));
+                let inside: Vec<IpAddr> = self.cooling.keys().filter(|ip| net.contains(*ip)).copied().collect();
+                for address in inside {
+                    if let Some(freed) = self.cooling.remove(&address) {
+                        self.pool.restore_cooling(address, freed);
+                    }
+                }
+            }
+            Err(Refused::Duplicate(other)) if other == *id => {}
+            Err(refused) => self.log(Level::Error, format!("eni {id}: add {net}: {refused:?}")),
+        }
+    }
+
+    /// Requests are served once the host stands and either pods run already or there is an address for the first.
+    pub(super) fn become_ready(&mut self) {
+        let primary = self.pool.eni(&self.config.identity.primary_eni).is_some();
+        let usable = self.restarted || self.pool.stats(self.now.mono).total > 0 || self.hopeless();
+        if self.phase == Phase::Booting && primary && usable {
+            self.phase = Phase::Ready;
+            let stats = self.pool.stats(self.now.mono);
+            let text = format!(
+                "ready: {} ENIs, {} addresses, {} in use, {} of unseen CIDRs",
+                self.pool.enis().count(),
+                stats.total,
+                stats.assigned,
+                self.pool.orphan_count()
+            );
+            self.log(Level::Info, text);
+            self.out.push(Effect::Ready);
+            self.set_timer(Timer::Scan, super::RECONCILE);
+        }
+    }
+
+    // Nothing will make the pool larger soon: better serve DELs and refuse ADDs with a reason than not to answer.
+    fn hopeless(&self) -> bool {
+        self.described.is_some() && self.growth.is_none() && (self.grown_once || !self.config.provisioning)
+    }
+}

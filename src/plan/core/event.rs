@@ -1,0 +1,106 @@
+//! What the core is told and what it wants done.
+
+use crate::model::ec2::{Call, Failure, Reply};
+use crate::model::ids::{EniId, PodKey};
+use crate::model::imds::{self, Query};
+use crate::model::time::Mono;
+use crate::model::wire::{AddNetworkReply, AddNetworkRequest, DelNetworkReply, DelNetworkRequest};
+use crate::plan::host::Intent;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+/// Number of a request of a plugin.
+pub type CallId = u64;
+/// Number of an operation.
+pub type OpId = u64;
+
+/// What the host shows about its pods.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Names of all links.
+    pub links: Vec<String>,
+    /// Addresses with a rule "to address, priority 512": pods as the routing sees them.
+    pub routed: BTreeSet<IpAddr>,
+}
+
+/// Something happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// The process started.
+    Started {
+        /// Content of the checkpoint file; `None` on a fresh node.
+        checkpoint: Option<String>,
+        /// The host.
+        seen: Seen,
+        /// Keys whose DEL came while no daemon ran, with the name of their record.
+        spool: Vec<(String, PodKey)>,
+    },
+    /// A plugin asks for an address.
+    Add(CallId, AddNetworkRequest),
+    /// A plugin gives an address back.
+    Del(CallId, DelNetworkRequest),
+    /// Records of DELs that could not reach us.
+    Spool(Vec<(String, PodKey)>),
+    /// The host, as asked by [`Effect::ListLinks`].
+    Seen(Result<Seen, String>),
+    /// The checkpoint of this generation is on disk, or is not.
+    Saved(u64, Result<(), String>),
+    /// IMDS answered.
+    Imds(OpId, Result<imds::Answer, String>),
+    /// EC2 answered.
+    Ec2(OpId, Result<Reply, Failure>),
+    /// The host's network was applied; ENIs that could not be set up with their reasons.
+    Kernel(OpId, Result<BTreeMap<EniId, String>, String>),
+    /// The time of [`Effect::WakeAt`] has come.
+    Tick,
+    /// The process is to end.
+    Stop,
+}
+
+/// Answer to a plugin.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// To an ADD; without success there is no address.
+    Add(AddNetworkReply),
+    /// To a DEL.
+    Del(DelNetworkReply),
+    /// An error with its text.
+    Error(String),
+}
+
+/// How loud a log line is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum Level {
+    Debug,
+    Info,
+    Warn,
+    Error,
+}
+
+/// Something is to be done.
+#[derive(Clone, Debug)]
+pub enum Effect {
+    /// Answer a request.
+    Reply(CallId, Answer),
+    /// Call EC2.
+    Ec2(OpId, Call),
+    /// Ask IMDS.
+    Imds(OpId, Query),
+    /// Make the host's network so.
+    Kernel(OpId, Box<Intent>),
+    /// Write the checkpoint: generation and content.
+    Save(u64, String),
+    /// The checkpoint that was read cannot be used, for this reason: keep it under another name.
+    SetAside(String),
+    /// Look at the host's links and rules.
+    ListLinks,
+    /// The records with these names are done with.
+    SpoolDone(Vec<String>),
+    /// Send [`Event::Tick`] at this time; replaces the former wish.
+    WakeAt(Mono),
+    /// Requests can be served from now on.
+    Ready,
+    /// A line for the log.
+    Log(Level, String),
+}

@@ -1,0 +1,228 @@
+//! An ENI on its way out: out of the pool and the host first, then detached and deleted (`spec/aws.md` 8.4).
+//!
+//! It is written down from the moment it leaves the pool until EC2 has deleted it. EC2 is asked once more before the
+//! detach: an ENI that is somebody else's by now is left alone.
+
+use super::{Core, Level, Op, Phase, Timer};
+use crate::model::ec2::{Call, Failure, Interface, Reply};
+use crate::model::ids::{AttachmentId, EniId};
+use crate::model::time::Mono;
+use crate::plan::backoff::Backoff;
+use ipnet::IpNet;
+use std::time::Duration;
+
+/// Between two passes that give addresses back (`spec/ipamd.md` 6.1).
+const SHRINK_EVERY: Duration = Duration::from_secs(30);
+/// A CIDR that was given back is not taken in again for so long (`spec/ipamd.md` 9.5).
+const UNASSIGNED: Duration = Duration::from_mins(1);
+/// Between a detach and the first attempt to delete.
+const AFTER_DETACH: Duration = Duration::from_secs(2);
+/// Pauses between attempts to detach and to delete.
+const AGAIN: Backoff = Backoff { first: Duration::from_millis(500), cap: Duration::from_mins(1), jitter_percent: 15 };
+/// Attempts of each.
+const TRIES: u32 = 12;
+
+/// An ENI that left the pool.
+#[derive(Debug)]
+pub(super) struct Free {
+    pub(super) attachment: Option<AttachmentId>,
+    stage: Stage,
+    tries: u32,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Stage {
+    /// Waits for the checkpoint of this generation.
+    Journal(u64),
+    /// Waits for this time, then looks at what EC2 has.
+    Pause(Mono),
+    /// DescribeNetworkInterfaces is out.
+    Inspect,
+    /// DetachNetworkInterface is out.
+    Detach,
+    /// DeleteNetworkInterface is out.
+    Delete,
+}
+
+impl Free {
+    /// One that was begun before, by a former run or as the end of a creation.
+    pub(super) fn resumed(attachment: Option<AttachmentId>) -> Free {
+        Free { attachment, stage: Stage::Pause(Mono::default()), tries: 0 }
+    }
+}
+
+impl Core {
+    /// Gives back what is too much: single CIDRs at most every 30 s, then a whole ENI.
+    pub(super) fn shrink(&mut self) {
+        let idle = self.phase == Phase::Ready && self.growth.is_none() && self.freeing.is_empty();
+        let allowed = self.config.provisioning && !self.config.v6 && self.described.is_some() && self.absent.is_empty();
+        if !idle || !allowed || !self.waiting.is_empty() || self.ops.values().any(|op| matches!(op, Op::Unassign(..))) {
+            return;
+        }
+        let rested = self.last_shrink.is_none_or(|last| self.now.mono.since(last) > SHRINK_EVERY);
+        if rested {
+            for (eni, nets) in self.sizing().surplus(&self.pool, self.now.mono) {
+                self.unassign(&eni, &nets);
+            }
+        }
+        if let Some(eni) = self.sizing().spare_eni(&self.pool, self.now.mono) {
+            self.free_eni(&eni);
+        } else if self.pool.enis().count() > 1 || self.config.targets.warm_ip + self.config.targets.minimum_ip > 0 {
+            self.wake_to_shrink();
+        }
+    }
+
+    // Ages and cooldowns end without an event: look again at the end of the next one.
+    fn wake_to_shrink(&mut self) {
+        let cooldown = self.pool.cooldown();
+        let rested = self.pool.cooling(self.now.mono).map(|(_, freed)| freed.plus(cooldown));
+        let aged = self.pool.enis().map(|(_, eni)| eni.added.plus(crate::plan::sizing::ENI_AGE_MIN));
+        let next = rested.chain(aged).chain(self.last_shrink.map(|at| at.plus(SHRINK_EVERY)));
+        if let Some(at) = next.filter(|at| *at > self.now.mono).min() {
+            // One millisecond later, so that "more than" holds.
+            self.wake_for(Timer::Shrink, at.plus(Duration::from_millis(1)));
+        }
+    }
+
+    fn unassign(&mut self, eni: &EniId, nets: &[IpNet]) {
+        let gone: Vec<IpNet> = nets.iter().filter(|net| self.pool.remove_cidr(eni, net).is_ok()).copied().collect();
+        let mut addresses = Vec::new();
+        let mut prefixes = Vec::new();
+        for net in &gone {
+            self.unassigned.insert(*net, self.now.mono.plus(UNASSIGNED));
+            match net {
+                IpNet::V4(net) if net.prefix_len() == 32 => addresses.push(net.addr()),
+                IpNet::V4(net) => prefixes.push(*net),
+                IpNet::V6(_) => {} // the prefix of an ENI is never given back in IPv6 mode
+            }
+        }
+        self.log(Level::Info, format!("eni {eni}: give back {gone:?}"));
+        let (single, whole): (Vec<IpNet>, Vec<IpNet>) = gone.into_iter().partition(|net| net.prefix_len() == 32);
+        if !prefixes.is_empty() {
+            let call = Call::UnassignPrefixes { eni: eni.clone(), prefixes };
+            self.ask_ec2(Op::Unassign(eni.clone(), whole), call);
+        }
+        if !addresses.is_empty() {
+            let call = Call::UnassignAddresses { eni: eni.clone(), addresses };
+            self.ask_ec2(Op::Unassign(eni.clone(), single), call);
+        }
+        self.last_shrink = Some(self.now.mono);
+        self.acted();
+    }
+
+    pub(super) fn unassign_done(&mut self, eni: &EniId, nets: &[IpNet], result: Result<Reply, Failure>) {
+        if let Err(failure) = result {
+            // Still there, as far as is known: the reconciliation takes them in again after the cooldown.
+            self.log(Level::Warn, format!("eni {eni}: give back {nets:?}: {failure}"));
+        }
+    }
+
+    fn free_eni(&mut self, id: &EniId) {
+        if self.pool.remove_eni(id).is_err() {
+            return;
+        }
+        self.log(Level::Info, format!("eni {id}: give it back"));
+        self.wanted.remove(id);
+        self.ready.remove(id);
+        self.host_dirty = true;
+        let attachment = self.facts.get(id).map(|facts| facts.attachment.clone());
+        let generation = self.changed();
+        self.freeing.insert(id.clone(), Free { attachment, stage: Stage::Journal(generation), tries: 0 });
+        self.acted();
+    }
+
+    pub(super) fn advance_freeing(&mut self) {
+        let due: Vec<EniId> = self
+            .freeing
+            .iter()
+            .filter(|(_, free)| match free.stage {
+                Stage::Journal(generation) => self.saver.durable(generation),
+                Stage::Pause(until) => until <= self.now.mono && self.scanned,
+                Stage::Inspect | Stage::Detach | Stage::Delete => false,
+            })
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in due {
+            self.free_stage(&id, Stage::Inspect);
+            self.ask_ec2(Op::Free(id.clone()), Call::DescribeOne(id));
+        }
+    }
+
+    fn free_stage(&mut self, id: &EniId, stage: Stage) {
+        if let Stage::Pause(until) = stage {
+            self.wake_for(Timer::Freeing, until);
+        }
+        if let Some(free) = self.freeing.get_mut(id) {
+            free.stage = stage;
+        }
+    }
+
+    pub(super) fn free_done(&mut self, id: &EniId, result: Result<Reply, Failure>) {
+        let Some(free) = self.freeing.get(id) else { return };
+        match (&free.stage, result) {
+            (Stage::Inspect, Ok(Reply::Interfaces(found))) => {
+                let found = found.into_iter().find(|interface| interface.id == *id);
+                self.free_inspected(id, found);
+            }
+            (Stage::Detach, Ok(_)) => {
+                let until = self.now.mono.plus(AFTER_DETACH);
+                self.free_stage(id, Stage::Pause(until));
+            }
+            (Stage::Delete, Ok(_)) => self.freed(id),
+            (Stage::Delete, Err(failure)) if failure.code == "InvalidNetworkInterfaceID.NotFound" => self.freed(id),
+            (_, Err(failure)) => self.free_failed(id, &failure),
+            (_, Ok(_)) => {}
+        }
+    }
+
+    fn free_inspected(&mut self, id: &EniId, found: Option<Interface>) {
+        let ours = &self.config.identity.instance;
+        match found.map(|interface| (interface.attachment, interface.status)) {
+            None => self.freed(id),
+            Some((Some(attachment), status)) if attachment.instance == *ours => {
+                if status == "detaching" {
+                    let until = self.now.mono.plus(AFTER_DETACH);
+                    self.free_stage(id, Stage::Pause(until));
+                } else {
+                    self.free_stage(id, Stage::Detach);
+                    self.ask_ec2(Op::Free(id.clone()), Call::Detach(attachment.id));
+                }
+            }
+            Some((Some(attachment), _)) => {
+                self.log(Level::Error, format!("eni {id} is attached to {} by now: left alone", attachment.instance));
+                self.freed(id);
+            }
+            Some((None, _)) => {
+                self.free_stage(id, Stage::Delete);
+                self.ask_ec2(Op::Free(id.clone()), Call::Delete(id.clone()));
+            }
+        }
+    }
+
+    fn free_failed(&mut self, id: &EniId, failure: &Failure) {
+        let Some(free) = self.freeing.get_mut(id) else { return };
+        free.tries += 1;
+        let tries = free.tries;
+        self.log(Level::Warn, format!("eni {id}: give it back, attempt {tries}: {failure}"));
+        if tries >= TRIES {
+            self.log(
+                Level::Error,
+                format!("eni {id}: given up; it is taken in again if it is attached, else it is leaked"),
+            );
+            return self.freed(id);
+        }
+        let pause = AGAIN.pause(tries - 1, &mut self.random);
+        let until = self.now.mono.plus(pause);
+        self.free_stage(id, Stage::Pause(until));
+    }
+
+    fn freed(&mut self, id: &EniId) {
+        self.log(Level::Info, format!("eni {id}: gone"));
+        self.freeing.remove(id);
+        self.facts.remove(id);
+        self.attached.remove(id);
+        self.changed();
+        self.acted();
+        // IMDS may list it for a while; the next scan is trusted only with EC2's word on unknown ENIs.
+    }
+}

@@ -1,0 +1,255 @@
+//! Requests of the plugins: an address for a pod, and back (`spec/ipamd.md` 10.2, 10.3).
+
+use super::saver::Undo;
+use super::{Answer, CallId, Core, Effect, Level, Phase, Seen};
+use crate::model::ids::{PodKey, PodName};
+use crate::model::naming;
+use crate::model::time::Mono;
+use crate::model::wire::{
+    AddNetworkReply, AddNetworkRequest, DelNetworkReply, DelNetworkRequest, IpAllocation, UNKNOWN_POD,
+};
+use crate::plan::pool::{Owner, Place};
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::time::Duration;
+
+/// Most ADDs that wait for an address at one time; more are refused at once. The kubelet starts far fewer pods in parallel.
+const WAITING_MAX: usize = 1024;
+/// An allocation younger than this is not called dead for want of a veth: it is written before its veth exists (B18).
+const VETH_GRACE: Duration = Duration::from_mins(5);
+/// The same at a restart, where the plugin that was in the middle of an ADD has lost its connection and undoes.
+const VETH_GRACE_RESTART: Duration = Duration::from_mins(1);
+
+/// An ADD that waits for an address.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    call: CallId,
+    owner: Owner,
+    pub(super) deadline: Mono,
+}
+
+impl Core {
+    pub(super) fn add(&mut self, call: CallId, request: AddNetworkRequest) {
+        let key = PodKey { network: request.network_name, container: request.container_id, ifname: request.if_name };
+        if matches!(self.phase, Phase::Starting | Phase::Booting) {
+            return self.out.push(Effect::Reply(call, Answer::Error("the daemon is starting".into())));
+        }
+        if key.network.is_empty() || key.container.is_empty() || key.ifname.is_empty() {
+            return self.refuse(call, &key, "network name, container id and interface name must be given");
+        }
+        if request.requires_multi_nic {
+            return self.refuse(call, &key, "several interfaces are wanted, but ENABLE_MULTI_NIC is off");
+        }
+        let pod = PodName { namespace: request.pod_namespace, name: request.pod_name };
+        let owner = Owner { key, pod, interfaces: 1, since: self.now.wall };
+        // Those who came earlier are served first.
+        let first = self.waiting.is_empty() || self.pool.find(&owner.key).is_some();
+        if first && self.try_assign(call, &owner) {
+            return;
+        }
+        if self.waiting.len() >= WAITING_MAX {
+            return self.refuse(call, &owner.key, "too many requests wait already");
+        }
+        let deadline = self.now.mono.plus(self.config.add_wait);
+        self.waiting.push_back(Waiting { call, owner, deadline });
+    }
+
+    // Gives an address if there is one; the reply leaves when it is durable.
+    fn try_assign(&mut self, call: CallId, owner: &Owner) -> bool {
+        let Ok((place, fresh)) = self.pool.assign(self.now, owner.clone()) else { return false };
+        let mut undo = Undo::Nothing;
+        if fresh {
+            self.log(
+                Level::Info,
+                format!("assign {} to {} ({}) on {}", place.address, owner.pod, owner.key, place.eni),
+            );
+            self.gone.remove(&place.address);
+            self.changed();
+            undo = Undo::Assign(owner.key.clone());
+        }
+        let answer = Answer::Add(self.add_reply(&place));
+        self.when_durable(Effect::Reply(call, answer), undo);
+        true
+    }
+
+    fn add_reply(&self, place: &Place) -> AddNetworkReply {
+        let texts = |nets: &[ipnet::IpNet]| nets.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let mut cidrs = texts(self.vpc_cidrs.as_deref().unwrap_or_default());
+        let host = &self.config.host;
+        if !self.config.v6 && !host.external_snat {
+            cidrs.extend(texts(&host.excluded_cidrs));
+        }
+        AddNetworkReply {
+            success: true,
+            allocations: vec![allocation(place)],
+            use_external_snat: !self.config.v6 && host.external_snat,
+            vpc_v4_cidrs: if self.config.v6 { Vec::new() } else { cidrs.clone() },
+            vpc_v6_cidrs: if self.config.v6 { cidrs } else { Vec::new() },
+            network_policy_mode: self.config.network_policy_mode.clone(),
+            ..AddNetworkReply::default()
+        }
+    }
+
+    fn refuse(&mut self, call: CallId, key: &PodKey, why: &str) {
+        self.log(Level::Warn, format!("no address for {key}: {why}"));
+        self.out.push(Effect::Reply(call, Answer::Add(AddNetworkReply::default())));
+    }
+
+    /// Serves the waiting in their order; refuses those whose time is up or for whom nothing is on its way.
+    pub(super) fn serve_waiting(&mut self) {
+        while let Some(Waiting { call, owner, deadline }) = self.waiting.pop_front() {
+            if self.try_assign(call, &owner) {
+                continue;
+            }
+            let hope = self.now.mono < deadline && self.address_expected(deadline);
+            if hope && self.phase != Phase::Stopping {
+                self.waiting.push_front(Waiting { call, owner, deadline });
+                return;
+            }
+            let stats = self.pool.stats(self.now.mono);
+            let why = format!(
+                "all {} addresses are in use or cooling ({} cooling), {} of {} ENIs attached",
+                stats.total,
+                stats.cooling,
+                self.pool.enis().count(),
+                self.config.eni_limit
+            );
+            self.refuse(call, &owner.key, &why);
+        }
+    }
+
+    // Whether an address may turn up before the deadline: an allocation is under way, or one ends its cooldown.
+    fn address_expected(&self, deadline: Mono) -> bool {
+        let cooldown = self.pool.cooldown();
+        self.growth.is_some() || self.pool.cooling(self.now.mono).any(|(_, freed)| freed.plus(cooldown) <= deadline)
+    }
+
+    pub(super) fn del(&mut self, call: CallId, request: &DelNetworkRequest) {
+        if self.phase == Phase::Starting {
+            return self.out.push(Effect::Reply(call, Answer::Error("the daemon is starting".into())));
+        }
+        let key = PodKey {
+            network: request.network_name.clone(),
+            container: request.container_id.clone(),
+            ifname: request.if_name.clone(),
+        };
+        self.cancel_waiting(&key);
+        let Some(released) = self.pool.release(self.now, &key) else {
+            return self.out.push(Effect::Reply(call, Answer::Error(UNKNOWN_POD.into())));
+        };
+        self.log(
+            Level::Info,
+            format!("release {} of {} ({key}): {}", released.address, released.owner.pod, request.reason),
+        );
+        self.changed();
+        let mut allocations = vec![IpAllocation::default()];
+        if let Some(place) = &released.place {
+            allocations = vec![allocation(place)];
+        } else {
+            // Table 0: the plugin removes the pod's rules whatever table they name.
+            set_address(&mut allocations[0], released.address);
+        }
+        let reply = DelNetworkReply {
+            success: true,
+            allocations,
+            network_policy_mode: self.config.network_policy_mode.clone(),
+            ..DelNetworkReply::default()
+        };
+        self.when_durable(Effect::Reply(call, Answer::Del(reply)), Undo::Release(Box::new(released)));
+    }
+
+    // The runtime has given up the ADD that still waits.
+    fn cancel_waiting(&mut self, key: &PodKey) {
+        let (given_up, rest): (Vec<Waiting>, Vec<Waiting>) =
+            std::mem::take(&mut self.waiting).into_iter().partition(|waiting| waiting.owner.key == *key);
+        self.waiting = rest.into();
+        for waiting in given_up {
+            self.refuse(waiting.call, key, "deleted while it waited");
+        }
+    }
+
+    /// DELs that came while no daemon ran: the plugin has cleared the kernel, the addresses come back now.
+    pub(super) fn drain_spool(&mut self, records: Vec<(String, PodKey)>) {
+        let mut names = Vec::new();
+        for (name, key) in records {
+            if let Some(released) = self.pool.release(self.now, &key) {
+                self.log(
+                    Level::Info,
+                    format!("release {} of {key}: deleted while the daemon was away", released.address),
+                );
+                self.gone.insert(released.address);
+                self.host_dirty = true;
+                self.changed();
+            }
+            names.push(name);
+        }
+        // A record that went too early would be lost with a crash; one that stays is harmless, since its key is unknown
+        // the second time.
+        if !names.is_empty() {
+            self.when_durable(Effect::SpoolDone(names), Undo::Nothing);
+        }
+    }
+
+    /// Whether the host shows no sign of the pod.
+    fn without_veth(owner: &Owner, seen: &Seen) -> bool {
+        let PodName { namespace, name } = &owner.pod;
+        if namespace.is_empty() || name.is_empty() {
+            return false;
+        }
+        let suffix = naming::suffix(namespace, name, 0);
+        !seen.links.iter().any(|link| link.ends_with(&suffix))
+    }
+
+    /// At a restart: which of the pods in the checkpoint are gone (`spec/ipamd.md` 5.3).
+    pub(super) fn gone_at_restart(&self, owner: &Owner, seen: &Seen) -> bool {
+        Self::without_veth(owner, seen) && self.now.wall.since(owner.since) > VETH_GRACE_RESTART
+    }
+
+    /// Releases addresses of pods whose veth is missing in two scans in a row (B18), and those that were reserved without
+    /// a known owner once no rule leads to them (B19).
+    pub(super) fn check_links(&mut self, seen: &Seen) {
+        let old = |owner: &Owner| self.now.wall.since(owner.since) > VETH_GRACE;
+        let missing: BTreeSet<PodKey> = self
+            .pool
+            .allocations()
+            .filter(|(_, owner, _)| old(owner) && Self::without_veth(owner, seen))
+            .map(|(_, owner, _)| owner.key.clone())
+            .collect();
+        let mut dead: Vec<PodKey> = missing.intersection(&self.missing_veth).cloned().collect();
+        self.missing_veth = missing;
+        let unrouted = self.reserved.iter().filter(|(address, _)| !seen.routed.contains(address));
+        let unrouted: Vec<(IpAddr, PodKey)> = unrouted.map(|(address, key)| (*address, key.clone())).collect();
+        for (address, key) in unrouted {
+            self.reserved.remove(&address);
+            dead.push(key);
+        }
+        for key in dead {
+            if let Some(released) = self.pool.release(self.now, &key) {
+                self.log(
+                    Level::Warn,
+                    format!("release {} of {key}: its pod is gone and no DEL came", released.address),
+                );
+                self.gone.insert(released.address);
+                self.host_dirty = true;
+                self.changed();
+            }
+        }
+    }
+}
+
+fn set_address(allocation: &mut IpAllocation, address: IpAddr) {
+    match address {
+        IpAddr::V4(ip) => allocation.ipv4 = ip.to_string(),
+        IpAddr::V6(ip) => allocation.ipv6 = ip.to_string(),
+    }
+}
+
+fn allocation(place: &Place) -> IpAllocation {
+    let mut allocation = IpAllocation {
+        device_number: i32::try_from(place.device).unwrap_or(i32::MAX),
+        route_table_id: i32::try_from(place.table).unwrap_or(i32::MAX),
+        ..IpAllocation::default()
+    };
+    set_address(&mut allocation, place.address);
+    allocation
+}

@@ -1,0 +1,146 @@
+//! Durable before told: every change that must survive a crash gets a generation, and what depends on it (a reply, a call
+//! to EC2) waits until a checkpoint of that generation or a later one is on disk. One write is in flight at a time, so
+//! that requests which arrive meanwhile share the next one.
+
+use super::{Answer, Core, Effect, Level, Timer};
+use crate::model::checkpoint::{Allocation, Checkpoint, Freeing, Metadata, Own, VERSION};
+use crate::model::ids::PodKey;
+use crate::plan::pool::Released;
+use std::net::IpAddr;
+
+// An effect that waits for a generation. If that cannot be made durable, the change is undone and the caller is told.
+#[derive(Debug)]
+struct Pending {
+    generation: u64,
+    effect: Effect,
+    undo: Undo,
+}
+
+/// How to take back a change that could not be made durable.
+#[derive(Debug)]
+pub(super) enum Undo {
+    Nothing,
+    Assign(PodKey),
+    Release(Box<Released>),
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Saver {
+    current: u64,
+    written: u64,
+    in_flight: bool,
+    pending: Vec<Pending>,
+}
+
+impl Saver {
+    pub(super) fn idle(&self) -> bool {
+        !self.in_flight && self.current == self.written
+    }
+
+    /// Whether everything up to `generation` is on disk.
+    pub(super) fn durable(&self, generation: u64) -> bool {
+        self.written >= generation
+    }
+}
+
+impl Core {
+    /// Notes a change; the result is its generation.
+    pub(super) fn changed(&mut self) -> u64 {
+        self.saver.current += 1;
+        self.saver.current
+    }
+
+    /// Lets `effect` out once everything that was changed so far is durable; if that fails, takes the change back and, if
+    /// it was to be a reply, says so instead.
+    pub(super) fn when_durable(&mut self, effect: Effect, undo: Undo) {
+        let generation = self.saver.current;
+        if self.saver.durable(generation) {
+            self.out.push(effect);
+        } else {
+            self.saver.pending.push(Pending { generation, effect, undo });
+        }
+    }
+
+    pub(super) fn save(&mut self) {
+        let paused = self.timers.contains_key(&Timer::Save);
+        if !self.saver.in_flight && !paused && self.saver.written < self.saver.current {
+            self.saver.in_flight = true;
+            let content = self.checkpoint().to_text();
+            self.out.push(Effect::Save(self.saver.current, content));
+        }
+    }
+
+    pub(super) fn saved(&mut self, generation: u64, result: Result<(), String>) {
+        self.saver.in_flight = false;
+        let Err(error) = result else {
+            self.succeeded(Timer::Save);
+            self.saver.written = self.saver.written.max(generation);
+            for pending in std::mem::take(&mut self.saver.pending) {
+                if self.saver.durable(pending.generation) {
+                    self.out.push(pending.effect);
+                } else {
+                    self.saver.pending.push(pending);
+                }
+            }
+            return;
+        };
+        self.log(Level::Error, format!("write checkpoint: {error}"));
+        // Newest first, so that each change is undone on the state that it made.
+        for Pending { effect, undo, .. } in std::mem::take(&mut self.saver.pending).into_iter().rev() {
+            match undo {
+                Undo::Nothing => {}
+                Undo::Assign(key) => self.pool.undo_assign(&key),
+                Undo::Release(released) => {
+                    self.gone.remove(&released.address);
+                    self.pool.undo_release(*released);
+                }
+            }
+            if let Effect::Reply(call, _) = effect {
+                self.out.push(Effect::Reply(call, Answer::Error(format!("write checkpoint: {error}"))));
+            }
+        }
+        // Whether the failed write reached the disk is not known, so the undone state is written too.
+        self.changed();
+        self.retry(Timer::Save);
+    }
+
+    fn checkpoint(&self) -> Checkpoint {
+        let allocations = self.pool.allocations().map(|(address, owner, _)| {
+            let (ipv4, ipv6) = match address {
+                IpAddr::V4(ip) => (Some(ip), None),
+                IpAddr::V6(ip) => (None, Some(ip)),
+            };
+            Allocation {
+                network: owner.key.network.clone(),
+                container: owner.key.container.clone(),
+                ifname: owner.key.ifname.clone(),
+                ipv4,
+                ipv6,
+                timestamp: owner.since.as_unix_nanos(),
+                metadata: Metadata {
+                    namespace: owner.pod.namespace.clone(),
+                    name: owner.pod.name.clone(),
+                    interfaces: owner.interfaces,
+                },
+            }
+        });
+        let cooling = self.pool.cooling(self.now.mono).chain(self.cooling.iter().map(|(ip, freed)| (*ip, *freed)));
+        let freed_at = |freed| {
+            let age = i64::try_from(self.now.mono.since(freed).as_nanos()).unwrap_or(i64::MAX);
+            self.now.wall.as_unix_nanos().saturating_sub(age)
+        };
+        let creating = self.growth.iter().filter_map(|growth| growth.creating().cloned());
+        let freeing =
+            self.freeing.iter().map(|(id, free)| (id.clone(), Freeing { attachment: free.attachment.clone() }));
+        Checkpoint {
+            version: VERSION.into(),
+            allocations: allocations.collect(),
+            enibox: Some(Own {
+                enis: self.facts.clone(),
+                cooling: cooling.map(|(ip, freed)| (ip, freed_at(freed))).collect(),
+                creating: creating.chain(self.resume.iter().cloned()).collect(),
+                freeing: freeing.collect(),
+            }),
+        }
+    }
+}

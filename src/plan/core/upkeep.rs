@@ -1,0 +1,245 @@
+//! Keeping what is believed in step with what is: IMDS as the cheap hint, EC2 as the judge (`spec/ipamd.md` 9).
+//!
+//! IMDS is compared with the pool about once a minute; only a difference makes a call to EC2. What EC2 lists and the pool
+//! lacks is taken in. What the pool has and EC2 does not list must be missing twice, well apart, before it is dropped, and
+//! is never dropped while a pod uses it.
+
+use super::{Core, Level, Op, Phase, RECONCILE, RECONCILE_MAX, Timer, WATCH, cidrs_of};
+use crate::model::checkpoint::EniFacts;
+use crate::model::ec2::{Call, Interface};
+use crate::model::ids::{EniId, GroupId};
+use ipnet::IpNet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::Duration;
+
+/// Two observations must be at least so far apart to count as two.
+const OBSERVE_AGAIN: Duration = Duration::from_secs(30);
+/// IMDS does not show yet what EC2 lists: look again.
+const SCAN_AGAIN: Duration = Duration::from_secs(2);
+
+impl Core {
+    pub(super) fn describe(&mut self) {
+        if !self.ops.values().any(|op| *op == Op::Describe) {
+            let instance = self.config.identity.instance.clone();
+            self.ask_ec2(Op::Describe, Call::DescribeAttached(instance));
+        }
+    }
+
+    pub(super) fn describe_done(&mut self, interfaces: &[Interface]) {
+        self.succeeded(Timer::Describe);
+        let primary = &self.config.identity.primary_eni;
+        if !interfaces.iter().any(|interface| interface.id == *primary) {
+            // An instance always has its primary ENI: this is no observation.
+            self.log(Level::Warn, format!("EC2 does not list the primary ENI {primary}: ignored"));
+            return self.retry(Timer::Describe);
+        }
+        self.described = Some(self.now.mono);
+        let before = self.facts.clone();
+        for interface in interfaces {
+            self.learn(interface);
+        }
+        let listed: BTreeSet<&EniId> = interfaces.iter().map(|interface| &interface.id).collect();
+        self.miss_enis(&listed);
+        let creating = self.growth.as_ref().and_then(|growth| growth.creating()).and_then(|c| c.eni.clone());
+        self.facts.retain(|id, _| {
+            listed.contains(id)
+                || self.pool.eni(id).is_some()
+                || self.freeing.contains_key(id)
+                || creating.as_ref().is_some_and(|(new, _)| new == id)
+        });
+        for interface in interfaces {
+            self.sync_cidrs(interface);
+            self.keep_tags(interface);
+            self.keep_groups(interface);
+        }
+        if self.facts != before {
+            self.changed();
+        }
+        let unseen = interfaces.iter().any(|interface| {
+            self.managed(&interface.id)
+                && !self.attached.contains_key(&interface.id)
+                && !self.freeing.contains_key(&interface.id)
+        });
+        if unseen && self.growth.is_none() {
+            self.set_timer(Timer::Scan, SCAN_AGAIN);
+        }
+        if !self.absent.is_empty() {
+            self.set_timer(Timer::Describe, OBSERVE_AGAIN.saturating_add(Duration::from_secs(1)));
+        }
+    }
+
+    // Facts that only EC2 knows: whose an ENI is, what kind, how to detach it (`spec/ipamd.md` 7.2).
+    fn learn(&mut self, interface: &Interface) {
+        let own = &self.config.identity.instance;
+        let tag = |key: &str| interface.tags.get(key).map(String::as_str);
+        let managed = match tag("node.k8s.amazonaws.com/no_manage") {
+            Some(value) => value != "true",
+            None => tag("node.k8s.amazonaws.com/instance_id") == Some(own.as_str()) || self.config.manage_untagged,
+        };
+        let primary = interface.id == self.config.identity.primary_eni;
+        if primary {
+            self.conntrack = interface.conntrack;
+        }
+        let attachment = interface.attachment.as_ref().map(|attachment| attachment.id.clone()).unwrap_or_default();
+        let facts =
+            EniFacts { managed: managed || primary, interface_type: interface.interface_type.clone(), attachment };
+        if self.facts.get(&interface.id) != Some(&facts) {
+            let text = format!(
+                "eni {}: {} {}",
+                interface.id,
+                facts.interface_type,
+                if facts.managed { "managed" } else { "not ours" }
+            );
+            self.log(Level::Info, text);
+            self.facts.insert(interface.id.clone(), facts);
+        }
+        let kind = self.kind(&interface.id);
+        self.pool.set_kind(&interface.id, kind);
+    }
+
+    // ENIs of the pool that EC2 does not list any more.
+    fn miss_enis(&mut self, listed: &BTreeSet<&EniId>) {
+        let ids: Vec<EniId> = self.pool.enis().map(|(id, _)| id.clone()).collect();
+        for id in ids {
+            let key = (id.clone(), None);
+            if listed.contains(&id) || id == self.config.identity.primary_eni {
+                self.absent.remove(&key);
+                continue;
+            }
+            let since = *self.absent.entry(key.clone()).or_insert(self.now.mono);
+            if self.now.mono.since(since) < OBSERVE_AGAIN {
+                self.log(Level::Warn, format!("eni {id}: EC2 does not list it"));
+                self.pool.set_excluded(&id, true);
+            } else if self.pool.remove_eni(&id).is_ok() {
+                self.log(Level::Warn, format!("eni {id}: detached by somebody else, dropped"));
+                self.absent.retain(|(eni, _), _| *eni != id);
+                self.wanted.remove(&id);
+                self.ready.remove(&id);
+                self.facts.remove(&id);
+                self.attached.remove(&id);
+                self.host_dirty = true;
+                self.changed();
+            } else {
+                self.log(Level::Error, format!("eni {id}: detached by somebody else while pods use it"));
+                self.absent.insert(key, self.now.mono);
+            }
+        }
+        for id in listed {
+            let held = self.absent.keys().any(|(eni, net)| eni == *id && net.is_none());
+            if !held && self.pool.eni(id).is_some_and(|eni| eni.excluded) {
+                self.pool.set_excluded(id, false);
+            }
+        }
+    }
+
+    /// Brings the CIDRs of an ENI of the pool in line with what EC2 lists.
+    pub(super) fn sync_cidrs(&mut self, interface: &Interface) {
+        let Some(eni) = self.pool.eni(&interface.id) else { return };
+        if self.config.v6 {
+            return;
+        }
+        let listed = cidrs_of(interface);
+        let held: BTreeSet<IpNet> = eni.cidrs().map(|(net, _)| *net).collect();
+        let id = &interface.id;
+        for net in listed.difference(&held) {
+            let resting = self.unassigned.get(net).is_some_and(|until| *until > self.now.mono);
+            if !resting {
+                self.unassigned.remove(net);
+                self.log(Level::Info, format!("eni {id}: EC2 lists {net}, taken in"));
+                self.add_cidr(id, *net);
+            }
+        }
+        for net in &held {
+            let key = (id.clone(), Some(*net));
+            if listed.contains(net) {
+                self.absent.remove(&key);
+                continue;
+            }
+            let since = *self.absent.entry(key.clone()).or_insert(self.now.mono);
+            if self.now.mono.since(since) < OBSERVE_AGAIN {
+                continue;
+            }
+            if self.pool.remove_cidr(id, net).is_ok() {
+                self.log(Level::Warn, format!("eni {id}: EC2 does not list {net} any more, dropped"));
+                self.absent.remove(&key);
+            } else {
+                self.log(Level::Error, format!("eni {id}: EC2 does not list {net}, which a pod uses"));
+                self.absent.insert(key, self.now.mono);
+            }
+        }
+    }
+
+    fn keep_tags(&mut self, interface: &Interface) {
+        let kind = interface.interface_type.as_str();
+        if !self.config.provisioning || !self.managed(&interface.id) || matches!(kind, "trunk" | "efa-only") {
+            return;
+        }
+        let missing: BTreeMap<String, String> =
+            self.tags(false).into_iter().filter(|(key, value)| interface.tags.get(key) != Some(value)).collect();
+        if !missing.is_empty() {
+            let eni = interface.id.clone();
+            self.ask_ec2(Op::Tags(eni.clone()), Call::CreateTags { eni, tags: missing });
+        }
+    }
+
+    // The groups of the primary ENI are those of all (`spec/ipamd.md` 9.4, B43).
+    fn keep_groups(&mut self, interface: &Interface) {
+        let Some(groups) = &self.groups else { return };
+        let mut has = interface.groups.clone();
+        has.sort_unstable();
+        let primary = interface.id == self.config.identity.primary_eni;
+        let secondary = self.managed(&interface.id) && !primary && interface.interface_type == "interface";
+        if self.config.provisioning && secondary && has != *groups && !groups.is_empty() {
+            let call = Call::ModifyGroups { eni: interface.id.clone(), groups: groups.clone() };
+            self.ask_ec2(Op::ModifyGroups(interface.id.clone()), call);
+        }
+    }
+
+    pub(super) fn groups_done(&mut self, mut groups: Vec<GroupId>) {
+        self.succeeded(Timer::Groups);
+        self.set_timer(Timer::Groups, WATCH);
+        groups.sort_unstable();
+        let before = self.groups.replace(groups);
+        if before.is_some() && before != self.groups {
+            self.log(Level::Info, format!("the primary ENI has the security groups {:?}", self.groups));
+            self.describe(); // compares every ENI with them
+        }
+    }
+
+    /// A scan of IMDS after the first: differences from what is believed are put before EC2.
+    pub(super) fn compare_scan(&mut self) {
+        self.set_timer(Timer::Scan, RECONCILE);
+        let quiet = self.now.mono.since(self.last_action) >= RECONCILE;
+        let overdue = self.now.mono.since(self.last_reconcile) >= RECONCILE_MAX;
+        if self.growth.is_some() || !(quiet || overdue) || self.phase == Phase::Stopping {
+            return;
+        }
+        self.last_reconcile = self.now.mono;
+        self.unassigned.retain(|_, until| self.now.mono.since(*until) < RECONCILE_MAX);
+        if let Some(difference) = self.difference() {
+            let text = format!("IMDS and pool differ ({difference}); asking EC2");
+            self.log(Level::Info, text);
+            self.describe();
+        }
+    }
+
+    fn difference(&self) -> Option<String> {
+        for (id, eni) in &self.attached {
+            if self.freeing.contains_key(id) || (self.facts.contains_key(id) && !self.managed(id)) {
+                continue;
+            }
+            let Some(entry) = self.pool.eni(id) else { return Some(format!("{id} is new")) };
+            let singles = eni.ipv4s.iter().skip(1).map(|ip| IpNet::from(IpAddr::V4(*ip)));
+            let listed: BTreeSet<IpNet> = singles.chain(eni.v4_prefixes.iter().copied()).collect();
+            let held: BTreeSet<IpNet> = entry.cidrs().map(|(net, _)| *net).collect();
+            let resting = |net: &IpNet| self.unassigned.get(net).is_some_and(|until| *until > self.now.mono);
+            let odd = listed.symmetric_difference(&held).find(|net| !resting(net));
+            if let Some(net) = odd.filter(|_| !self.config.v6) {
+                return Some(format!("{net} on {id}"));
+            }
+        }
+        let missing = self.pool.enis().find(|(id, _)| !self.attached.contains_key(*id));
+        missing.map(|(id, _)| format!("{id} is missing"))
+    }
+}
