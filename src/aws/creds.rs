@@ -20,13 +20,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Refreshed when less than this is left to live, plus up to half of it at random.
-const AHEAD: Duration = Duration::from_secs(300);
+const AHEAD: Duration = Duration::from_mins(5);
 /// Attempts at the container endpoint and at STS.
 const ATTEMPTS: u32 = 3;
 /// Bytes of an answer or a token file.
 const BODY_LIMIT: u64 = 64 * 1024;
 /// How long a thread waits for another one's refresh: all attempts of the slowest source.
-const WAIT: Duration = Duration::from_secs(60);
+const WAIT: Duration = Duration::from_mins(1);
 
 /// Keys and how long they live.
 #[derive(Clone, PartialEq, Eq)]
@@ -182,10 +182,9 @@ impl State {
         let due = self.rejected || self.due.is_some_and(|due| now.wall >= due);
         let dead = self.rejected || current.expires.is_some_and(|end| now.wall >= end);
         match (due, self.refreshing) {
-            (false, _) => Decision::Use(current.clone()),
             (true, false) => Decision::Refresh,
             (true, true) if dead => Decision::Wait,
-            (true, true) => Decision::Use(current.clone()),
+            _ => Decision::Use(current.clone()),
         }
     }
 
@@ -212,7 +211,7 @@ impl State {
                 self.rejected = false;
                 let pause = match (lives, outlive) {
                     (true, _) => Duration::from_secs(30) + within(Duration::from_secs(30)),
-                    (false, true) => Duration::from_secs(300) + within(Duration::from_secs(600)),
+                    (false, true) => Duration::from_mins(5) + within(Duration::from_mins(10)),
                     (false, false) => {
                         self.due = Some(now.wall);
                         return Err(error);
@@ -376,7 +375,7 @@ impl Container {
                 "container credentials url {url:?}: plain http to {host:?} is not allowed"
             )));
         }
-        let authority = uri.authority().map(|authority| authority.as_str()).unwrap_or_default();
+        let authority = uri.authority().map(ureq::http::uri::Authority::as_str).unwrap_or_default();
         let base = format!("{}://{authority}", uri.scheme_str().unwrap_or_default());
         let agent = Agent::new(&base, options(Proxies::from_env(lookup), Roots::from_env(lookup)))?;
         let path = uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
@@ -485,3 +484,6 @@ impl WebIdentity {
         Ok(Credentials { access_key, secret, token: Some(token), expires: Some(expiration(&end)?) })
     }
 }
+
+#[cfg(test)]
+mod tests;

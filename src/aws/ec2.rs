@@ -436,3 +436,6 @@ fn parse_http_date(text: &str) -> Option<Wall> {
     let month = MONTHS.iter().position(|name| *name == month)? + 1;
     (words.next()? == "GMT").then(|| Wall::parse_rfc3339(&format!("{year}-{month:02}-{day}T{time}Z")))?
 }
+
+#[cfg(test)]
+mod tests;

@@ -482,3 +482,6 @@ fn matches_exception(entry: &str, host: &str, addr: Option<IpAddr>) -> bool {
         None => host == suffix || host.strip_suffix(suffix).is_some_and(|rest| rest.ends_with('.')),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -455,3 +455,6 @@ fn unreadable(path: &str, text: &str) -> ImdsError {
 fn absent(path: &str) -> Error {
     ImdsError { path: path.to_owned(), status: 404, what: "not there (HTTP 404)".to_owned() }.into()
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,3 +12,6 @@ pub mod imds;
 pub mod pace;
 pub mod sign;
 pub mod xml;
+
+#[cfg(test)]
+mod script;

@@ -286,3 +286,6 @@ fn assigned(root: Node<'_, '_>) -> Result<Vec<IpNet>> {
     }
     Ok(new)
 }
+
+#[cfg(test)]
+mod tests;

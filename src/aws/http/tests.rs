@@ -1,0 +1,209 @@
+use super::*;
+use crate::aws::script::{Server, Step, answer, answer_with};
+
+fn options() -> Options {
+    Options {
+        user_agent: "test/1".into(),
+        connect: Duration::from_millis(500),
+        response: Duration::from_millis(300),
+        total: Duration::from_secs(2),
+        body_limit: 1000,
+        idle: 1,
+        roots: Roots::default(),
+        proxies: Proxies::NONE,
+    }
+}
+
+fn get(server: &Server) -> std::result::Result<Response, Broken> {
+    Agent::new(&server.url(), options()).unwrap().send("GET", "/x", &[("a", "b")], &[])
+}
+
+#[test]
+fn any_status_is_an_answer_and_redirects_are_not_followed() {
+    for status in [200, 307, 404, 503] {
+        let server = Server::queue(vec![answer_with(status, &[("Location", "/y"), ("X-Y", "z")], "body")]);
+        let response = get(&server).unwrap();
+        assert_eq!((response.status, response.text().as_str()), (status, "body"));
+        assert_eq!(response.header("x-y"), Some("z"));
+        assert_eq!(server.lines(), ["GET /x"]);
+        let request = &server.seen()[0];
+        assert_eq!(request.header("user-agent"), Some("test/1"));
+        assert_eq!(request.header("a"), Some("b"));
+        assert_eq!(request.header("accept-encoding"), None);
+    }
+}
+
+#[test]
+fn failures_tell_whether_the_request_left() {
+    let check = |server: &Server, sent, timed_out, retry| {
+        let broken = get(server).unwrap_err();
+        assert_eq!((broken.sent, broken.timed_out, broken.retry), (sent, timed_out, retry), "{broken}");
+    };
+    check(&Server::queue(vec![Step::Hang]), true, true, true);
+    check(&Server::queue(vec![Step::Close(Vec::new())]), true, false, true);
+    check(
+        &Server::queue(vec![Step::Close(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf".to_vec())]),
+        true,
+        false,
+        true,
+    );
+    check(&Server::queue(vec![Step::Close(b"SSH-2.0-OpenSSH_9.9\r\n\r\n".to_vec())]), true, false, false);
+    check(&Server::queue(vec![answer(200, &"x".repeat(1001))]), true, false, false);
+}
+
+#[test]
+fn a_refused_connection_was_not_sent() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    drop(listener);
+    let broken = Agent::new(&url, options()).unwrap().send("POST", "/", &[], b"x").unwrap_err();
+    assert_eq!((broken.sent, broken.retry), (false, true), "{broken}");
+}
+
+#[test]
+fn connections_are_kept() {
+    let server = Server::new(|_| answer(200, "ok"));
+    let agent = Agent::new(&server.url(), options()).unwrap();
+    for _ in 0..5 {
+        agent.send("GET", "/", &[], &[]).unwrap();
+    }
+    assert!(server.seen().iter().all(|request| request.connection == 1));
+}
+
+#[test]
+fn a_path_of_the_endpoint_stays_and_its_port_is_in_the_host() {
+    let agent = Agent::new("http://user:secret@[::1]:8080/base/", options()).unwrap();
+    assert_eq!(agent.host(), "[::1]:8080");
+    assert_eq!(agent.url("/x"), "http://user:secret@[::1]:8080/base/x");
+    for bad in ["", "ec2.example", "ftp://x", "http://", "/x", "http://a b"] {
+        assert!(Agent::new(bad, options()).is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn roots_are_read_only_for_https() {
+    let missing = Roots { bundle: Some("/nonexistent/bundle.pem".into()), ..Roots::default() };
+    let server = Server::queue(vec![answer(200, "ok")]);
+    let plain = Agent::new(&server.url(), Options { roots: missing.clone(), ..options() }).unwrap();
+    assert_eq!(plain.send("GET", "/", &[], &[]).unwrap().status, 200);
+    let tls = Agent::new("https://127.0.0.1:1", Options { roots: missing, ..options() }).unwrap();
+    let broken = tls.send("GET", "/", &[], &[]).unwrap_err();
+    assert_eq!((broken.sent, broken.retry), (false, false));
+    assert!(broken.text.starts_with("read AWS_CA_BUNDLE: read /nonexistent/bundle.pem"), "{broken}");
+}
+
+/// An empty certificate is enough: the roots are parsed by the TLS library when it connects.
+const PEM: &str = "-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n";
+
+#[test]
+fn roots_by_the_environment() {
+    let dir = std::env::temp_dir().join(format!("enibox-roots-{}", std::process::id()));
+    std::fs::create_dir_all(dir.join("some")).unwrap();
+    let write = |name: &str, text: &str| {
+        std::fs::write(dir.join(name), text).unwrap();
+        dir.join(name).display().to_string()
+    };
+    let one = write("one.pem", PEM);
+    let two = write("some/two.pem", &format!("# a comment\n{PEM}{PEM}"));
+    write("some/readme", "no PEM here");
+    let empty = write("empty.pem", "");
+    let some = dir.join("some").display().to_string();
+    let check = |variables: &[(&str, &str)]| {
+        let lookup = |name: &str| variables.iter().find(|(key, _)| *key == name).map(|(_, v)| (*v).to_owned());
+        Roots::from_env(lookup).load().map(|roots| roots.len()).map_err(|error| error.to_string())
+    };
+    assert_eq!(check(&[("AWS_CA_BUNDLE", &one), ("SSL_CERT_FILE", &two)]), Ok(1));
+    assert_eq!(check(&[("SSL_CERT_FILE", &two)]), Ok(2));
+    assert_eq!(check(&[("SSL_CERT_FILE", &one), ("SSL_CERT_DIR", &format!("{some}:"))]), Ok(3));
+    assert!(check(&[("AWS_CA_BUNDLE", &empty)]).unwrap_err().contains("none found"));
+    assert!(check(&[("SSL_CERT_DIR", "/nonexistent")]).unwrap_err().starts_with("read SSL_CERT_DIR"));
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn proxies_are_for_other_hosts_only() {
+    let variables = [
+        ("HTTPS_PROXY", "http://proxy:3128"),
+        ("http_proxy", "http://plain:80"),
+        ("NO_PROXY", "svc, .local,10.0.0.0/8,192.0.2.7,*.wild,named:8443"),
+    ];
+    let lookup = |name: &str| variables.iter().find(|(key, _)| *key == name).map(|(_, v)| (*v).to_owned());
+    let proxies = Proxies::from_env(lookup);
+    let check = |url: &str, expected: Option<&str>| {
+        let proxy = proxies.for_target(&url.parse().unwrap()).unwrap();
+        assert_eq!(proxy.as_ref().map(ureq::Proxy::host), expected, "{url}");
+    };
+    check("https://ec2.eu-west-1.amazonaws.com", Some("proxy"));
+    check("http://ec2.example", Some("plain"));
+    for direct in [
+        "http://169.254.169.254",
+        "http://[fd00:ec2::254]",
+        "http://127.0.0.1:4566",
+        "http://localhost:4566",
+        "https://[::1]",
+        "https://[fe80::1]",
+        "https://svc",
+        "https://a.svc",
+        "https://x.local",
+        "https://10.1.2.3",
+        "https://192.0.2.7",
+        "https://a.wild",
+        "https://named:8443",
+    ] {
+        check(direct, None);
+    }
+    for proxied in
+        ["https://local", "https://xsvc", "https://192.0.2.8", "https://wild", "https://named", "https://named:1"]
+    {
+        check(proxied, Some("proxy"));
+    }
+    let all = Proxies { except: vec!["*".into()], ..proxies.clone() };
+    assert!(all.for_target(&"https://a".parse().unwrap()).unwrap().is_none());
+    let bad = Proxies { https: Some("gopher://x".into()), ..Proxies::NONE };
+    assert!(bad.for_target(&"https://a".parse().unwrap()).unwrap_err().to_string().starts_with("parse HTTPS_PROXY"));
+    assert!(!format!("{:?}", Proxies { https: Some("http://u:pass@p".into()), ..Proxies::NONE }).contains("pass"));
+}
+
+/// A TLS server on loopback that answers one request with "over tls".
+fn tls_server() -> u16 {
+    use rustls::pki_types::pem::PemObject;
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+    use std::io::{Read, Write};
+    let certificate = CertificateDer::from_pem_slice(include_bytes!("../../../testdata/tls/server.pem")).unwrap();
+    let key = PrivateKeyDer::from_pem_slice(include_bytes!("../../../testdata/tls/server.key")).unwrap();
+    let config = rustls::ServerConfig::builder_with_provider(tls_provider())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate], key)
+        .unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        let (socket, _) = listener.accept().unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let connection = rustls::ServerConnection::new(Arc::new(config)).unwrap();
+        let mut stream = rustls::StreamOwned::new(connection, socket);
+        // A client that refuses the certificate ends the connection here.
+        if stream.read(&mut [0; 4096]).is_ok() {
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nover tls");
+        }
+    });
+    port
+}
+
+#[test]
+fn tls_with_a_bundle_of_ones_own() {
+    let ours = concat!(env!("CARGO_MANIFEST_DIR"), "/testdata/tls/ca.pem");
+    let others = concat!(env!("CARGO_MANIFEST_DIR"), "/testdata/tls/server.pem"); // trusts nothing but itself
+    let check = |bundle: &str| {
+        let roots = Roots { bundle: Some(bundle.into()), ..Roots::default() };
+        let options = Options { roots, total: Duration::from_secs(5), connect: Duration::from_secs(4), ..options() };
+        let agent = Agent::new(&format!("https://127.0.0.1:{}", tls_server()), options).unwrap();
+        agent.send("GET", "/", &[], &[])
+    };
+    assert_eq!(check(ours).unwrap().text(), "over tls");
+    let broken = check(others).unwrap_err();
+    assert!(broken.text.contains("ertificate"), "{broken}");
+    assert_eq!((broken.sent, broken.retry), (false, false), "{broken}");
+}
