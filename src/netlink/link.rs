@@ -1,6 +1,6 @@
 //! Links: `ip link`. Encodings are those of `spec/plugin.md` 13.6 and `linux/if_link.h`.
 //!
-//! A veth is created complete in one message: names, MACs, MTU, both ends up, the peer born in its namespace. Moving an end
+//! A veth is created in one message with names, MACs, MTU, one end up and each end born in its namespace. Moving an end
 //! afterwards would serialise concurrent pods on an RCU barrier.
 
 use super::attr::{Attrs, Writer};
@@ -27,8 +27,6 @@ pub struct End<'a> {
     pub name: &'a str,
     /// Hardware address; none leaves the choice to the kernel.
     pub mac: Option<Mac>,
-    /// Up at once.
-    pub up: bool,
     /// The namespace it is born in; none is the socket's. The descriptor must stay open until the request was sent.
     pub netns: Option<BorrowedFd<'a>>,
 }
@@ -42,6 +40,10 @@ pub struct Veth<'a> {
     pub peer: End<'a>,
     /// Largest packet of both ends in bytes; 0 leaves 1500.
     pub mtu: u32,
+    /// Whether `end` is up at once. The peer is always born down: the kernel joins the two only after it has configured
+    /// the peer, and refuses to open one that stands alone (ENOTCONN, `veth_open` in drivers/net/veth.c). Send
+    /// [`set_up`] for it afterwards.
+    pub up: bool,
 }
 
 fn header(index: u32, flags: u32, change: u32) -> [u8; HEADER] {
@@ -72,13 +74,13 @@ fn end_attributes(writer: &mut Writer, end: &End<'_>, mtu: u32) {
 
 /// Creates a veth pair; EEXIST if one of the names is taken.
 pub fn create_veth(veth: &Veth<'_>) -> Request {
-    let mut writer = Writer::new(&up_header(veth.end.up));
+    let mut writer = Writer::new(&up_header(veth.up));
     end_attributes(&mut writer, &veth.end, veth.mtu);
     writer.nest(Ifla::Linkinfo, |writer| {
         writer.text(IflaInfo::Kind, "veth");
         writer.nest(IflaInfo::Data, |writer| {
             writer.nest(VETH_INFO_PEER, |writer| {
-                writer.raw(&up_header(veth.peer.up));
+                writer.raw(&up_header(false));
                 end_attributes(writer, &veth.peer, veth.mtu);
             });
         });
