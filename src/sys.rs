@@ -233,12 +233,31 @@ fn c_path(path: &Path) -> io::Result<std::ffi::CString> {
     std::ffi::CString::new(path.as_os_str().as_bytes()).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
 
+/// Gives the calling thread, and what it starts later, a mount namespace of its own: what is mounted there shows nowhere
+/// else.
+pub fn unshare_mounts() -> io::Result<()> {
+    // SAFETY: unshare takes flags only.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNS) })?;
+    mount(None, Path::new("/"), None, libc::MS_REC | libc::MS_PRIVATE)
+}
+
+/// Mounts an empty file system in memory on `target`.
+pub fn mount_tmpfs(target: &Path) -> io::Result<()> {
+    mount(Some(Path::new("tmpfs")), target, Some("tmpfs"), 0)
+}
+
 /// Makes `target` show what `source` is (`mount --bind`).
 pub fn bind_mount(source: &Path, target: &Path) -> io::Result<()> {
-    let (source, target) = (c_path(source)?, c_path(target)?);
-    // SAFETY: both paths are live C strings; a bind mount reads neither type nor data.
-    check(unsafe { libc::mount(source.as_ptr(), target.as_ptr(), std::ptr::null(), libc::MS_BIND, std::ptr::null()) })
-        .map(drop)
+    mount(Some(source), target, None, libc::MS_BIND)
+}
+
+fn mount(source: Option<&Path>, target: &Path, kind: Option<&str>, flags: libc::c_ulong) -> io::Result<()> {
+    let source = source.map(c_path).transpose()?;
+    let target = c_path(target)?;
+    let kind = kind.map(|kind| c_path(Path::new(kind))).transpose()?;
+    let pointer = |text: &Option<std::ffi::CString>| text.as_ref().map_or(std::ptr::null(), |text| text.as_ptr());
+    // SAFETY: every pointer is null or to a live C string; nothing here takes data.
+    check(unsafe { libc::mount(pointer(&source), target.as_ptr(), pointer(&kind), flags, std::ptr::null()) }).map(drop)
 }
 
 /// Takes a mount away at once; it vanishes when its last user closes it (`umount --lazy`).
