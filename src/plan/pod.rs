@@ -186,7 +186,8 @@ impl PodInterface {
     }
 }
 
-fn link_route(table: u32, to: IpAddr, dev: u32) -> Route {
+/// `<address> dev <link> scope link` in `table`.
+pub fn link_route(table: u32, to: IpAddr, dev: u32) -> Route {
     Route { table, dst: IpNet::from(to), gateway: None, dev, scope: Scope::Link, prefsrc: None, metric: 0 }
 }
 

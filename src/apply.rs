@@ -1,1 +1,0 @@
-//! Carries out plans on the kernel: observe, apply, undo.

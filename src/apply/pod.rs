@@ -1,0 +1,269 @@
+//! A pod's network on the kernel: ADD, DEL, CHECK (`spec/plugin.md` 9, 10, 13, 14).
+//!
+//! ADD sends three batches: the veth, the host's side, the pod's side. It dumps nothing and, as long as nothing is in its
+//! way, looks nothing up but the link it has made.
+
+use super::Host;
+use crate::error::{Context, Error, List, Result};
+use crate::model::naming::priority;
+use crate::model::net::{Link, Rule, TABLE_MAIN};
+use crate::netlink::netns::Namespace;
+use crate::netlink::{KernelError, Request, Socket, addr, link, neigh, route, rule, sysctl};
+use crate::plan::pod::{Pod, PodInterface, Removal, RemovedAddress, Side, check, link_route, pair};
+use ipnet::IpNet;
+use std::os::fd::AsFd;
+
+/// What an ADD has made so far.
+#[derive(Default)]
+struct Made {
+    veths: Vec<u32>,
+    rules: Vec<Rule>,
+}
+
+impl Host {
+    /// Wires the pod up. Repeating it for the same sandbox builds everything anew; on failure what this call made is gone
+    /// again. A foreign interface of the name in the pod is an error that touches nothing.
+    pub fn add_pod(&mut self, pod: &Pod, netns: &Namespace) -> Result<()> {
+        let mut inside = Socket::route_in(netns)?;
+        let mut made = Made::default();
+        for (number, interface) in pod.interfaces.iter().enumerate() {
+            if let Err(error) = self.add_interface(number, interface, netns, &mut inside, &mut made) {
+                return Err(match self.undo(&made) {
+                    Ok(()) => error,
+                    Err(also) => Error::new(format!("{error}; undo: {also}")),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn add_interface(
+        &mut self,
+        number: usize,
+        interface: &PodInterface,
+        netns: &Namespace,
+        inside: &mut Socket,
+        made: &mut Made,
+    ) -> Result<()> {
+        let outer = self.make_veth(interface, netns, inside)?;
+        made.veths.push(outer.index);
+        let pod_index =
+            outer.parent.ok_or_else(|| Error::new(format!("{:?} shows no other end", interface.host_veth)))?;
+        host_sysctls(&interface.host_veth)?;
+        if interface.address.is_ipv6() {
+            netns.run(|| pod_sysctls(&interface.ifname))??;
+        }
+        self.host_side(interface, &outer, made)?;
+        inside.run(&pod_side(number, interface, pod_index)).with_context(|| format!("in {}", netns.path().display()))
+    }
+
+    /// Makes both ends in one message and reads the host's back.
+    fn make_veth(&mut self, interface: &PodInterface, netns: &Namespace, inside: &mut Socket) -> Result<Link> {
+        let requests = [
+            link::create_veth(&link::Veth {
+                // Not up before its sysctls are written.
+                up: false,
+                end: link::End { name: &interface.host_veth, mac: Some(interface.host_mac), netns: None },
+                peer: link::End { name: &interface.ifname, mac: None, netns: Some(netns.as_fd()) },
+                mtu: interface.mtu,
+            }),
+            link::query(&interface.host_veth),
+        ];
+        for again in [false, true] {
+            let outcomes = self.route.batch(&requests)?;
+            let [created, found] =
+                <[_; 2]>::try_from(outcomes).map_err(|_| Error::new("two answers for two requests"))?;
+            match created {
+                Ok(_) => {
+                    let link = found?.iter().find_map(|body| link::decode(body));
+                    return link.ok_or_else(|| Error::new(format!("get link {}: no answer", interface.host_veth)));
+                }
+                Err(error) if error.exists() && !again => self.clear_the_way(interface, netns, inside)?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(Error::new(format!("create veth {:?}: the name stays in use", interface.host_veth)))
+    }
+
+    /// One of the two names is taken. The remains of an earlier ADD go; anything else is an error.
+    fn clear_the_way(&mut self, interface: &PodInterface, netns: &Namespace, inside: &mut Socket) -> Result<()> {
+        let outer = link::by_name(&mut self.route, &interface.host_veth)?;
+        let inner = link::by_name(inside, &interface.ifname)?;
+        match (inner, outer) {
+            (Some(inner), Some(outer)) if pair(&outer, &inner) => {
+                self.route.run(&[link::delete(outer.index).or_not_found()])
+            }
+            (Some(_), _) => Err(Error::new(format!(
+                "interface {:?} already exists in {}",
+                interface.ifname,
+                netns.path().display()
+            ))),
+            // Of an earlier sandbox of a pod of this name.
+            (None, Some(outer)) if outer.kind.as_deref() == Some("veth") => {
+                self.route.run(&[link::delete(outer.index).or_not_found()])
+            }
+            (None, Some(outer)) => {
+                Err(Error::new(format!("interface {:?} already exists on the host and is no veth", outer.name)))
+            }
+            (None, None) => Ok(()),
+        }
+    }
+
+    /// Route and rules of the host. Rules of an earlier owner of the address that lead to another table go first: the older
+    /// of two wins.
+    fn host_side(&mut self, interface: &PodInterface, outer: &Link, made: &mut Made) -> Result<()> {
+        let stale = rule::delete(&Rule::from(interface.host_net(), priority::FROM_POD, 0));
+        let wanted = [Some(interface.to_rule()), interface.from_rule()].into_iter().flatten().collect::<Vec<_>>();
+        let mut requests =
+            vec![link::set_up(outer.index), route::replace(&interface.host_route(outer.index)), stale.clone()];
+        requests.extend(wanted.iter().map(rule::add));
+        let mut outcomes = self.route.batch(&requests)?;
+        let added = outcomes.split_off(3);
+        let mut first = None;
+        for (rule, outcome) in wanted.iter().zip(added) {
+            match outcome {
+                Ok(_) => made.rules.push(rule.clone()),
+                Err(error) if error.exists() => {}
+                Err(error) => drop(first.get_or_insert(error)),
+            }
+        }
+        let [up, route, deleted] =
+            <[_; 3]>::try_from(outcomes).map_err(|_| Error::new("an answer for each request"))?;
+        up?;
+        route?;
+        if let Some(error) = first {
+            return Err(error.into());
+        }
+        match deleted {
+            Err(error) if error.not_found() => Ok(()),
+            Err(error) => Err(error.into()),
+            Ok(_) => {
+                // There may be more of them, and ours may go with them.
+                rule::delete_all(&mut self.route, &Rule::from(interface.host_net(), priority::FROM_POD, 0))?;
+                self.route.run(&wanted.iter().map(|rule| rule::add(rule).or_exists()).collect::<Vec<_>>())
+            }
+        }
+    }
+
+    fn undo(&mut self, made: &Made) -> Result<()> {
+        let mut requests = made.rules.iter().rev().map(|rule| rule::delete(rule).or_not_found()).collect::<Vec<_>>();
+        // The pod's side and the host's route go with the veth.
+        requests.extend(made.veths.iter().rev().map(|index| link::delete(*index).or_not_found()));
+        let mut errors = List::new();
+        for (request, outcome) in requests.iter().zip(self.route.batch(&requests)?) {
+            if !outcome.as_ref().is_err_and(KernelError::not_found) {
+                errors.note(outcome.map_err(|error| Error::from(error).context(request.what.clone())));
+            }
+        }
+        errors.into_result()
+    }
+
+    /// Takes away what the host holds of a pod: as much as possible, and every failure told. What is not there is no
+    /// failure. `netns` is the pod's namespace if it still can be opened.
+    pub fn del_pod(&mut self, removal: &Removal, netns: Option<&Namespace>) -> Result<()> {
+        let mut errors = List::new();
+        for removed in &removal.addresses {
+            errors.note(self.remove_address(removed));
+            errors.note(neigh::delete_everywhere(&mut self.route, removed.address));
+        }
+        if let Some(netns) = netns {
+            errors.note(self.remove_veths(&removal.veths, netns));
+        }
+        errors.into_result()
+    }
+
+    fn remove_address(&mut self, removed: &RemovedAddress) -> Result<()> {
+        let host = IpNet::from(removed.address);
+        let mut selectors = vec![Rule::to(host, priority::TO_POD, TABLE_MAIN)];
+        if removed.table != TABLE_MAIN {
+            selectors.push(Rule::from(host, priority::FROM_POD, removed.table));
+        }
+        let mut requests = selectors.iter().map(rule::delete).collect::<Vec<_>>();
+        // Whatever link it leads over: the veth's index is not known here.
+        let any_link = 0;
+        requests.push(route::delete(&link_route(TABLE_MAIN, removed.address, any_link)));
+        let mut errors = List::new();
+        let outcomes = self.route.batch(&requests)?;
+        let selectors = selectors.iter().map(Some).chain([None]);
+        for (outcome, selector) in outcomes.into_iter().zip(selectors) {
+            match (outcome, selector) {
+                (Ok(_), Some(selector)) => drop(errors.note(rule::delete_all(&mut self.route, selector))),
+                (Ok(_), None) => {}
+                (Err(error), _) if error.not_found() => {}
+                (Err(error), _) => drop(errors.note::<()>(Err(error.into()))),
+            }
+        }
+        errors.into_result()
+    }
+
+    fn remove_veths(&mut self, veths: &[(String, String)], netns: &Namespace) -> Result<()> {
+        let mut inside = Socket::route_in(netns)?;
+        let mut errors = List::new();
+        for (outer, inner) in veths {
+            errors.note(self.remove_veth(outer, inner, &mut inside));
+        }
+        errors.into_result()
+    }
+
+    fn remove_veth(&mut self, outer: &str, inner: &str, inside: &mut Socket) -> Result<()> {
+        let Some(inner) = link::by_name(inside, inner)? else { return Ok(()) };
+        match link::by_name(&mut self.route, outer)? {
+            Some(outer) if pair(&outer, &inner) => self.route.run(&[link::delete(outer.index).or_not_found()]),
+            _ => Ok(()),
+        }
+    }
+
+    /// What is missing or wrong of the pod's network, a line each.
+    pub fn check_pod(&mut self, pod: &Pod, netns: &Namespace) -> Result<Vec<String>> {
+        let host = side(&mut self.route).context("look at the host's network")?;
+        let mut inside = Socket::route_in(netns)?;
+        let inside = side(&mut inside).with_context(|| format!("look at {}", netns.path().display()))?;
+        Ok(check(pod, &host, &inside))
+    }
+}
+
+fn side(socket: &mut Socket) -> Result<Side> {
+    let (routes, rules) = super::routes_and_rules(socket)?;
+    Ok(Side {
+        links: link::list(socket)?,
+        addresses: addr::list(socket, None)?,
+        routes,
+        rules,
+        neighbours: neigh::list(socket, None)?,
+    })
+}
+
+/// The pod's side in order: link, way to the gateway, default route, address, gateway's MAC.
+fn pod_side(number: usize, interface: &PodInterface, index: u32) -> Vec<Request> {
+    let [gateway, default] = interface.pod_routes(number, index);
+    let mut requests = vec![link::set_up(index), route::replace(&gateway)];
+    requests.extend(interface.pod_rule(number).map(|rule| rule::add(&rule).or_exists()));
+    requests.push(route::add(&default));
+    requests.push(addr::add(&interface.pod_address(index)));
+    requests.push(neigh::add(&interface.pod_neighbour(index, interface.host_mac)));
+    requests
+}
+
+/// Written before the link goes up. A kernel without IPv6 has none of them. A pod must not be able to redirect the host,
+/// hence 0 where upstream writes 1.
+fn host_sysctls(name: &str) -> Result<()> {
+    for (key, value) in [("accept_ra", "0"), ("accept_redirects", "0"), ("forwarding", "0")] {
+        tolerate_missing(sysctl::set(&format!("net/ipv6/conf/{name}/{key}"), value))?;
+    }
+    Ok(())
+}
+
+fn pod_sysctls(ifname: &str) -> Result<()> {
+    for name in [ifname, "lo"] {
+        sysctl::set(&format!("net/ipv6/conf/{name}/disable_ipv6"), "0")?;
+    }
+    // The address is unique by construction, and so is the link-local one: duplicate detection would only cost a second.
+    sysctl::set(&format!("net/ipv6/conf/{ifname}/accept_dad"), "0").map(drop)
+}
+
+fn tolerate_missing(result: Result<bool>) -> Result<()> {
+    match result {
+        Err(error) if !sysctl::missing(&error) => Err(error),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,442 @@
+//! Pods and the host's network on a real kernel, in namespaces of the test's own, with real packets.
+//!
+//! A namespace lives as long as its handle, so that nothing is left behind, however a test ends.
+
+use enibox::apply::Host;
+use enibox::error::Result;
+use enibox::model::net::{Link, Mac, Neighbour, Route, Rule, Scope, TABLE_MAIN};
+use enibox::model::wire::{AddNetworkReply, IpAllocation};
+use enibox::netlink::netns::Namespace;
+use enibox::netlink::{Request, Socket, addr, link, neigh, route, rule, sysctl};
+use enibox::plan::pod::{Pod, Removal, RemovedAddress, Request as PodRequest};
+use enibox::sys;
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::time::Duration;
+
+const TIMEOUT: Duration = Duration::from_secs(5);
+const NODE_IP: &str = "10.20.11.162";
+
+/// A namespace without a name.
+fn fresh() -> Namespace {
+    let thread = std::thread::spawn(|| {
+        sys::unshare_netns().unwrap();
+        Namespace::own().unwrap()
+    });
+    thread.join().unwrap()
+}
+
+fn run(namespace: &Namespace, requests: &[Request]) {
+    Socket::route_in(namespace).unwrap().run(requests).unwrap();
+}
+
+/// A link that leads nowhere: both ends of a veth. (Not every kernel has `dummy`.)
+fn stub(name: &str) -> Request {
+    let peer = format!("{name}-peer");
+    let end = |name| link::End { name, mac: None, netns: None };
+    link::create_veth(&link::Veth { end: end(name), peer: end(&peer), mtu: 0, up: true })
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+/// A namespace with an address of the node's on a link of its own, which forwards.
+fn node() -> Namespace {
+    let node = fresh();
+    let mut socket = Socket::route_in(&node).unwrap();
+    socket.run(&[stub("eth0"), link::set_up(1)]).unwrap();
+    let eth0 = link::by_name(&mut socket, "eth0").unwrap().unwrap().index;
+    let address = enibox::model::net::Address {
+        dev: eth0,
+        addr: format!("{NODE_IP}/24").parse().unwrap(),
+        no_prefix_route: false,
+        no_dad: false,
+    };
+    socket.run(&[link::set_up(eth0), addr::add(&address)]).unwrap();
+    node.run(|| sysctl::set("net/ipv4/ip_forward", "1")).unwrap().unwrap();
+    node
+}
+
+/// A pod's sandbox, with `lo` up as the runtime leaves it.
+fn sandbox() -> Namespace {
+    let sandbox = fresh();
+    run(&sandbox, &[link::set_up(1)]);
+    sandbox
+}
+
+fn request(name: &str) -> PodRequest {
+    PodRequest {
+        namespace: "default".into(),
+        name: name.into(),
+        netns: "/var/run/netns/cni-test".into(),
+        ifname: "eth0".into(),
+        veth_prefix: "eni".into(),
+        mtu: 1500,
+    }
+}
+
+fn pod_of(name: &str, addresses: &[(&str, i32)]) -> Pod {
+    let allocations = addresses.iter().map(|(address, table)| {
+        let (ipv4, ipv6) = if address.contains(':') { ("", *address) } else { (*address, "") };
+        IpAllocation { ipv4: ipv4.into(), ipv6: ipv6.into(), device_number: 0, route_table_id: *table }
+    });
+    let reply = AddNetworkReply { success: true, allocations: allocations.collect(), ..AddNetworkReply::default() };
+    let random = || {
+        let mut bytes = [0; 6];
+        sys::random_bytes(&mut bytes)?;
+        Ok(bytes)
+    };
+    Pod::from_reply(&reply, &request(name), random).unwrap()
+}
+
+fn removal_of(pod: &Pod) -> Removal {
+    Removal {
+        addresses: pod
+            .interfaces
+            .iter()
+            .map(|interface| RemovedAddress { address: interface.address, table: interface.table })
+            .collect(),
+        veths: pod.interfaces.iter().map(|one| (one.host_veth.clone(), one.ifname.clone())).collect(),
+    }
+}
+
+fn add(node: &Namespace, pod: &Pod, sandbox: &Namespace) -> Result<()> {
+    node.run(|| Host::open()?.add_pod(pod, sandbox)).unwrap()
+}
+
+fn del(node: &Namespace, removal: &Removal, sandbox: Option<&Namespace>) -> Result<()> {
+    node.run(|| Host::open()?.del_pod(removal, sandbox)).unwrap()
+}
+
+fn check(node: &Namespace, pod: &Pod, sandbox: &Namespace) -> Vec<String> {
+    node.run(|| Host::open()?.check_pod(pod, sandbox)).unwrap().unwrap()
+}
+
+/// Everything of a namespace that a test could have changed.
+#[derive(Debug, PartialEq)]
+struct Holds {
+    links: Vec<Link>,
+    addresses: Vec<enibox::model::net::Address>,
+    routes: Vec<Route>,
+    rules: Vec<Rule>,
+    neighbours: Vec<Neighbour>,
+}
+
+fn holds(namespace: &Namespace) -> Holds {
+    use enibox::model::net::Family::V4;
+    let mut socket = Socket::route_in(namespace).unwrap();
+    Holds {
+        links: link::list(&mut socket).unwrap(),
+        addresses: addr::list(&mut socket, Some(V4)).unwrap(),
+        routes: route::list(&mut socket, V4, None).unwrap(),
+        rules: rule::list(&mut socket, V4).unwrap(),
+        neighbours: neigh::list(&mut socket, Some(V4)).unwrap(),
+    }
+}
+
+/// A TCP exchange from one namespace to an address in another; what the server saw as the source.
+fn tcp(from: &Namespace, to: &Namespace, address: IpAddr) -> std::io::Result<IpAddr> {
+    let listener = to.run(|| TcpListener::bind(SocketAddr::new(address, 0))).unwrap()?;
+    let server = SocketAddr::new(address, listener.local_addr()?.port());
+    std::thread::scope(|scope| {
+        let client = scope.spawn(|| -> std::io::Result<String> {
+            let mut stream = from.run(|| TcpStream::connect_timeout(&server, TIMEOUT)).unwrap()?;
+            stream.set_read_timeout(Some(TIMEOUT))?;
+            stream.write_all(b"hello")?;
+            stream.shutdown(std::net::Shutdown::Write)?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        });
+        listener.set_nonblocking(true)?;
+        let end = enibox::clock::instant() + TIMEOUT;
+        let (mut stream, peer) = loop {
+            match listener.accept() {
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock && enibox::clock::instant() < end => {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                other => break other?,
+            }
+        };
+        stream.set_nonblocking(false)?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
+        let mut question = String::new();
+        stream.read_to_string(&mut question)?;
+        stream.write_all(question.to_uppercase().as_bytes())?;
+        drop(stream);
+        assert_eq!(client.join().unwrap()?, "HELLO");
+        Ok(peer.ip())
+    })
+}
+
+/// A UDP exchange; what the server saw as the source.
+fn udp(from: &Namespace, to: &Namespace, address: IpAddr) -> std::io::Result<IpAddr> {
+    let server = to.run(|| UdpSocket::bind(SocketAddr::new(address, 0))).unwrap()?;
+    let client = from.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap()?;
+    for socket in [&server, &client] {
+        socket.set_read_timeout(Some(TIMEOUT))?;
+    }
+    client.send_to(b"hello", server.local_addr()?)?;
+    let mut buffer = [0; 16];
+    let (length, peer) = server.recv_from(&mut buffer)?;
+    server.send_to(&buffer[..length], peer)?;
+    let (length, _) = client.recv_from(&mut buffer)?;
+    assert_eq!(&buffer[..length], b"hello");
+    Ok(peer.ip())
+}
+
+fn both_ways(one: &Namespace, one_ip: &str, other: &Namespace, other_ip: &str) {
+    assert_eq!(tcp(one, other, ip(other_ip)).unwrap(), ip(one_ip));
+    assert_eq!(tcp(other, one, ip(one_ip)).unwrap(), ip(other_ip));
+    assert_eq!(udp(one, other, ip(other_ip)).unwrap(), ip(one_ip));
+    assert_eq!(udp(other, one, ip(one_ip)).unwrap(), ip(other_ip));
+}
+
+#[test]
+fn pods_and_node_reach_each_other() {
+    let (node, one, other) = (node(), sandbox(), sandbox());
+    let (first, second) = (pod_of("one", &[("10.20.11.50", 254)]), pod_of("other", &[("10.20.12.60", 2)]));
+    add(&node, &first, &one).unwrap();
+    add(&node, &second, &other).unwrap();
+    both_ways(&one, "10.20.11.50", &node, NODE_IP);
+    both_ways(&other, "10.20.12.60", &node, NODE_IP);
+    both_ways(&one, "10.20.11.50", &other, "10.20.12.60");
+    assert_eq!(check(&node, &first, &one), Vec::<String>::new());
+    assert_eq!(check(&node, &second, &other), Vec::<String>::new());
+    let veth = holds(&node).links.into_iter().find(|link| link.name == first.interfaces[0].host_veth).unwrap();
+    assert_eq!((veth.mac, veth.mtu, veth.up), (Some(first.interfaces[0].host_mac), 1500, true));
+    let rules = holds(&node).rules.iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert!(rules.contains(&"512: from all to 10.20.12.60 lookup main".into()), "{rules:?}");
+    assert!(rules.contains(&"1536: from 10.20.12.60 lookup 2".into()), "{rules:?}");
+    assert!(!rules.iter().any(|rule| rule.starts_with("1536: from 10.20.11.50")), "{rules:?}");
+    let sysctl = |key: &str| {
+        let path = format!("net/ipv6/conf/{}/{key}", first.interfaces[0].host_veth);
+        node.run(|| sysctl::read(&path)).unwrap().unwrap()
+    };
+    assert_eq!(["accept_ra", "accept_redirects", "forwarding"].map(sysctl), ["0", "0", "0"]);
+}
+
+#[test]
+fn a_second_interface_answers_from_its_own_address() {
+    let (node, sandbox) = (node(), sandbox());
+    let pod = pod_of("two", &[("10.20.11.50", 254), ("10.20.77.5", 10_101)]);
+    add(&node, &pod, &sandbox).unwrap();
+    both_ways(&sandbox, "10.20.11.50", &node, NODE_IP);
+    assert_eq!(tcp(&node, &sandbox, ip("10.20.77.5")).unwrap(), ip(NODE_IP));
+    assert_eq!(check(&node, &pod, &sandbox), Vec::<String>::new());
+    del(&node, &removal_of(&pod), Some(&sandbox)).unwrap();
+    assert_eq!(holds(&sandbox).links.len(), 1, "only lo is left");
+}
+
+#[test]
+fn an_ipv6_pod_is_usable_at_once() {
+    let (node, sandbox) = (node(), sandbox());
+    let pod = pod_of("six", &[("2001:db8:1::7", 254)]);
+    let mut socket = Socket::route_in(&node).unwrap();
+    let address = enibox::model::net::Address {
+        dev: link::by_name(&mut socket, "eth0").unwrap().unwrap().index,
+        addr: "2001:db8:1::1/64".parse().unwrap(),
+        no_prefix_route: false,
+        no_dad: true,
+    };
+    socket.run(&[addr::add(&address)]).unwrap();
+    add(&node, &pod, &sandbox).unwrap();
+    let mut inside = Socket::route_in(&sandbox).unwrap();
+    let eth0 = link::by_name(&mut inside, "eth0").unwrap().unwrap().index;
+    assert_eq!(addr::tentative(&mut inside, eth0).unwrap(), 0);
+    assert_eq!(tcp(&sandbox, &node, ip("2001:db8:1::1")).unwrap(), ip("2001:db8:1::7"));
+    assert_eq!(check(&node, &pod, &sandbox), Vec::<String>::new());
+}
+
+#[test]
+fn a_repeated_add_builds_anew() {
+    let (node, sandbox) = (node(), sandbox());
+    let pod = pod_of("twice", &[("10.20.12.60", 2)]);
+    add(&node, &pod, &sandbox).unwrap();
+    let before = holds(&node);
+    let again = pod_of("twice", &[("10.20.12.60", 2)]);
+    add(&node, &again, &sandbox).unwrap();
+    both_ways(&sandbox, "10.20.12.60", &node, NODE_IP);
+    assert_eq!(holds(&node).rules, before.rules);
+    assert_eq!(holds(&node).links.len(), before.links.len());
+    assert_eq!(check(&node, &again, &sandbox), Vec::<String>::new());
+}
+
+#[test]
+fn a_new_sandbox_of_the_same_pod_takes_over() {
+    let (node, old, new) = (node(), sandbox(), sandbox());
+    let before = pod_of("web-0", &[("10.20.12.60", 2)]);
+    let after = pod_of("web-0", &[("10.20.12.61", 3)]);
+    add(&node, &before, &old).unwrap();
+    add(&node, &after, &new).unwrap();
+    both_ways(&new, "10.20.12.61", &node, NODE_IP);
+    // The late DEL of the old sandbox, which has no interface any more, leaves the new one alone.
+    del(&node, &removal_of(&before), Some(&old)).unwrap();
+    both_ways(&new, "10.20.12.61", &node, NODE_IP);
+    assert_eq!(check(&node, &after, &new), Vec::<String>::new());
+    assert!(!holds(&node).rules.iter().any(|rule| rule.to_string().contains("10.20.12.60")));
+}
+
+#[test]
+fn a_foreign_interface_in_the_pod_is_left_alone() {
+    let (node, sandbox) = (node(), sandbox());
+    run(&sandbox, &[stub("eth0")]);
+    let (outside, inside) = (holds(&node), holds(&sandbox));
+    let pod = pod_of("taken", &[("10.20.12.60", 2)]);
+    let error = add(&node, &pod, &sandbox).unwrap_err().to_string();
+    assert!(error.starts_with("interface \"eth0\" already exists in "), "{error}");
+    assert_eq!((holds(&node), holds(&sandbox)), (outside, inside));
+}
+
+#[test]
+fn what_a_failed_add_made_is_undone() {
+    let (node, sandbox) = (node(), sandbox());
+    let pod = pod_of("half", &[("10.20.11.50", 2), ("10.20.77.5", 10_101)]);
+    // The second interface finds its name taken after the first one is complete.
+    run(&sandbox, &[stub("mNicIf1")]);
+    let (outside, inside) = (holds(&node), holds(&sandbox));
+    let error = add(&node, &pod, &sandbox).unwrap_err().to_string();
+    assert!(error.starts_with("interface \"mNicIf1\" already exists in "), "{error}");
+    assert_eq!((holds(&node), holds(&sandbox)), (outside, inside));
+
+    // A default route of somebody else's: the last but one step of the pod's side is refused.
+    let mut socket = Socket::route_in(&sandbox).unwrap();
+    let dummy = link::by_name(&mut socket, "mNicIf1").unwrap().unwrap().index;
+    let default = Route {
+        table: TABLE_MAIN,
+        dst: "0.0.0.0/0".parse().unwrap(),
+        gateway: None,
+        dev: dummy,
+        scope: Scope::Link,
+        prefsrc: None,
+        metric: 0,
+    };
+    socket.run(&[link::set_up(dummy), route::add(&default)]).unwrap();
+    let (outside, inside) = (holds(&node), holds(&sandbox));
+    let error = add(&node, &pod_of("half", &[("10.20.11.50", 2)]), &sandbox).unwrap_err().to_string();
+    assert!(error.contains("add route default via 169.254.1.1") && error.ends_with("File exists"), "{error}");
+    assert_eq!((holds(&node), holds(&sandbox)), (outside, inside));
+}
+
+#[test]
+fn rules_of_an_earlier_owner_go() {
+    let (node, sandbox) = (node(), sandbox());
+    let address = "10.20.12.60/32".parse().unwrap();
+    let stale = [3, 4, 2].map(|table| rule::add(&Rule::from(address, 1536, table)));
+    run(&node, &stale);
+    add(&node, &pod_of("heir", &[("10.20.12.60", 2)]), &sandbox).unwrap();
+    let left = holds(&node).rules.into_iter().filter(|rule| rule.priority == 1536).collect::<Vec<_>>();
+    assert_eq!(left, [Rule::from(address, 1536, 2)]);
+    // Also when the new owner needs none.
+    add(&node, &pod_of("heir", &[("10.20.12.60", 254)]), &sandbox).unwrap();
+    assert!(!holds(&node).rules.iter().any(|rule| rule.priority == 1536));
+}
+
+#[test]
+fn del_removes_all_and_may_be_repeated() {
+    let (node, sandbox) = (node(), sandbox());
+    let before = holds(&node);
+    let pod = pod_of("gone", &[("10.20.12.60", 2)]);
+    add(&node, &pod, &sandbox).unwrap();
+    both_ways(&sandbox, "10.20.12.60", &node, NODE_IP);
+    run(
+        &node,
+        &[rule::add(&Rule {
+            dst: Some("10.0.0.0/8".parse().unwrap()),
+            ..Rule::from("10.20.12.60/32".parse().unwrap(), 1536, 2)
+        })],
+    );
+    del(&node, &removal_of(&pod), Some(&sandbox)).unwrap();
+    assert_eq!(holds(&node), before);
+    assert_eq!(holds(&sandbox).links.len(), 1, "only lo is left");
+    del(&node, &removal_of(&pod), Some(&sandbox)).unwrap();
+    drop(sandbox);
+    del(&node, &removal_of(&pod), None).unwrap();
+    assert_eq!(holds(&node), before);
+}
+
+#[test]
+fn del_without_a_namespace_leaves_the_veth_to_the_kernel() {
+    let (node, sandbox) = (node(), sandbox());
+    let pod = pod_of("orphan", &[("10.20.12.60", 2)]);
+    add(&node, &pod, &sandbox).unwrap();
+    let any_table =
+        Removal { addresses: vec![RemovedAddress { address: ip("10.20.12.60"), table: 0 }], ..removal_of(&pod) };
+    del(&node, &any_table, None).unwrap();
+    let left = holds(&node);
+    assert!(left.links.iter().any(|link| link.name == pod.interfaces[0].host_veth));
+    assert!(!left.rules.iter().any(|rule| rule.to_string().contains("10.20.12.60")));
+    assert!(!left.routes.iter().any(|route| route.to_string().contains("10.20.12.60")));
+}
+
+#[test]
+fn check_finds_what_is_taken_away() {
+    let (node, sandbox) = (node(), sandbox());
+    let pod = pod_of("checked", &[("10.20.12.60", 2)]);
+    let interface = &pod.interfaces[0];
+    add(&node, &pod, &sandbox).unwrap();
+    let mut outer = Socket::route_in(&node).unwrap();
+    let mut inner = Socket::route_in(&sandbox).unwrap();
+    let veth = link::by_name(&mut outer, &interface.host_veth).unwrap().unwrap();
+    let eth0 = link::by_name(&mut inner, "eth0").unwrap().unwrap();
+    let [gateway, default] = interface.pod_routes(0, eth0.index);
+    let mut fault = |outside: bool, broken: &[Request], repaired: &[Request], line: &str| {
+        let socket = if outside { &mut outer } else { &mut inner };
+        socket.run(broken).unwrap();
+        assert_eq!(check(&node, &pod, &sandbox), [line]);
+        socket.run(repaired).unwrap();
+        assert_eq!(check(&node, &pod, &sandbox), Vec::<String>::new());
+    };
+    let name = &interface.host_veth;
+    let to = interface.to_rule();
+    fault(true, &[rule::delete(&to)], &[rule::add(&to)], &format!("rule \"{to}\" is missing"));
+    let from = interface.from_rule().unwrap();
+    fault(true, &[rule::delete(&from)], &[rule::add(&from)], &format!("rule \"{from}\" is missing"));
+    let rival = Rule::from(interface.host_net(), 1536, 9);
+    fault(
+        true,
+        &[rule::add(&rival)],
+        &[rule::delete(&rival)],
+        &format!("rule \"{rival}\" sends the pod's traffic to another table"),
+    );
+    let host_route = interface.host_route(veth.index);
+    fault(
+        true,
+        &[route::delete(&host_route)],
+        &[route::replace(&host_route)],
+        &format!("host route 10.20.12.60 dev {name} is missing"),
+    );
+    fault(
+        false,
+        &[route::delete(&default)],
+        &[route::add(&default)],
+        "route default via 169.254.1.1 dev eth0 is missing in the pod",
+    );
+    fault(
+        false,
+        &[route::delete(&gateway)],
+        &[route::replace(&gateway)],
+        "route 169.254.1.1 dev eth0 scope link is missing in the pod",
+    );
+    let entry = interface.pod_neighbour(eth0.index, veth.mac.unwrap());
+    fault(
+        false,
+        &[neigh::delete(eth0.index, interface.gateway)],
+        &[neigh::replace(&entry)],
+        "neighbour 169.254.1.1 is missing on \"eth0\"",
+    );
+    let wrong = Mac([2, 0, 0, 0, 0, 1]);
+    fault(
+        false,
+        &[neigh::replace(&Neighbour { mac: Some(wrong), ..entry })],
+        &[neigh::replace(&entry)],
+        &format!("neighbour 169.254.1.1 is {wrong} instead of {}", veth.mac.unwrap()),
+    );
+    outer.run(&[link::delete(veth.index)]).unwrap();
+    let lines = check(&node, &pod, &sandbox);
+    assert_eq!(
+        lines,
+        [format!("host interface \"{name}\" is missing"), format!("interface \"eth0\" is missing in {}", pod.netns),]
+    );
+}
