@@ -4,14 +4,16 @@
 //! until it is complete. So client, server, tests and fuzzers share it, and every limit stands here. It must not know of
 //! gRPC beyond that shape.
 
+mod frame;
+
+pub use frame::{FRAME_LIMIT, Fault, code};
+
 use super::hpack::{Decoder, Field};
+use frame::{Frame, fault, flag, kind, put_header, put_headers, put_number, put_settings, setting, unpad, violation};
 use std::collections::{BTreeMap, VecDeque};
-use std::fmt;
 
 /// What a client sends first (RFC 9113 3.4).
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// Largest frame payload either side accepts: the protocol's minimum and default.
-pub const FRAME_LIMIT: usize = 16_384;
 /// Largest header block, coded as well as decoded.
 pub const HEADER_LIMIT: usize = 65_536;
 /// CONTINUATION frames of one header block; a block at its limit takes four of full size.
@@ -34,48 +36,6 @@ const CLIENT_WINDOW: u32 = 1 << 20 | 0xffff;
 /// Received bytes are credited back in steps of this size, at most a quarter of the window.
 const CREDIT_STEP: u32 = 16_384;
 
-/// Error codes (RFC 9113 7).
-pub mod code {
-    #![expect(missing_docs, reason = "the names are those of the RFC")]
-    pub const NO_ERROR: u32 = 0;
-    pub const PROTOCOL_ERROR: u32 = 1;
-    pub const FLOW_CONTROL_ERROR: u32 = 3;
-    pub const STREAM_CLOSED: u32 = 5;
-    pub const FRAME_SIZE_ERROR: u32 = 6;
-    pub const REFUSED_STREAM: u32 = 7;
-    pub const CANCEL: u32 = 8;
-    pub const COMPRESSION_ERROR: u32 = 9;
-    pub const ENHANCE_YOUR_CALM: u32 = 11;
-    pub const INADEQUATE_SECURITY: u32 = 12;
-}
-
-mod frame {
-    pub const DATA: u8 = 0;
-    pub const HEADERS: u8 = 1;
-    pub const PRIORITY: u8 = 2;
-    pub const RST_STREAM: u8 = 3;
-    pub const SETTINGS: u8 = 4;
-    pub const PUSH_PROMISE: u8 = 5;
-    pub const PING: u8 = 6;
-    pub const GOAWAY: u8 = 7;
-    pub const WINDOW_UPDATE: u8 = 8;
-    pub const CONTINUATION: u8 = 9;
-
-    pub const END_STREAM: u8 = 0x1;
-    pub const ACK: u8 = 0x1;
-    pub const END_HEADERS: u8 = 0x4;
-    pub const PADDED: u8 = 0x8;
-    pub const WITH_PRIORITY: u8 = 0x20;
-}
-
-mod setting {
-    pub const ENABLE_PUSH: u16 = 2;
-    pub const MAX_CONCURRENT_STREAMS: u16 = 3;
-    pub const INITIAL_WINDOW_SIZE: u16 = 4;
-    pub const MAX_FRAME_SIZE: u16 = 5;
-    pub const MAX_HEADER_LIST_SIZE: u16 = 6;
-}
-
 /// Which end of the connection we are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
@@ -83,31 +43,6 @@ pub enum Role {
     Client,
     /// The peer does.
     Server,
-}
-
-/// Why the connection ends; the peer is told with GOAWAY.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fault {
-    /// One of [`code`].
-    pub code: u32,
-    /// What the peer did.
-    pub text: &'static str,
-}
-
-impl fmt::Display for Fault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} (HTTP/2 error {})", self.text, self.code)
-    }
-}
-
-impl std::error::Error for Fault {}
-
-fn fault<T>(code: u32, text: &'static str) -> Result<T, Fault> {
-    Err(Fault { code, text })
-}
-
-fn violation<T>(text: &'static str) -> Result<T, Fault> {
-    fault(code::PROTOCOL_ERROR, text)
 }
 
 /// What the peer did that concerns the layer above.
@@ -180,20 +115,8 @@ struct HeaderBlock {
     continuations: u32,
 }
 
-struct Frame<'a> {
-    kind: u8,
-    flags: u8,
-    stream: u32,
-    payload: &'a [u8],
-}
-
-impl Frame<'_> {
-    fn has(&self, flag: u8) -> bool {
-        self.flags & flag != 0
-    }
-}
-
 /// The state of one connection.
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own that the protocol asks for")]
 pub struct Conn {
     role: Role,
     input: Vec<u8>,
@@ -244,14 +167,20 @@ impl Conn {
         match role {
             Role::Client => {
                 conn.out.extend_from_slice(PREFACE);
-                conn.put_settings(&[(setting::ENABLE_PUSH, 0), (setting::INITIAL_WINDOW_SIZE, CLIENT_WINDOW)]);
-                conn.put_u32_frame(frame::WINDOW_UPDATE, 0, CLIENT_WINDOW);
+                put_settings(
+                    &mut conn.out,
+                    &[(setting::ENABLE_PUSH, 0), (setting::INITIAL_WINDOW_SIZE, CLIENT_WINDOW)],
+                );
+                put_number(&mut conn.out, kind::WINDOW_UPDATE, 0, CLIENT_WINDOW);
                 conn.receive_window += i64::from(CLIENT_WINDOW);
             }
-            Role::Server => conn.put_settings(&[
-                (setting::MAX_CONCURRENT_STREAMS, u32::try_from(STREAM_LIMIT).unwrap_or(u32::MAX)),
-                (setting::MAX_HEADER_LIST_SIZE, u32::try_from(HEADER_LIMIT).unwrap_or(u32::MAX)),
-            ]),
+            Role::Server => put_settings(
+                &mut conn.out,
+                &[
+                    (setting::MAX_CONCURRENT_STREAMS, u32::try_from(STREAM_LIMIT).unwrap_or(u32::MAX)),
+                    (setting::MAX_HEADER_LIST_SIZE, u32::try_from(HEADER_LIMIT).unwrap_or(u32::MAX)),
+                ],
+            ),
         }
         conn
     }
@@ -302,7 +231,7 @@ impl Conn {
             return None;
         }
         self.next_stream += 2;
-        self.put_headers(stream, head, false);
+        put_headers(&mut self.out, stream, head, false);
         let mut open = self.open_stream(None);
         open.outgoing = body;
         open.tail = Some(Tail::WithData);
@@ -318,7 +247,7 @@ impl Conn {
         open.body = Vec::new();
         open.outgoing = body;
         open.tail = Some(Tail::Trailers(trailers));
-        self.put_headers(stream, head, false);
+        put_headers(&mut self.out, stream, head, false);
         self.pump(stream);
     }
 
@@ -326,18 +255,18 @@ impl Conn {
     pub fn respond_head(&mut self, stream: u32, head: &[u8]) {
         let Some(open) = self.streams.get(&stream).filter(|open| open.tail.is_none()) else { return };
         let remote_closed = open.remote_closed;
-        self.put_headers(stream, head, true);
+        put_headers(&mut self.out, stream, head, true);
         self.streams.remove(&stream);
         if !remote_closed {
             // The answer is complete without the rest of the request (RFC 9113 8.1).
-            self.put_u32_frame(frame::RST_STREAM, stream, code::NO_ERROR);
+            put_number(&mut self.out, kind::RST_STREAM, stream, code::NO_ERROR);
         }
     }
 
     /// Gives a stream up.
     pub fn reset(&mut self, stream: u32, code: u32) {
         if self.streams.remove(&stream).is_some() {
-            self.put_u32_frame(frame::RST_STREAM, stream, code);
+            put_number(&mut self.out, kind::RST_STREAM, stream, code);
         }
     }
 
@@ -345,7 +274,7 @@ impl Conn {
     pub fn go_away(&mut self, code: u32) {
         if !self.going_away || code != code::NO_ERROR {
             self.going_away = true;
-            self.put_frame_header(8, frame::GOAWAY, 0, 0);
+            put_header(&mut self.out, 8, kind::GOAWAY, 0, 0);
             self.out.extend_from_slice(&self.last_peer_stream.to_be_bytes());
             self.out.extend_from_slice(&code.to_be_bytes());
         }
@@ -380,30 +309,30 @@ impl Conn {
     }
 
     fn frame(&mut self, frame: &Frame<'_>) -> Result<(), Fault> {
-        if !self.settings_seen && (frame.kind != frame::SETTINGS || frame.has(frame::ACK)) {
+        if !self.settings_seen && (frame.kind != kind::SETTINGS || frame.has(flag::ACK)) {
             return violation("first frame is not SETTINGS");
         }
-        if self.header_block.is_some() != (frame.kind == frame::CONTINUATION) {
+        if self.header_block.is_some() != (frame.kind == kind::CONTINUATION) {
             return violation("header block interrupted, or continued without a start");
         }
-        if frame.kind != frame::DATA || frame.payload.is_empty() {
+        if frame.kind != kind::DATA || frame.payload.is_empty() {
             self.control_frames += 1;
             if self.control_frames > CONTROL_LIMIT {
                 return fault(code::ENHANCE_YOUR_CALM, "too many frames without a request");
             }
         }
         match frame.kind {
-            frame::DATA => self.data(frame),
-            frame::HEADERS => self.headers(frame),
-            frame::PRIORITY if frame.stream == 0 => violation("PRIORITY on stream 0"),
-            frame::PRIORITY if frame.payload.len() != 5 => fault(code::FRAME_SIZE_ERROR, "PRIORITY of wrong size"),
-            frame::RST_STREAM => self.rst_stream(frame),
-            frame::SETTINGS => self.settings(frame),
-            frame::PUSH_PROMISE => violation("PUSH_PROMISE"),
-            frame::PING => self.ping(frame),
-            frame::GOAWAY => self.goaway(frame),
-            frame::WINDOW_UPDATE => self.window_update(frame),
-            frame::CONTINUATION => self.continuation(frame),
+            kind::DATA => self.data(frame),
+            kind::HEADERS => self.headers(frame),
+            kind::PRIORITY if frame.stream == 0 => violation("PRIORITY on stream 0"),
+            kind::PRIORITY if frame.payload.len() != 5 => fault(code::FRAME_SIZE_ERROR, "PRIORITY of wrong size"),
+            kind::RST_STREAM => self.rst_stream(frame),
+            kind::SETTINGS => self.settings(frame),
+            kind::PUSH_PROMISE => violation("PUSH_PROMISE"),
+            kind::PING => self.ping(frame),
+            kind::GOAWAY => self.goaway(frame),
+            kind::WINDOW_UPDATE => self.window_update(frame),
+            kind::CONTINUATION => self.continuation(frame),
             _ => Ok(()), // PRIORITY has no meaning any more; unknown kinds are ignored (RFC 9113 5.5)
         }
     }
@@ -411,8 +340,8 @@ impl Conn {
     /// Whether a stream was never opened by either side.
     fn is_unopened(&self, stream: u32) -> bool {
         match self.role {
-            Role::Client => stream % 2 == 0 || stream >= self.next_stream,
-            Role::Server => stream % 2 == 0 || stream > self.last_peer_stream,
+            Role::Client => stream.is_multiple_of(2) || stream >= self.next_stream,
+            Role::Server => stream.is_multiple_of(2) || stream > self.last_peer_stream,
         }
     }
 
@@ -428,10 +357,10 @@ impl Conn {
         self.credit += length;
         if self.credit >= CREDIT_STEP {
             self.receive_window += i64::from(self.credit);
-            self.put_u32_frame(frame::WINDOW_UPDATE, 0, self.credit);
+            put_number(&mut self.out, kind::WINDOW_UPDATE, 0, self.credit);
             self.credit = 0;
         }
-        let data = unpad(frame.payload, frame.has(frame::PADDED))?;
+        let data = unpad(frame.payload, frame.has(flag::PADDED))?;
         let buffered: usize = self.streams.values().map(|open| open.body.len()).sum();
         let role = self.role;
         let Some(open) = self.streams.get_mut(&frame.stream) else {
@@ -450,7 +379,7 @@ impl Conn {
         if open.receive_window < 0 {
             return fault(code::FLOW_CONTROL_ERROR, "more DATA than the stream's window");
         }
-        let end = frame.has(frame::END_STREAM);
+        let end = frame.has(flag::END_STREAM);
         if !open.deaf {
             if open.body.len() + data.len() > BODY_LIMIT || buffered + data.len() > BUFFER_LIMIT {
                 return self.too_large(frame.stream, end);
@@ -460,7 +389,7 @@ impl Conn {
             if open.credit >= CREDIT_STEP && !end {
                 let credit = std::mem::take(&mut open.credit);
                 open.receive_window += i64::from(credit);
-                self.put_u32_frame(frame::WINDOW_UPDATE, frame.stream, credit);
+                put_number(&mut self.out, kind::WINDOW_UPDATE, frame.stream, credit);
             }
         }
         if end {
@@ -497,23 +426,23 @@ impl Conn {
             let unsent = open.tail.is_some();
             self.streams.remove(&stream);
             if unsent {
-                self.put_u32_frame(frame::RST_STREAM, stream, code::CANCEL);
+                put_number(&mut self.out, kind::RST_STREAM, stream, code::CANCEL);
             }
         }
         self.events.push_back(Event::Complete { stream, head, body, trailers });
     }
 
     fn headers(&mut self, frame: &Frame<'_>) -> Result<(), Fault> {
-        if frame.stream % 2 == 0 || (self.role == Role::Client && frame.stream >= self.next_stream) {
+        if frame.stream.is_multiple_of(2) || (self.role == Role::Client && frame.stream >= self.next_stream) {
             return violation("HEADERS on a stream that the peer may not open");
         }
-        let mut block = unpad(frame.payload, frame.has(frame::PADDED))?;
-        if frame.has(frame::WITH_PRIORITY) {
+        let mut block = unpad(frame.payload, frame.has(flag::PADDED))?;
+        if frame.has(flag::WITH_PRIORITY) {
             block =
                 block.get(5..).ok_or(Fault { code: code::FRAME_SIZE_ERROR, text: "HEADERS without its priority" })?;
         }
-        let end_stream = frame.has(frame::END_STREAM);
-        if frame.has(frame::END_HEADERS) {
+        let end_stream = frame.has(flag::END_STREAM);
+        if frame.has(flag::END_HEADERS) {
             return self.header_list(frame.stream, end_stream, block);
         }
         self.header_block =
@@ -530,7 +459,7 @@ impl Conn {
             return fault(code::ENHANCE_YOUR_CALM, "header block larger than 64 KiB or in too many pieces");
         }
         pending.block.extend_from_slice(frame.payload);
-        if frame.has(frame::END_HEADERS) {
+        if frame.has(flag::END_HEADERS) {
             return self.header_list(pending.stream, pending.end_stream, &pending.block);
         }
         self.header_block = Some(pending);
@@ -571,7 +500,7 @@ impl Conn {
         self.last_peer_stream = stream;
         let limit = if self.settings_acked { STREAM_LIMIT } else { EARLY_STREAM_LIMIT };
         if self.going_away || self.streams.len() >= limit {
-            self.put_u32_frame(frame::RST_STREAM, stream, code::REFUSED_STREAM);
+            put_number(&mut self.out, kind::RST_STREAM, stream, code::REFUSED_STREAM);
             return Ok(());
         }
         let open = self.open_stream(Some(fields));
@@ -622,7 +551,7 @@ impl Conn {
         if frame.stream != 0 {
             return violation("SETTINGS on a stream");
         }
-        if frame.has(frame::ACK) {
+        if frame.has(flag::ACK) {
             self.settings_acked = true;
             return if frame.payload.is_empty() {
                 Ok(())
@@ -648,7 +577,7 @@ impl Conn {
             }
         }
         self.settings_seen = true;
-        self.put_frame_header(0, frame::SETTINGS, frame::ACK, 0);
+        put_header(&mut self.out, 0, kind::SETTINGS, flag::ACK, 0);
         self.pump_all();
         Ok(())
     }
@@ -673,8 +602,8 @@ impl Conn {
         if frame.payload.len() != 8 {
             return fault(code::FRAME_SIZE_ERROR, "PING of wrong size");
         }
-        if !frame.has(frame::ACK) {
-            self.put_frame_header(8, frame::PING, frame::ACK, 0);
+        if !frame.has(flag::ACK) {
+            put_header(&mut self.out, 8, kind::PING, flag::ACK, 0);
             self.out.extend_from_slice(frame.payload);
         }
         Ok(())
@@ -740,82 +669,30 @@ impl Conn {
                 return;
             }
             let last = open.sent + size == open.outgoing.len() && matches!(open.tail, Some(Tail::WithData));
-            self.put_frame_header(size, frame::DATA, if last { frame::END_STREAM } else { 0 }, stream);
+            put_header(&mut self.out, size, kind::DATA, if last { flag::END_STREAM } else { 0 }, stream);
             self.out.extend_from_slice(&open.outgoing[open.sent..open.sent + size]);
             open.sent += size;
             let sent = i64::try_from(size).unwrap_or(WINDOW_LIMIT);
             open.send_window -= sent;
             self.send_window -= sent;
         }
+        if open.outgoing.is_empty() && matches!(open.tail, Some(Tail::WithData)) {
+            put_header(&mut self.out, 0, kind::DATA, flag::END_STREAM, stream);
+        }
         open.outgoing = Vec::new();
         open.sent = 0;
         match open.tail.take() {
             Some(Tail::Trailers(trailers)) => {
-                self.put_headers(stream, &trailers, true);
+                put_headers(&mut self.out, stream, &trailers, true);
                 if !open.remote_closed {
-                    self.put_u32_frame(frame::RST_STREAM, stream, code::NO_ERROR);
+                    put_number(&mut self.out, kind::RST_STREAM, stream, code::NO_ERROR);
                 }
             }
             Some(Tail::WithData) | None => drop(self.streams.insert(stream, open)),
         }
     }
-
-    fn put_frame_header(&mut self, length: usize, kind: u8, flags: u8, stream: u32) {
-        let [.., l0, l1, l2] = length.to_be_bytes();
-        self.out.extend_from_slice(&[l0, l1, l2, kind, flags]);
-        self.out.extend_from_slice(&stream.to_be_bytes());
-    }
-
-    fn put_u32_frame(&mut self, kind: u8, stream: u32, value: u32) {
-        self.put_frame_header(4, kind, 0, stream);
-        self.out.extend_from_slice(&value.to_be_bytes());
-    }
-
-    fn put_settings(&mut self, settings: &[(u16, u32)]) {
-        self.put_frame_header(settings.len() * 6, frame::SETTINGS, 0, 0);
-        for (name, value) in settings {
-            self.out.extend_from_slice(&name.to_be_bytes());
-            self.out.extend_from_slice(&value.to_be_bytes());
-        }
-    }
-
-    fn put_headers(&mut self, stream: u32, block: &[u8], end_stream: bool) {
-        let mut kind = frame::HEADERS;
-        let mut flags = if end_stream { frame::END_STREAM } else { 0 };
-        let mut rest = block;
-        loop {
-            let (piece, after) = rest.split_at(rest.len().min(FRAME_LIMIT));
-            rest = after;
-            if rest.is_empty() {
-                flags |= frame::END_HEADERS;
-            }
-            self.put_frame_header(piece.len(), kind, flags, stream);
-            self.out.extend_from_slice(piece);
-            if rest.is_empty() {
-                return;
-            }
-            (kind, flags) = (frame::CONTINUATION, 0);
-        }
-    }
 }
 
-impl Frame<'_> {
-    /// The payload as one number, for the kinds that consist of it.
-    fn number(&self, text: &'static str) -> Result<u32, Fault> {
-        let bytes = self.payload.try_into().map_err(|_| Fault { code: code::FRAME_SIZE_ERROR, text })?;
-        Ok(u32::from_be_bytes(bytes))
-    }
-}
-
-fn unpad(payload: &[u8], padded: bool) -> Result<&[u8], Fault> {
-    if !padded {
-        return Ok(payload);
-    }
-    let Some((padding, rest)) = payload.split_first() else {
-        return fault(code::FRAME_SIZE_ERROR, "padded frame without its padding length");
-    };
-    match rest.len().checked_sub(usize::from(*padding)) {
-        Some(length) => Ok(&rest[..length]),
-        None => violation("padding longer than the frame"),
-    }
-}
+#[cfg(test)]
+#[path = "h2_tests.rs"]
+mod tests;

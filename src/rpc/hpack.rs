@@ -397,3 +397,7 @@ pub fn fuzz_hpack(bytes: &[u8]) {
         assert_eq!(decoder.size, decoder.table.iter().map(Field::size).sum::<usize>(), "the table size is exact");
     }
 }
+
+#[cfg(test)]
+#[path = "hpack_tests.rs"]
+mod tests;

@@ -270,7 +270,9 @@ impl<'a> Reader<'a> {
                 (number, GROUP_END) if number == innermost => drop(open.pop()),
                 (number, GROUP_START) if open.len() < GROUP_DEPTH => open.push(number),
                 (_, GROUP_START) => return Err(DecodeError::Limit),
-                (_, wire_type) => drop(self.value(wire_type)?),
+                (_, wire_type) => {
+                    self.value(wire_type)?;
+                }
             }
         }
         Ok(())
@@ -377,3 +379,7 @@ pub fn fuzz_proto(bytes: &[u8]) {
     check::<HealthCheckResponse>(bytes);
     check::<Empty>(bytes);
 }
+
+#[cfg(test)]
+#[path = "proto_tests.rs"]
+mod tests;

@@ -262,7 +262,7 @@ impl Registry {
         if state.stopped {
             return None;
         }
-        let number = (0..).find(|number| !state.open.contains_key(number))?;
+        let number = (0..limit).find(|number| !state.open.contains_key(number))?;
         state.open.insert(number, Open { stream: Arc::clone(stream), idle_since: None, leaving: false });
         drop(state);
         Some(Slot { registry: Arc::clone(registry), number })
