@@ -9,7 +9,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Set in the copy of this test that runs inside the private mount namespace.
 const INSIDE: &str = "ENIBOX_TEST_PRIVATE_MOUNTS";
@@ -105,9 +105,9 @@ fn scenario(dir: &Path, bed: &Bed) {
     assert_ne!(containerd.network_state(), before, "containers do not show in the state, so leaks would not either");
 
     let call = format!("nc -w 2 {} {}", server.address, PORTS.0);
-    containerd.expect_served("container to container", || containerd.exec("client", &call));
+    expect_served("container to container", || containerd.exec("client", &call));
     let (address, port) = (&bed.address, PORTS.1);
-    containerd.expect_served("port of the node", || {
+    expect_served("port of the node", || {
         let call = format!("exec 3<>/dev/tcp/{address}/{port}; timeout 2 cat <&3");
         try_run(&format!("ip netns exec {} timeout 5 bash -c '{call}'", bed.outside))
     });
@@ -227,10 +227,6 @@ impl<'a> Containerd<'a> {
         address.to_owned()
     }
 
-    fn expect_served(&self, what: &str, call: impl Fn() -> Result<String, String>) {
-        until(what, || call().and_then(|text| if text.trim() == "served" { Ok(text) } else { Err(text) }));
-    }
-
     /// Everything that a pod could leave behind in the node's network, as text.
     fn network_state(&self) -> String {
         let mut state = String::new();
@@ -270,6 +266,10 @@ impl Drop for Containerd<'_> {
             _ = fs::remove_dir(hierarchy.join(NAMESPACE));
         }
     }
+}
+
+fn expect_served(what: &str, call: impl Fn() -> Result<String, String>) {
+    until(what, || call().and_then(|text| if text.trim() == "served" { Ok(text) } else { Err(text) }));
 }
 
 /// Runs `work` in a copy of this process that has a mount namespace of its own; `work` gets a folder that goes with it.
@@ -357,7 +357,7 @@ fn run(command: &str) -> String {
 /// Tries until it works, at most 15 s: what is waited for takes a few milliseconds.
 #[track_caller]
 fn until(what: &str, mut attempt: impl FnMut() -> Result<String, String>) {
-    let start = Instant::now();
+    let start = enibox::clock::instant();
     loop {
         match attempt() {
             Ok(_) => return,
