@@ -1,0 +1,135 @@
+//! What others see of the model: an instance through IMDS, and the topology what is wired where.
+
+use super::Vpc;
+use crate::model::ec2::Interface;
+use crate::model::ids::{EniId, GroupId, InstanceId, SubnetId};
+use crate::model::imds::{Eni, Identity};
+use crate::model::net::Mac;
+use crate::model::time::Now;
+use ipnet::{IpNet, Ipv4Net};
+use std::net::{IpAddr, Ipv4Addr};
+
+/// An attached ENI as IMDS tells of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImdsEni {
+    /// What the daemon reads.
+    pub eni: Eni,
+    /// Security groups.
+    pub groups: Vec<GroupId>,
+}
+
+/// An attached ENI as the network sees it, at once and in truth.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wire {
+    /// The ENI.
+    pub eni: EniId,
+    /// Where it is attached.
+    pub instance: InstanceId,
+    /// Device index.
+    pub device: u32,
+    /// Hardware address of the instance's end.
+    pub mac: Mac,
+    /// CIDR of the subnet; its first address is the router's.
+    pub subnet: Ipv4Net,
+    /// The ENI's own address.
+    pub own: Ipv4Addr,
+    /// Everything that the ENI may send from and that is delivered to it: addresses (/32, the own one included) and
+    /// prefixes.
+    pub assigned: Vec<Ipv4Net>,
+}
+
+impl Vpc {
+    /// What IMDS tells of an instance once and for all. None for an unknown instance.
+    pub fn identity(&self, instance: &InstanceId) -> Option<Identity> {
+        let host = self.instances.get(instance)?;
+        let primary = &self.enis.get(&host.primary)?.interface;
+        Some(Identity {
+            region: self.region.clone(),
+            zone: host.zone.clone(),
+            instance: instance.clone(),
+            instance_type: host.kind.name.clone(),
+            local_ipv4: primary.primary_ipv4?,
+            local_ipv6: primary.ipv6s.first().copied(),
+            mac: primary.mac?,
+            primary_eni: primary.id.clone(),
+            subnet: primary.subnet.clone(),
+            vpc: self.id.clone(),
+        })
+    }
+
+    /// The ENIs that IMDS lists for an instance at that moment, by device index.
+    pub fn imds(&mut self, now: Now, instance: &InstanceId) -> Option<Vec<ImdsEni>> {
+        self.settle(now);
+        self.instances.get_mut(instance)?.seen.seen(now.mono).cloned()
+    }
+
+    /// All instances.
+    pub fn instances(&self) -> impl Iterator<Item = &InstanceId> {
+        self.instances.keys()
+    }
+
+    /// The instance that an address is delivered to.
+    pub fn owner(&self, addr: Ipv4Addr) -> Option<InstanceId> {
+        self.wires().into_iter().find(|wire| wire.assigned.iter().any(|net| net.contains(&addr))).map(|w| w.instance)
+    }
+
+    /// What is wired, in order of ENI ids. An ENI that is being detached is not.
+    pub fn wires(&self) -> Vec<Wire> {
+        let wired = self.enis.values().filter(|state| state.detached_at.is_none()).filter_map(|state| {
+            let interface = &state.interface;
+            let (at, own) = (interface.attachment.as_ref()?, interface.primary_ipv4?);
+            let single = |addr: &Ipv4Addr| Ipv4Net::from(*addr);
+            let assigned = std::iter::once(single(&own))
+                .chain(interface.secondary_ipv4s.iter().map(single))
+                .chain(interface.v4_prefixes.iter().copied())
+                .collect();
+            Some(Wire {
+                eni: interface.id.clone(),
+                instance: at.instance.clone(),
+                device: at.device,
+                mac: interface.mac?,
+                subnet: self.subnet_cidr(&interface.subnet)?,
+                own,
+                assigned,
+            })
+        });
+        wired.collect()
+    }
+
+    pub(super) fn imds_truth(&self, instance: &InstanceId) -> Vec<ImdsEni> {
+        let mut listed =
+            self.enis.values().filter_map(|state| self.imds_eni(&state.interface, instance)).collect::<Vec<_>>();
+        listed.sort_by_key(|listed| (listed.eni.card, listed.eni.device));
+        listed
+    }
+
+    fn imds_eni(&self, interface: &Interface, instance: &InstanceId) -> Option<ImdsEni> {
+        let at = interface.attachment.as_ref().filter(|at| at.instance == *instance)?;
+        let subnet: &SubnetId = &interface.subnet;
+        let place = self.subnets.get(subnet)?;
+        let eni = Eni {
+            id: interface.id.clone(),
+            mac: interface.mac?,
+            device: at.device,
+            card: at.card,
+            subnet: subnet.clone(),
+            subnet_v4: Some(IpNet::V4(place.space.cidr())),
+            subnet_v6: place.v6.map(IpNet::V6),
+            ipv4s: interface.primary_ipv4.iter().chain(&interface.secondary_ipv4s).copied().collect(),
+            v4_prefixes: interface.v4_prefixes.iter().copied().map(IpNet::V4).collect(),
+            ipv6s: interface.ipv6s.clone(),
+            v6_prefixes: interface.v6_prefixes.clone(),
+        };
+        Some(ImdsEni { eni, groups: interface.groups.clone() })
+    }
+
+    /// Whether an address is assigned to any ENI, attached or not.
+    pub fn assigned(&self, addr: IpAddr) -> bool {
+        let IpAddr::V4(addr) = addr else { return false };
+        self.interfaces().any(|interface| {
+            interface.primary_ipv4 == Some(addr)
+                || interface.secondary_ipv4s.contains(&addr)
+                || interface.v4_prefixes.iter().any(|net| net.contains(&addr))
+        })
+    }
+}
