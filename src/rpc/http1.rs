@@ -459,9 +459,9 @@ fn render(response: &Response, close: bool) -> Vec<u8> {
     for (name, value) in &response.headers {
         // A line break in a value would let it forge headers.
         let value: String = value.chars().filter(|c| !c.is_control()).collect();
-        head.push_str(&format!("{name}: {value}\r\n"));
+        head.extend([*name, ": ", &value, "\r\n"]);
     }
-    head.push_str(&format!("content-length: {}\r\n", response.body.len()));
+    head.extend(["content-length: ", &response.body.len().to_string(), "\r\n"]);
     head.push_str(if close { "connection: close\r\n\r\n" } else { "\r\n" });
     let mut bytes = head.into_bytes();
     bytes.extend_from_slice(&response.body);

@@ -380,7 +380,13 @@ impl Vpc {
         Outcome { result, after }
     }
 
-    fn request_id(&mut self) -> String {
+    /// What happens to a request to IMDS; it is planned under the name `IMDS`.
+    pub fn meet_imds(&mut self, now: Now) -> (Duration, Option<Planned>) {
+        self.knobs.meet("IMDS", now.mono)
+    }
+
+    /// A fresh request id.
+    pub fn request_id(&mut self) -> String {
         let (high, low) = (self.dice(), self.dice());
         format!(
             "{:08x}-{:04x}-4{:03x}-a{:03x}-{:012x}",
@@ -412,10 +418,11 @@ impl Vpc {
 
     fn new_mac(&mut self) -> Mac {
         let (dice, serial) = (self.dice(), self.serial);
-        let [a, b, c, ..] = dice.to_be_bytes();
-        let [.., y, z] = serial.to_be_bytes();
+        let mut mac = [0x02; 6];
+        mac[1..4].copy_from_slice(&dice.to_be_bytes()[..3]);
+        mac[4..].copy_from_slice(&serial.to_be_bytes()[6..]);
         // 02: locally administered, as EC2's are; the serial at the end keeps them apart.
-        Mac([0x02, a, b, c, y, z])
+        Mac(mac)
     }
 
     fn new_attachment(&mut self) -> AttachmentId {

@@ -114,7 +114,8 @@ impl Vpc {
             card: at.card,
             subnet: subnet.clone(),
             subnet_v4: Some(IpNet::V4(place.space.cidr())),
-            subnet_v6: place.v6.map(IpNet::V6),
+            // IMDS lists the attribute only for an ENI with IPv6 addresses.
+            subnet_v6: place.v6.filter(|_| !interface.ipv6s.is_empty()).map(IpNet::V6),
             ipv4s: interface.primary_ipv4.iter().chain(&interface.secondary_ipv4s).copied().collect(),
             v4_prefixes: interface.v4_prefixes.iter().copied().map(IpNet::V4).collect(),
             ipv6s: interface.ipv6s.clone(),
