@@ -22,7 +22,7 @@ const FILE_BYTES_MAX: u64 = 100 << 20;
 /// So many rotated files are kept …
 const BACKUPS_MAX: usize = 5;
 /// … unless they are older than this.
-const BACKUP_AGE_MAX: Duration = Duration::from_secs(30 * 86400);
+const BACKUP_AGE_MAX: Duration = Duration::from_hours(30 * 24);
 /// Longest message in a line; what is beyond is cut off. Standard input of the plugin is logged and may be long.
 const MESSAGE_BYTES_MAX: usize = 64 << 10;
 
@@ -43,9 +43,8 @@ pub fn init(destination: &str, level: &str, stdout: Stdout) {
 
 fn init_with(destination: &str, level: &str, stdout: Stdout, bytes_max: u64) {
     let sink = match destination.to_ascii_lowercase().as_str() {
-        "" | "stderr" => Sink::Stderr,
         "stdout" if stdout == Stdout::Allowed => Sink::Stdout,
-        "stdout" => Sink::Stderr,
+        "" | "stderr" | "stdout" => Sink::Stderr,
         _ => match RotatingFile::open(Path::new(destination), bytes_max) {
             Ok(file) => Sink::File(file),
             Err(error) => {
@@ -170,10 +169,10 @@ impl RotatingFile {
         let metadata = self.file.metadata()?;
         let full = metadata.len() > 0 && metadata.len() + line.len() as u64 > self.bytes_max;
         // Without a name the file was deleted under us; lines in it would be lost.
-        if full || metadata.nlink() == 0 {
-            if let Err(error) = self.rotate() {
-                let _ = writeln!(io::stderr(), "rotate {}: {error}", self.path.display());
-            }
+        if (full || metadata.nlink() == 0)
+            && let Err(error) = self.rotate()
+        {
+            let _ = writeln!(io::stderr(), "rotate {}: {error}", self.path.display());
         }
         self.file.write_all(line)
     }

@@ -1,5 +1,84 @@
 //! Dispatch by the name the program is called under.
+//!
+//! One table maps the exact file name of `argv[0]` to a personality: a suffix match would take a wrapper called
+//! `my-aws-cni` for the plugin. Every other name is the operator's command line, whose first word may name a personality. A
+//! personality runs without any command-line parsing. Only here does the process get its exit code.
 
-fn main() {
-    println!("enibox {}", enibox::VERSION);
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use enibox::{VERSION, error::exit, plugin};
+use std::ffi::OsStr;
+use std::fmt::Write as _;
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::ExitCode;
+
+struct Personality {
+    name: &'static str,
+    about: &'static str,
+    run: fn() -> u8,
+}
+
+const PERSONALITIES: &[Personality] = &[Personality {
+    name: "aws-cni",
+    about: "CNI plugin: ADD, DEL, CHECK, STATUS, GC, VERSION as CNI_COMMAND says",
+    run: || plugin::run(&plugin::aws_cni::PLUGIN),
+}];
+
+fn personality(name: Option<&OsStr>) -> Option<&'static Personality> {
+    PERSONALITIES.iter().find(|personality| name == Some(OsStr::new(personality.name)))
+}
+
+fn main() -> ExitCode {
+    let mut words = std::env::args_os();
+    let called = words.next();
+    let first = words.next();
+    let by_name = personality(called.as_deref().and_then(|path| Path::new(path).file_name()));
+    let code = match by_name.or_else(|| personality(first.as_deref())) {
+        Some(personality) => (personality.run)(),
+        None => operate(),
+    };
+    ExitCode::from(code)
+}
+
+/// The Amazon VPC CNI for Kubernetes as one executable
+#[derive(Parser)]
+#[command(name = "enibox", disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Print the program's version
+    Version,
+}
+
+/// The operator's command line.
+fn operate() -> u8 {
+    let mut names = String::from("Under these names, or with one of them as its first word, it is:\n");
+    for personality in PERSONALITIES {
+        // Writing to a string cannot fail.
+        let _ = writeln!(names, "  {:<18}{}", personality.name, personality.about);
+    }
+    let matches = Cli::command().after_help(names).try_get_matches();
+    match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
+        Ok(cli) => match cli.command {
+            Command::Version => print(&format!("enibox {VERSION}\n")),
+        },
+        Err(error) => {
+            // Help that nobody reads is no reason to fail differently.
+            let _ = error.print();
+            if error.use_stderr() { exit::USAGE } else { exit::OK }
+        }
+    }
+}
+
+/// Prints to standard output. The `println!` of the library would abort the process when the reader is gone.
+fn print(text: &str) -> u8 {
+    let mut stdout = io::stdout();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Ok(()) => exit::OK,
+        Err(_) => exit::FAILURE,
+    }
 }

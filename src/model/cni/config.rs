@@ -212,7 +212,7 @@ mod tests {
     use proptest::prelude::*;
     use serde_json::json;
 
-    fn config(fields: Value) -> Result<Config, String> {
+    fn config(fields: &Value) -> Result<Config, String> {
         let mut all = json!({"cniVersion": "1.1.0", "name": "aws-cni", "type": "aws-cni"});
         for (key, value) in fields.as_object().unwrap() {
             all[key] = value.clone();
@@ -245,7 +245,7 @@ mod tests {
 
     #[test]
     fn absent_fields_have_the_defaults_of_the_shipped_configuration() {
-        let config = config(json!({})).unwrap();
+        let config = config(&json!({})).unwrap();
         assert_eq!((config.veth_prefix.as_str(), config.mtu), ("eni", 9001));
         assert_eq!(config.enforcing_mode, EnforcingMode::Strict);
         assert!(config.prev_result.unwrap().is_none() && config.valid_attachments.is_none());
@@ -266,43 +266,43 @@ mod tests {
             (json!("nine"), 9001),
             (json!(null), 9001),
         ] {
-            assert_eq!(config(json!({"mtu": value})).unwrap().mtu, wanted, "{value}");
+            assert_eq!(config(&json!({"mtu": value})).unwrap().mtu, wanted, "{value}");
         }
-        assert!(config(json!({"mtu": []})).is_err());
+        assert!(config(&json!({"mtu": []})).is_err());
     }
 
     #[test]
     fn the_prefix_fits_a_name() {
-        assert_eq!(config(json!({"vethPrefix": ""})).unwrap().veth_prefix, "");
-        assert_eq!(config(json!({"vethPrefix": "vlan"})).unwrap().veth_prefix, "vlan");
+        assert_eq!(config(&json!({"vethPrefix": ""})).unwrap().veth_prefix, "");
+        assert_eq!(config(&json!({"vethPrefix": "vlan"})).unwrap().veth_prefix, "vlan");
         for bad in ["toolong", "a/b", "a b", "a\n"] {
-            assert!(config(json!({"vethPrefix": bad})).is_err(), "{bad:?}");
+            assert!(config(&json!({"vethPrefix": bad})).is_err(), "{bad:?}");
         }
-        assert!(config(json!({"vethPrefix": 4})).is_err());
+        assert!(config(&json!({"vethPrefix": 4})).is_err());
     }
 
     #[test]
     fn multi_nic_is_asked_for_by_exact_value() {
         let wants = |value: &str| {
-            config(json!({"runtimeConfig": {POD_ANNOTATIONS: {"k8s.amazonaws.com/nicConfig": value}}}))
+            config(&json!({"runtimeConfig": {POD_ANNOTATIONS: {"k8s.amazonaws.com/nicConfig": value}}}))
                 .unwrap()
                 .wants_multi_nic()
         };
         assert!(wants("multi-nic-attachment"));
         assert!(!wants("Multi-NIC-attachment"));
-        assert!(config(json!({"runtimeConfig": {"portMappings": []}})).is_ok());
-        assert!(config(json!({"runtimeConfig": {POD_ANNOTATIONS: {"a": 1}}})).is_err());
+        assert!(config(&json!({"runtimeConfig": {"portMappings": []}})).is_ok());
+        assert!(config(&json!({"runtimeConfig": {POD_ANNOTATIONS: {"a": 1}}})).is_err());
     }
 
     #[test]
     fn attachments_under_either_name() {
         let list = json!([{"containerID": "a", "ifname": "eth0"}]);
         let wanted = Some(vec![Attachment { container: "a".into(), ifname: "eth0".into() }]);
-        assert_eq!(config(json!({"cni.dev/valid-attachments": list})).unwrap().valid_attachments, wanted);
-        assert_eq!(config(json!({"cni.dev/attachments": list})).unwrap().valid_attachments, wanted);
-        assert_eq!(config(json!({"cni.dev/valid-attachments": []})).unwrap().valid_attachments, Some(Vec::new()));
-        assert!(config(json!({"cni.dev/valid-attachments": [{"containerID": "a"}]})).is_err());
-        assert!(config(json!({"cni.dev/valid-attachments": {}})).is_err());
+        assert_eq!(config(&json!({"cni.dev/valid-attachments": list})).unwrap().valid_attachments, wanted);
+        assert_eq!(config(&json!({"cni.dev/attachments": list})).unwrap().valid_attachments, wanted);
+        assert_eq!(config(&json!({"cni.dev/valid-attachments": []})).unwrap().valid_attachments, Some(Vec::new()));
+        assert!(config(&json!({"cni.dev/valid-attachments": [{"containerID": "a"}]})).is_err());
+        assert!(config(&json!({"cni.dev/valid-attachments": {}})).is_err());
     }
 
     #[test]
