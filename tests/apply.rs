@@ -241,11 +241,14 @@ fn an_ipv6_pod_is_usable_at_once() {
         no_dad: true,
     };
     socket.run(&[addr::add(&address)]).unwrap();
+    let start = enibox::clock::instant();
     add(&node, &pod, &sandbox).unwrap();
     let mut inside = Socket::route_in(&sandbox).unwrap();
     let eth0 = link::by_name(&mut inside, "eth0").unwrap().unwrap().index;
     assert_eq!(addr::tentative(&mut inside, eth0).unwrap(), 0);
     assert_eq!(tcp(&sandbox, &node, ip("2001:db8:1::1")).unwrap(), ip("2001:db8:1::7"));
+    let usable = start.elapsed();
+    assert!(usable < Duration::from_secs(1), "first answer after {usable:?}: somebody waited for duplicate detection");
     assert_eq!(check(&node, &pod, &sandbox), Vec::<String>::new());
 }
 

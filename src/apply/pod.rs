@@ -4,6 +4,7 @@
 //! way, looks nothing up but the link it has made.
 
 use super::Host;
+use crate::clock;
 use crate::error::{Context, Error, List, Result};
 use crate::model::naming::priority;
 use crate::model::net::{Link, Rule, TABLE_MAIN};
@@ -12,6 +13,11 @@ use crate::netlink::{KernelError, Request, Socket, addr, link, neigh, route, rul
 use crate::plan::pod::{Pod, PodInterface, Removal, RemovedAddress, Side, check, link_route, pair};
 use ipnet::IpNet;
 use std::os::fd::AsFd;
+use std::time::Duration;
+
+/// How long IPv6 addresses may stay tentative, and how often they are looked at.
+const DAD_LIMIT: Duration = Duration::from_secs(10);
+const DAD_POLL: Duration = Duration::from_millis(2);
 
 /// What an ADD has made so far.
 #[derive(Default)]
@@ -49,12 +55,15 @@ impl Host {
         made.veths.push(outer.index);
         let pod_index =
             outer.parent.ok_or_else(|| Error::new(format!("{:?} shows no other end", interface.host_veth)))?;
-        host_sysctls(&interface.host_veth)?;
+        host_sysctls(&interface.host_veth, interface.address.is_ipv6())?;
         if interface.address.is_ipv6() {
             netns.run(|| pod_sysctls(&interface.ifname))??;
         }
         self.host_side(interface, &outer, made)?;
-        inside.run(&pod_side(number, interface, pod_index)).with_context(|| format!("in {}", netns.path().display()))
+        inside
+            .run(&pod_side(number, interface, pod_index))
+            .with_context(|| format!("in {}", netns.path().display()))?;
+        if interface.address.is_ipv6() { settled(inside, pod_index, &interface.ifname) } else { Ok(()) }
     }
 
     /// Makes both ends in one message and reads the host's back.
@@ -245,10 +254,15 @@ fn pod_side(number: usize, interface: &PodInterface, index: u32) -> Vec<Request>
 }
 
 /// Written before the link goes up. A kernel without IPv6 has none of them. A pod must not be able to redirect the host,
-/// hence 0 where upstream writes 1.
-fn host_sysctls(name: &str) -> Result<()> {
-    for (key, value) in [("accept_ra", "0"), ("accept_redirects", "0"), ("forwarding", "0")] {
-        tolerate_missing(sysctl::set(&format!("net/ipv6/conf/{name}/{key}"), value))?;
+/// hence 0 where upstream writes 1. The host asks for an IPv6 pod's MAC from its link-local address: while that one is
+/// being checked for duplicates it cannot answer the pod, for two seconds by default.
+fn host_sysctls(name: &str, v6: bool) -> Result<()> {
+    let keys = ["accept_ra", "accept_redirects", "forwarding", "accept_dad"];
+    for key in &keys[..if v6 { 4 } else { 3 }] {
+        match sysctl::set(&format!("net/ipv6/conf/{name}/{key}"), "0") {
+            Err(error) if !sysctl::missing(&error) => return Err(error),
+            _ => {}
+        }
     }
     Ok(())
 }
@@ -261,9 +275,15 @@ fn pod_sysctls(ifname: &str) -> Result<()> {
     sysctl::set(&format!("net/ipv6/conf/{ifname}/accept_dad"), "0").map(drop)
 }
 
-fn tolerate_missing(result: Result<bool>) -> Result<()> {
-    match result {
-        Err(error) if !sysctl::missing(&error) => Err(error),
-        _ => Ok(()),
+/// Waits until no IPv6 address of the link is tentative. Without duplicate detection that is a matter of one work item of
+/// the kernel's; the limit is for kernels that do it all the same.
+fn settled(inside: &mut Socket, index: u32, ifname: &str) -> Result<()> {
+    let end = clock::instant() + DAD_LIMIT;
+    while addr::tentative(inside, index)? > 0 {
+        if clock::instant() > end {
+            return Err(Error::new(format!("link {ifname:?} still has tentative addresses after {DAD_LIMIT:?}")));
+        }
+        std::thread::sleep(DAD_POLL);
     }
+    Ok(())
 }
