@@ -21,6 +21,10 @@ use std::time::Duration;
 
 /// Refreshed when less than this is left to live, plus up to half of it at random.
 const AHEAD: Duration = Duration::from_mins(5);
+/// Shortest pause after a refresh that failed while the old ones live, and the length of its random part.
+const RETRY: Duration = Duration::from_secs(30);
+/// Shortest pause while ended credentials of the instance role serve on; up to twice as much is added at random.
+const STALE: Duration = Duration::from_mins(5);
 /// Attempts at the container endpoint and at STS.
 const ATTEMPTS: u32 = 3;
 /// Bytes of an answer or a token file.
@@ -194,10 +198,14 @@ impl State {
             |limit: Duration| Duration::from_millis(random % u64::try_from(limit.as_millis()).unwrap_or(1).max(1));
         match fetched {
             Ok(new) => {
-                let ahead = AHEAD + within(AHEAD / 2);
-                // Credentials that live shorter than that are asked for again after half of their life, not at once.
                 self.due = new.expires.map(|end| {
-                    let half = now.wall.plus(end.since(now.wall) / 2);
+                    if outlive && end <= now.wall {
+                        // IMDS itself has nothing newer: these serve on, and asking again at once gives the same.
+                        return now.wall.plus(STALE + within(STALE * 2));
+                    }
+                    let ahead = AHEAD + within(AHEAD / 2);
+                    // Credentials that live shorter than that are asked for again after half of their life.
+                    let half = now.wall.plus((end.since(now.wall) / 2).max(RETRY));
                     before(end, ahead).max(half)
                 });
                 self.rejected = false;
@@ -210,8 +218,8 @@ impl State {
                 // AWS may be mistaken in refusing what has not expired; the caller gives up after one repetition anyway.
                 self.rejected = false;
                 let pause = match (lives, outlive) {
-                    (true, _) => Duration::from_secs(30) + within(Duration::from_secs(30)),
-                    (false, true) => Duration::from_mins(5) + within(Duration::from_mins(10)),
+                    (true, _) => RETRY + within(RETRY),
+                    (false, true) => STALE + within(STALE * 2),
                     (false, false) => {
                         self.due = Some(now.wall);
                         return Err(error);

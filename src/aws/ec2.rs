@@ -308,9 +308,10 @@ impl Client {
         let skew = *self.skew.lock().unwrap_or_else(PoisonError::into_inner);
         let to_sign =
             [("content-type", "application/x-www-form-urlencoded; charset=utf-8"), ("host", self.agent.host())];
+        let path = self.agent.full_path("/");
         let request = sign::Request {
             method: "POST",
-            path: "/",
+            path: &path,
             headers: &to_sign,
             body: body.as_bytes(),
             service: "ec2",

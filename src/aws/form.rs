@@ -8,8 +8,10 @@ use std::fmt::Write;
 /// The version of the API.
 pub const VERSION: &str = "2016-11-15";
 
-/// The largest page that EC2 gives; asking for pages also draws from the larger of its rate limits (`spec/aws.md` 11.3).
-const PAGE: &str = "1000";
+/// Entries of a page, of at most 1000. An ENI with 50 addresses takes 13 KB, so that a full page has 3 MB, well below
+/// the limit of an answer, and an instance's ENIs still come in one. That there are pages at all also draws from the
+/// larger of EC2's rate limits (`spec/aws.md` 11.3).
+const PAGE: &str = "200";
 
 /// The fields of a call in the order in which they are sent, `Action` and `Version` first. A page's token is not among
 /// them.
@@ -184,11 +186,11 @@ mod tests {
     fn describing() {
         check(
             &Call::DescribeAttached("i-8555".into()),
-            "Filter.1.Name=attachment.instance-id Filter.1.Value.1=i-8555 MaxResults=1000",
+            "Filter.1.Name=attachment.instance-id Filter.1.Value.1=i-8555 MaxResults=200",
         );
         check(
             &Call::DescribeOne("eni-1".into()),
-            "Filter.1.Name=network-interface-id Filter.1.Value.1=eni-1 MaxResults=1000",
+            "Filter.1.Name=network-interface-id Filter.1.Value.1=eni-1 MaxResults=200",
         );
         check(
             &Call::DescribeLeaked {
@@ -200,7 +202,7 @@ mod tests {
             },
             "Filter.1.Name=status Filter.1.Value.1=available Filter.2.Name=vpc-id Filter.2.Value.1=vpc-1 \
              Filter.3.Name=tag-key Filter.3.Value.1=node.k8s.amazonaws.com/instance_id \
-             Filter.4.Name=tag:cluster.k8s.amazonaws.com/name Filter.4.Value.1=prod MaxResults=1000",
+             Filter.4.Name=tag:cluster.k8s.amazonaws.com/name Filter.4.Value.1=prod MaxResults=200",
         );
         check(&Call::DescribeInstanceType("m5.large".into()), "InstanceType.1=m5.large");
         check(

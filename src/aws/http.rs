@@ -6,6 +6,7 @@
 //! by [`Broken`], which knows whether the request may have reached the other side. It must not retry.
 
 use crate::error::{Context, Error, Result};
+use std::borrow::Cow;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -73,8 +74,8 @@ impl Response {
     }
 
     /// The body as text; bytes that are no UTF-8 become the replacement character.
-    pub fn text(&self) -> String {
-        String::from_utf8_lossy(&self.body).into_owned()
+    pub fn text(&self) -> Cow<'_, str> {
+        String::from_utf8_lossy(&self.body)
     }
 }
 
@@ -127,6 +128,9 @@ impl Agent {
         if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.host().is_none_or(str::is_empty) {
             return Err(Error::new(format!("parse endpoint {endpoint:?}: want an http or https URL")));
         }
+        if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) {
+            return Err(Error::new("parse endpoint: a user or password in it is not allowed")); // nor printed
+        }
         let proxy = options.proxies.for_target(&uri)?;
         let base = endpoint.split(['?', '#']).next().unwrap_or(endpoint).trim_end_matches('/').to_owned();
         Ok(Agent { endpoint: uri, base, options, proxy, connections: Mutex::new(None) })
@@ -134,10 +138,12 @@ impl Agent {
 
     /// The value of the `Host` header: name and, if it is given, port.
     pub fn host(&self) -> &str {
-        self.endpoint.authority().map_or("", |authority| {
-            let text = authority.as_str();
-            text.rsplit_once('@').map_or(text, |(_, host)| host)
-        })
+        self.endpoint.authority().map_or("", ureq::http::uri::Authority::as_str)
+    }
+
+    /// The path of a request as it is sent and signed: the endpoint's own in front of `path`.
+    pub fn full_path(&self, path: &str) -> String {
+        format!("{}{path}", self.endpoint.path().trim_end_matches('/'))
     }
 
     /// The absolute URL of `path`, which starts with a slash.

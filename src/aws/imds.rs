@@ -124,22 +124,41 @@ impl fmt::Display for ImdsError {
 impl std::error::Error for ImdsError {}
 
 /// A client, to be shared by all threads.
-#[derive(Debug)]
 pub struct Client {
     config: Config,
     agent: Agent,
     token: Mutex<Token>,
     primary: Mutex<Option<Mac>>,
+    observer: Observer,
 }
 
-#[derive(Debug, Default)]
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+/// One read as the metrics count it (`spec/aws.md` 4.4 and 13).
+#[derive(Clone, Copy, Debug)]
+pub struct Observed<'a> {
+    /// The path, as asked for.
+    pub path: &'a str,
+    /// What went wrong, if anything; a path that is not there is no error here.
+    pub error: Option<&'a ImdsError>,
+    /// All attempts, with their pauses.
+    pub took: Duration,
+}
+
+type Observer = Box<dyn Fn(&Observed<'_>) + Send + Sync>;
+
+#[derive(Default)]
 struct Token {
     current: Option<Current>,
     /// The service refused to give tokens; it is not asked again until it answers 401.
     v1: bool,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 struct Current {
     value: String,
     renew: Mono,
@@ -170,7 +189,15 @@ impl Client {
             proxies: Proxies::NONE,
         };
         let agent = Agent::new(&config.endpoint, options).context("set up imds client")?;
-        Ok(Client { config, agent, token: Mutex::default(), primary: Mutex::default() })
+        let observer: Observer = Box::new(|_| {});
+        Ok(Client { config, agent, token: Mutex::default(), primary: Mutex::default(), observer })
+    }
+
+    /// Tells `observer` of every read from here on.
+    #[must_use]
+    pub fn observed_by(mut self, observer: impl Fn(&Observed<'_>) + Send + Sync + 'static) -> Client {
+        self.observer = Box::new(observer);
+        self
     }
 
     /// Reads a path: relative to `/latest/meta-data/`, or absolute if it starts with a slash. `None` if it is not there.
@@ -179,11 +206,18 @@ impl Client {
     }
 
     fn read(&self, path: &str) -> std::result::Result<Option<String>, ImdsError> {
+        let start = clock::now().mono;
+        let result = self.attempts(path, start);
+        let took = clock::now().mono.since(start);
+        (self.observer)(&Observed { path, error: result.as_ref().err(), took });
+        result
+    }
+
+    fn attempts(&self, path: &str, start: Mono) -> std::result::Result<Option<String>, ImdsError> {
         let fail = |status, what: String| ImdsError { path: path.to_owned(), status, what };
         if self.config.disabled {
             return Err(fail(0, "disabled by AWS_EC2_METADATA_DISABLED".to_owned()));
         }
-        let start = clock::now().mono;
         let mut attempt = 1;
         loop {
             let (status, what, pause) = match self.attempt(path) {
@@ -212,7 +246,7 @@ impl Client {
             .send("GET", &full, header.as_slice(), &[])
             .map_err(|broken| if broken.retry { Try::Again(0, broken.text) } else { Try::Final(0, broken.text) })?;
         match response.status {
-            200..=299 => Ok(Some(response.text())),
+            200..=299 => Ok(Some(response.text().into_owned())),
             404 => Ok(None),
             401 => {
                 let mut state = self.token.lock().unwrap_or_else(PoisonError::into_inner);

@@ -9,10 +9,10 @@ use roxmltree::{Document, Node, ParsingOptions};
 use std::collections::BTreeMap;
 use std::str::FromStr;
 
-/// Bytes of an answer. A page of 1000 ENIs with 50 addresses each has about 7 MB.
+/// Bytes of an answer. A full page of ENIs with 50 addresses each has 3 MB.
 pub const SIZE_LIMIT: usize = 8 * 1024 * 1024;
-/// Nodes of an answer, texts included; such a page has less than half of it.
-const NODES_LIMIT: u32 = 1_500_000;
+/// Nodes of an answer, texts included; such a page has a fifth of it.
+const NODES_LIMIT: u32 = 1_000_000;
 
 /// One page of an answer.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -31,19 +31,24 @@ fn seconds(due: Option<Wall>) -> Option<i64> {
 
 #[test]
 fn fresh_credentials_are_due_ahead_of_their_end() {
-    let due = |now: i64, expires, random| {
+    let due = |now: i64, expires, outlive, random| {
         let mut state = State { rejected: true, ..State::default() };
         let new = credentials("a", expires);
-        assert_eq!(state.settle(Ok(new.clone()), true, at(now), random).unwrap(), new);
+        assert_eq!(state.settle(Ok(new.clone()), outlive, at(now), random).unwrap(), new);
         assert!(!state.rejected);
         seconds(state.due)
     };
-    assert_eq!(due(0, None, 0), None);
-    assert_eq!(due(0, Some(3600), 0), Some(3300));
-    assert_eq!(due(0, Some(3600), 149_999), Some(3150)); // 5 min and nearly 2.5 more
-    assert_eq!(due(0, Some(3600), 150_000), Some(3300)); // the random part wraps
-    assert_eq!(due(0, Some(200), 0), Some(100)); // short lives: after half
-    assert_eq!(due(100, Some(50), 0), Some(100)); // dead on arrival: at once
+    for outlive in [false, true] {
+        assert_eq!(due(0, None, outlive, 0), None);
+        assert_eq!(due(0, Some(3600), outlive, 0), Some(3300));
+        assert_eq!(due(0, Some(3600), outlive, 149_999), Some(3150)); // 5 min and nearly 2.5 more
+        assert_eq!(due(0, Some(3600), outlive, 150_000), Some(3300)); // the random part wraps
+        assert_eq!(due(0, Some(200), outlive, 0), Some(100)); // short lives: after half
+        assert_eq!(due(0, Some(10), outlive, 0), Some(30)); // but not at once
+    }
+    // Ended on arrival: the instance role's are all that there is.
+    assert_eq!(due(100, Some(50), false, 0), Some(130));
+    assert_eq!(due(100, Some(50), true, 599_999), Some(100 + 899));
 }
 
 #[test]
@@ -182,10 +187,13 @@ fn the_instance_role_is_cached_and_renewed_when_refused() {
 fn ended_credentials_of_the_role_serve_on() {
     let server = role_server(vec![answer(200, &document("A", "2020-01-01T00:00:00Z"))]);
     let chain = chain(&[], &server.url()).unwrap();
-    assert_eq!(chain.get().unwrap().access_key, "A");
-    // They were due at once: the next use asks again, in vain, and later ones do not ask for minutes.
+    // Nobody asks again for minutes, unless AWS refuses them; then it is asked once, in vain.
+    let first = chain.get().unwrap();
+    assert_eq!(chain.get().unwrap(), first);
+    assert_eq!(fetches(&server), 1);
+    chain.reject(&first);
     for _ in 0..3 {
-        assert_eq!(chain.get().unwrap().access_key, "A");
+        assert_eq!(chain.get().unwrap(), first);
     }
     assert_eq!(fetches(&server), 2);
 }

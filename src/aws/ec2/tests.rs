@@ -107,14 +107,24 @@ fn a_request_is_signed_and_named() {
     assert_eq!(
         request.body,
         "Action=DescribeNetworkInterfaces&Version=2016-11-15&Filter.1.Name=attachment.instance-id\
-         &Filter.1.Value.1=i-8555&MaxResults=1000"
+         &Filter.1.Value.1=i-8555&MaxResults=200"
     );
     assert_eq!(request.header("content-type"), Some("application/x-www-form-urlencoded; charset=utf-8"));
     let agent = format!("enibox/{} amazon-vpc-cni-k8s/v1.23.1", crate::VERSION);
     assert_eq!(request.header("user-agent"), Some(agent.as_str()));
+    assert_eq!(request.headers.iter().filter(|(name, _)| name.eq_ignore_ascii_case("host")).count(), 1);
     let signed = verified(request).unwrap();
     assert_eq!((signed.region.as_str(), signed.service.as_str(), signed.token), ("eu-west-1", "ec2", None));
     assert!(clock::now().wall.since(signed.time) < Duration::from_mins(1));
+}
+
+#[test]
+fn an_endpoint_may_have_a_path() {
+    let server = Server::queue(vec![answer(200, &last_page())]);
+    let config = Config { endpoint: format!("{}/ec2", server.url()), ..config(&server) };
+    Client::new(config, chain()).unwrap().execute(&describe()).unwrap();
+    assert_eq!(server.lines(), ["POST /ec2/"]);
+    verified(&server.seen()[0]).unwrap();
 }
 
 #[test]

@@ -358,3 +358,15 @@ fn configuration() {
     let disabled = Client::new(check(&[("AWS_EC2_METADATA_DISABLED", "1")])).unwrap();
     assert!(disabled.get("mac").unwrap_err().to_string().contains("AWS_EC2_METADATA_DISABLED"));
 }
+
+#[test]
+fn reads_are_observed() {
+    let server = Server::queue(vec![answer(403, ""), answer(404, ""), answer(403, "")]);
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let log = seen.clone();
+    let client = client(&server).observed_by(move |read| {
+        log.lock().unwrap().push((read.path.to_owned(), read.error.map(|error| error.status)));
+    });
+    let _ = (client.get("ipv6"), client.get("mac"));
+    assert_eq!(*seen.lock().unwrap(), [("ipv6".to_owned(), None), ("mac".to_owned(), Some(403))]);
+}
