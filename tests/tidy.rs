@@ -75,7 +75,7 @@ struct Source {
     text: String,
     /// The text with comments, strings and character literals blanked out, line for line.
     code: String,
-    /// First line (from 0) of the trailing test module, or the number of lines.
+    /// First line (from 0) of the trailing test module, 0 for a file of tests, or the number of lines.
     tests_from: usize,
 }
 
@@ -88,7 +88,7 @@ impl Source {
     }
 
     fn is_test(&self, line: usize) -> bool {
-        line >= self.tests_from || self.path.ends_with("tests.rs") || !self.path.starts_with("src/")
+        line >= self.tests_from
     }
 }
 
@@ -122,17 +122,44 @@ fn sources() -> Vec<Source> {
         files(&root().join(folder), &mut paths);
     }
     let rust = paths.into_iter().filter(|path| path.extension().is_some_and(|ext| ext == "rs"));
-    rust.map(|path| {
-        let text = fs::read_to_string(&path).unwrap();
-        let code = code_only(&text);
-        let lines: Vec<&str> = code.lines().collect();
-        let opens = |line: &str| line.starts_with("mod ") && line.ends_with('{');
-        let tests_from = (1..lines.len())
-            .find(|&line| opens(lines[line]) && lines[line - 1].trim().starts_with("#[cfg(test)]"))
-            .unwrap_or(lines.len());
-        Source { path: relative(&path), text, code, tests_from }
-    })
-    .collect()
+    let mut sources: Vec<Source> = rust.map(|path| source(&path)).collect();
+    let only_for_tests: Vec<String> = sources.iter().flat_map(test_files).collect();
+    for source in &mut sources {
+        if !source.path.starts_with("src/") || only_for_tests.contains(&source.path) {
+            source.tests_from = 0;
+        }
+    }
+    sources
+}
+
+fn source(path: &Path) -> Source {
+    let text = fs::read_to_string(path).unwrap();
+    let code = code_only(&text);
+    let lines: Vec<&str> = code.lines().collect();
+    let tests_from = (1..lines.len())
+        .find(|&at| lines[at].starts_with("mod ") && lines[at].ends_with('{') && lines[at - 1] == "#[cfg(test)]")
+        .unwrap_or(lines.len());
+    Source { path: relative(path), text, code, tests_from }
+}
+
+/// The files of modules that a source declares for tests alone: `#[cfg(test)] mod name;`.
+fn test_files(source: &Source) -> Vec<String> {
+    let lines: Vec<&str> = source.code.lines().collect();
+    let texts: Vec<&str> = source.text.lines().collect();
+    let folder = source.path.strip_suffix("/mod.rs").or_else(|| source.path.strip_suffix(".rs")).unwrap_or_default();
+    let sibling = source.path.rsplit_once('/').map_or("", |(folder, _)| folder);
+    let mut found = Vec::new();
+    for at in 1..lines.len() {
+        let Some(name) = lines[at].rsplit_once("mod ").and_then(|(_, rest)| rest.trim().strip_suffix(';')) else {
+            continue;
+        };
+        let attributes = &lines[at.saturating_sub(2)..at];
+        if attributes.contains(&"#[cfg(test)]") {
+            let path = texts[at - 1].trim().strip_prefix("#[path = \"").and_then(|rest| rest.strip_suffix("\"]"));
+            found.push(path.map_or_else(|| format!("{folder}/{name}.rs"), |path| format!("{sibling}/{path}")));
+        }
+    }
+    found
 }
 
 /// Blanks comments, strings and character literals, keeping every line break, so that words and braces can be counted.
@@ -326,7 +353,7 @@ fn files_are_short_and_have_a_header() {
         if lines > FILE_LINES_MAX {
             wrong.push(format!("{}: {lines} lines", source.path));
         }
-        let part_of_tests = source.path.ends_with("tests.rs") && source.path.starts_with("src/");
+        let part_of_tests = source.tests_from == 0 && source.path.starts_with("src/");
         if !source.text.starts_with("//!") && !part_of_tests {
             wrong.push(format!("{}: no //! header", source.path));
         }
