@@ -280,8 +280,8 @@ mod tests {
         };
         check(Duration::ZERO, "1n");
         check(Duration::from_millis(99), "99000000n");
-        check(Duration::from_secs(60), "60000000u");
-        check(Duration::from_secs(120), "120000m");
+        check(Duration::from_mins(1), "60000000u");
+        check(Duration::from_mins(2), "120000m");
         check(Duration::from_hours(24), "86400000m");
         assert_eq!(encode_timeout(Duration::from_nanos(100_000_000_001)), "100001m");
         assert_eq!(encode_timeout(Duration::MAX), "99999999S");

@@ -10,8 +10,11 @@ fn fields(list: &[(&str, &str)]) -> Vec<Field> {
     list.iter().map(|(name, value)| Field { name: (*name).into(), value: (*value).into() }).collect()
 }
 
+/// A header block in hexadecimal, its fields, and the size of the table after it.
+type Example<'a> = (&'a str, &'a [(&'a str, &'a str)], usize);
+
 /// Decodes blocks one after the other; after each the list and the table's size must be as told.
-fn check(decoder: &mut Decoder, blocks: &[(&str, &[(&str, &str)], usize)]) {
+fn check(decoder: &mut Decoder, blocks: &[Example<'_>]) {
     for (block, expected, size) in blocks {
         assert_eq!(decoder.decode(&hex(block), 65_536), Ok(fields(expected)), "{block}");
         assert_eq!(decoder.size, *size, "table after {block}");
