@@ -1,33 +1,22 @@
 //! Pods and the host's network on a real kernel, in namespaces of the test's own, with real packets.
-//!
-//! A namespace lives as long as its handle, so that nothing is left behind, however a test ends.
+
+mod support;
 
 use enibox::apply::Host;
 use enibox::error::Result;
 use enibox::model::net::{Link, Mac, Neighbour, Route, Rule, Scope, TABLE_MAIN};
-use enibox::model::wire::{AddNetworkReply, IpAllocation};
-use enibox::netlink::netns::Namespace;
-use enibox::netlink::{Request, Socket, addr, link, neigh, route, rule, sysctl};
-use enibox::plan::pod::{Pod, Removal, RemovedAddress, Request as PodRequest};
-use enibox::sys;
-use std::io::{Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use enibox::netlink::{Request, addr, link, neigh, route, rule, sysctl};
+use enibox::plan::pod::{Pod, Removal, RemovedAddress};
+use std::net::IpAddr;
 use std::time::Duration;
+use support::Netns;
+use support::pods::{add, pod_of};
+use support::traffic::{tcp, udp};
 
-const TIMEOUT: Duration = Duration::from_secs(5);
 const NODE_IP: &str = "10.20.11.162";
 
-/// A namespace without a name.
-fn fresh() -> Namespace {
-    let thread = std::thread::spawn(|| {
-        sys::unshare_netns().unwrap();
-        Namespace::own().unwrap()
-    });
-    thread.join().unwrap()
-}
-
-fn run(namespace: &Namespace, requests: &[Request]) {
-    Socket::route_in(namespace).unwrap().run(requests).unwrap();
+fn run(netns: &Netns, requests: &[Request]) {
+    netns.route().run(requests).unwrap();
 }
 
 /// A link that leads nowhere: both ends of a veth. (Not every kernel has `dummy`.)
@@ -42,10 +31,10 @@ fn ip(text: &str) -> IpAddr {
 }
 
 /// A namespace with an address of the node's on a link of its own, which forwards.
-fn node() -> Namespace {
-    let node = fresh();
-    let mut socket = Socket::route_in(&node).unwrap();
-    socket.run(&[stub("eth0"), link::set_up(1)]).unwrap();
+fn node() -> Netns {
+    let node = Netns::new("node");
+    let mut socket = node.route();
+    socket.run(&[stub("eth0")]).unwrap();
     let eth0 = link::by_name(&mut socket, "eth0").unwrap().unwrap().index;
     let address = enibox::model::net::Address {
         dev: eth0,
@@ -54,40 +43,12 @@ fn node() -> Namespace {
         no_dad: false,
     };
     socket.run(&[link::set_up(eth0), addr::add(&address)]).unwrap();
-    node.run(|| sysctl::set("net/ipv4/ip_forward", "1")).unwrap().unwrap();
+    node.run(|| sysctl::set("net/ipv4/ip_forward", "1")).unwrap();
     node
 }
 
-/// A pod's sandbox, with `lo` up as the runtime leaves it.
-fn sandbox() -> Namespace {
-    let sandbox = fresh();
-    run(&sandbox, &[link::set_up(1)]);
-    sandbox
-}
-
-fn request(name: &str) -> PodRequest {
-    PodRequest {
-        namespace: "default".into(),
-        name: name.into(),
-        netns: "/var/run/netns/cni-test".into(),
-        ifname: "eth0".into(),
-        veth_prefix: "eni".into(),
-        mtu: 1500,
-    }
-}
-
-fn pod_of(name: &str, addresses: &[(&str, i32)]) -> Pod {
-    let allocations = addresses.iter().map(|(address, table)| {
-        let (ipv4, ipv6) = if address.contains(':') { ("", *address) } else { (*address, "") };
-        IpAllocation { ipv4: ipv4.into(), ipv6: ipv6.into(), device_number: 0, route_table_id: *table }
-    });
-    let reply = AddNetworkReply { success: true, allocations: allocations.collect(), ..AddNetworkReply::default() };
-    let random = || {
-        let mut bytes = [0; 6];
-        sys::random_bytes(&mut bytes)?;
-        Ok(bytes)
-    };
-    Pod::from_reply(&reply, &request(name), random).unwrap()
+fn sandbox() -> Netns {
+    Netns::new("pod")
 }
 
 fn removal_of(pod: &Pod) -> Removal {
@@ -101,16 +62,12 @@ fn removal_of(pod: &Pod) -> Removal {
     }
 }
 
-fn add(node: &Namespace, pod: &Pod, sandbox: &Namespace) -> Result<()> {
-    node.run(|| Host::open()?.add_pod(pod, sandbox)).unwrap()
+fn del(node: &Netns, removal: &Removal, sandbox: Option<&Netns>) -> Result<()> {
+    node.run(|| Host::open()?.del_pod(removal, sandbox.map(Netns::handle)))
 }
 
-fn del(node: &Namespace, removal: &Removal, sandbox: Option<&Namespace>) -> Result<()> {
-    node.run(|| Host::open()?.del_pod(removal, sandbox)).unwrap()
-}
-
-fn check(node: &Namespace, pod: &Pod, sandbox: &Namespace) -> Vec<String> {
-    node.run(|| Host::open()?.check_pod(pod, sandbox)).unwrap().unwrap()
+fn check(node: &Netns, pod: &Pod, sandbox: &Netns) -> Vec<String> {
+    node.run(|| Host::open()?.check_pod(pod, sandbox.handle())).unwrap()
 }
 
 /// Everything of a namespace that a test could have changed.
@@ -123,9 +80,9 @@ struct Holds {
     neighbours: Vec<Neighbour>,
 }
 
-fn holds(namespace: &Namespace) -> Holds {
+fn holds(namespace: &Netns) -> Holds {
     use enibox::model::net::Family::V4;
-    let mut socket = Socket::route_in(namespace).unwrap();
+    let mut socket = namespace.route();
     Holds {
         links: link::list(&mut socket).unwrap(),
         addresses: addr::list(&mut socket, Some(V4)).unwrap(),
@@ -135,58 +92,7 @@ fn holds(namespace: &Namespace) -> Holds {
     }
 }
 
-/// A TCP exchange from one namespace to an address in another; what the server saw as the source.
-fn tcp(from: &Namespace, to: &Namespace, address: IpAddr) -> std::io::Result<IpAddr> {
-    let listener = to.run(|| TcpListener::bind(SocketAddr::new(address, 0))).unwrap()?;
-    let server = SocketAddr::new(address, listener.local_addr()?.port());
-    std::thread::scope(|scope| {
-        let client = scope.spawn(|| -> std::io::Result<String> {
-            let mut stream = from.run(|| TcpStream::connect_timeout(&server, TIMEOUT)).unwrap()?;
-            stream.set_read_timeout(Some(TIMEOUT))?;
-            stream.write_all(b"hello")?;
-            stream.shutdown(std::net::Shutdown::Write)?;
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer)?;
-            Ok(answer)
-        });
-        listener.set_nonblocking(true)?;
-        let end = enibox::clock::instant() + TIMEOUT;
-        let (mut stream, peer) = loop {
-            match listener.accept() {
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock && enibox::clock::instant() < end => {
-                    std::thread::sleep(Duration::from_millis(2));
-                }
-                other => break other?,
-            }
-        };
-        stream.set_nonblocking(false)?;
-        stream.set_read_timeout(Some(TIMEOUT))?;
-        let mut question = String::new();
-        stream.read_to_string(&mut question)?;
-        stream.write_all(question.to_uppercase().as_bytes())?;
-        drop(stream);
-        assert_eq!(client.join().unwrap()?, "HELLO");
-        Ok(peer.ip())
-    })
-}
-
-/// A UDP exchange; what the server saw as the source.
-fn udp(from: &Namespace, to: &Namespace, address: IpAddr) -> std::io::Result<IpAddr> {
-    let server = to.run(|| UdpSocket::bind(SocketAddr::new(address, 0))).unwrap()?;
-    let client = from.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap()?;
-    for socket in [&server, &client] {
-        socket.set_read_timeout(Some(TIMEOUT))?;
-    }
-    client.send_to(b"hello", server.local_addr()?)?;
-    let mut buffer = [0; 16];
-    let (length, peer) = server.recv_from(&mut buffer)?;
-    server.send_to(&buffer[..length], peer)?;
-    let (length, _) = client.recv_from(&mut buffer)?;
-    assert_eq!(&buffer[..length], b"hello");
-    Ok(peer.ip())
-}
-
-fn both_ways(one: &Namespace, one_ip: &str, other: &Namespace, other_ip: &str) {
+fn both_ways(one: &Netns, one_ip: &str, other: &Netns, other_ip: &str) {
     assert_eq!(tcp(one, other, ip(other_ip)).unwrap(), ip(one_ip));
     assert_eq!(tcp(other, one, ip(one_ip)).unwrap(), ip(other_ip));
     assert_eq!(udp(one, other, ip(other_ip)).unwrap(), ip(one_ip));
@@ -212,7 +118,7 @@ fn pods_and_node_reach_each_other() {
     assert!(!rules.iter().any(|rule| rule.starts_with("1536: from 10.20.11.50")), "{rules:?}");
     let sysctl = |key: &str| {
         let path = format!("net/ipv6/conf/{}/{key}", first.interfaces[0].host_veth);
-        node.run(|| sysctl::read(&path)).unwrap().unwrap()
+        node.run(|| sysctl::read(&path)).unwrap()
     };
     assert_eq!(["accept_ra", "accept_redirects", "forwarding"].map(sysctl), ["0", "0", "0"]);
 }
@@ -233,7 +139,7 @@ fn a_second_interface_answers_from_its_own_address() {
 fn an_ipv6_pod_is_usable_at_once() {
     let (node, sandbox) = (node(), sandbox());
     let pod = pod_of("six", &[("2001:db8:1::7", 254)]);
-    let mut socket = Socket::route_in(&node).unwrap();
+    let mut socket = node.route();
     let address = enibox::model::net::Address {
         dev: link::by_name(&mut socket, "eth0").unwrap().unwrap().index,
         addr: "2001:db8:1::1/64".parse().unwrap(),
@@ -243,7 +149,7 @@ fn an_ipv6_pod_is_usable_at_once() {
     socket.run(&[addr::add(&address)]).unwrap();
     let start = enibox::clock::instant();
     add(&node, &pod, &sandbox).unwrap();
-    let mut inside = Socket::route_in(&sandbox).unwrap();
+    let mut inside = sandbox.route();
     let eth0 = link::by_name(&mut inside, "eth0").unwrap().unwrap().index;
     assert_eq!(addr::tentative(&mut inside, eth0).unwrap(), 0);
     assert_eq!(tcp(&sandbox, &node, ip("2001:db8:1::1")).unwrap(), ip("2001:db8:1::7"));
@@ -304,7 +210,7 @@ fn what_a_failed_add_made_is_undone() {
     assert_eq!((holds(&node), holds(&sandbox)), (outside, inside));
 
     // A default route of somebody else's: the last but one step of the pod's side is refused.
-    let mut socket = Socket::route_in(&sandbox).unwrap();
+    let mut socket = sandbox.route();
     let dummy = link::by_name(&mut socket, "mNicIf1").unwrap().unwrap().index;
     let default = Route {
         table: TABLE_MAIN,
@@ -379,8 +285,8 @@ fn check_finds_what_is_taken_away() {
     let pod = pod_of("checked", &[("10.20.12.60", 2)]);
     let interface = &pod.interfaces[0];
     add(&node, &pod, &sandbox).unwrap();
-    let mut outer = Socket::route_in(&node).unwrap();
-    let mut inner = Socket::route_in(&sandbox).unwrap();
+    let mut outer = node.route();
+    let mut inner = sandbox.route();
     let veth = link::by_name(&mut outer, &interface.host_veth).unwrap().unwrap();
     let eth0 = link::by_name(&mut inner, "eth0").unwrap().unwrap();
     let [gateway, default] = interface.pod_routes(0, eth0.index);

@@ -2,6 +2,9 @@
 //! a second opinion.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub mod pods;
+pub mod traffic;
+
 use enibox::netlink::netns::Namespace;
 use enibox::netlink::socket::{Outcome, Socket, first_failure};
 use enibox::netlink::{Request, link};
