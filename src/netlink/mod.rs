@@ -9,9 +9,13 @@
 
 pub mod addr;
 pub mod attr;
+pub mod conntrack;
 pub mod link;
+pub mod monitor;
 pub mod neigh;
 pub mod netns;
+pub mod nft;
+pub mod nft_expr;
 pub mod route;
 pub mod rule;
 pub mod socket;

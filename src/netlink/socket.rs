@@ -340,9 +340,15 @@ impl Socket {
         self.buffer.get(..length).unwrap_or_default()
     }
 
-    /// The socket's own port, which the kernel puts into its answers.
-    pub(super) fn port(&self) -> u32 {
-        self.port
+    /// The verdicts in the datagram that [`Socket::receive`] read: sequence number, errno, text.
+    pub(super) fn verdicts(&self, length: usize) -> Vec<(u32, i32, Option<String>)> {
+        messages(self.received(length))
+            .filter(|message| message.port == self.port && message.kind == u16::from(Nlmsg::Error))
+            .map(|message| {
+                let (errno, text) = verdict(&message);
+                (message.sequence, errno, text)
+            })
+            .collect()
     }
 
     /// Raises the kernel's send buffer for one large message.

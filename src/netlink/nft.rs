@@ -1,0 +1,360 @@
+//! nf_tables: read one table, exchange it whole in one transaction (`spec/dataplane.md` 24).
+//!
+//! There is no way to change a table in place: the delete/add pair of [`commit`] is atomic, idempotent, and removes whatever
+//! another version left in it.
+
+use super::attr::{Attr, Attrs, Writer};
+use super::socket::{DUMP_ATTEMPTS, DUMP_PAUSE, KernelError, Message, Request, Socket};
+use super::{family_byte, nft_expr};
+use crate::error::{Context, Error, Result};
+use crate::model::net::Family;
+use crate::model::nft::{Base, Chain, ChainKind, Expr, Hook, Rule, Table};
+use neli::consts::nl::NlmF;
+
+/// NFNL_SUBSYS_NFTABLES in the upper byte of the message type.
+pub(super) const SUBSYSTEM: u16 = 10 << 8;
+const NEW_TABLE: u16 = SUBSYSTEM;
+const GET_TABLE: u16 = SUBSYSTEM | 1;
+const DEL_TABLE: u16 = SUBSYSTEM | 2;
+const NEW_CHAIN: u16 = SUBSYSTEM | 3;
+const GET_CHAIN: u16 = SUBSYSTEM | 4;
+const NEW_RULE: u16 = SUBSYSTEM | 6;
+const GET_RULE: u16 = SUBSYSTEM | 7;
+pub(super) const NEW_GEN: u16 = SUBSYSTEM | 15;
+const GET_GEN: u16 = SUBSYSTEM | 16;
+const BATCH_BEGIN: u16 = 0x10;
+const BATCH_END: u16 = 0x11;
+
+/// Length of `struct nfgenmsg`.
+pub(super) const HEADER: usize = 4;
+/// NF_ACCEPT, the policy of all our chains.
+const POLICY_ACCEPT: u32 = 1;
+/// Longest comment, its NUL included (`NFTNL_UDATA_COMMENT_MAXLEN`).
+const COMMENT_MAX: usize = 128;
+/// How often a transaction is tried when the kernel asks for another try.
+const COMMIT_ATTEMPTS: u32 = 5;
+/// ERESTART, which the kernel sends although it is not for users: the generation changed under the transaction.
+const ERESTART: i32 = 85;
+/// What a rule of ours needs (`spec/dataplane.md` 23).
+const MODULES: &str = "needs the kernel modules nf_tables, nft_ct, nft_fib with nft_fib_ipv4 and nft_fib_ipv6, nft_nat, \
+                       nft_chain_nat, nft_reject_ipv4 and nft_reject_ipv6";
+
+fn header(family: u8, resource: u16) -> [u8; HEADER] {
+    let [high, low] = resource.to_be_bytes();
+    [family, 0, high, low]
+}
+
+fn word(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ip",
+        Family::V6 => "ip6",
+    }
+}
+
+/// Comments travel as user data: type 0, length, text with its NUL.
+fn comment(writer: &mut Writer, kind: u16, text: Option<&String>) -> Result<()> {
+    let Some(text) = text else { return Ok(()) };
+    let length = u8::try_from(text.len() + 1).ok().filter(|length| usize::from(*length) <= COMMENT_MAX);
+    let length = length.ok_or_else(|| Error::new(format!("the comment {text:?} is longer than 127 bytes")))?;
+    writer.bytes(kind, &[&[0, length], text.as_bytes(), &[0]].concat());
+    Ok(())
+}
+
+fn read_comment(attr: &Attr<'_>) -> Option<String> {
+    let mut rest = attr.value;
+    while let [kind, length, tail @ ..] = rest {
+        let (value, later) = tail.split_at_checked(usize::from(*length))?;
+        if *kind == 0 {
+            let text = value.split(|byte| *byte == 0).next().unwrap_or_default();
+            return Some(String::from_utf8_lossy(text).into_owned());
+        }
+        rest = later;
+    }
+    None
+}
+
+fn table_request(
+    kind: u16,
+    flags: u16,
+    family: Family,
+    name: &str,
+    verb: &str,
+) -> (Writer, impl FnOnce(Writer) -> Request) {
+    let mut writer = Writer::new(&header(family_byte(family), 0));
+    writer.text(1u16, name);
+    let what = format!("{verb} table {} {name}", word(family));
+    (writer, move |writer: Writer| Request::new(kind, flags, writer.finish(), what))
+}
+
+fn new_table(family: Family, name: &str, text: Option<&String>) -> Result<Request> {
+    let (mut writer, finish) = table_request(NEW_TABLE, NlmF::CREATE.bits(), family, name, "add");
+    writer.u32_be(2u16, 0);
+    comment(&mut writer, 6, text)?;
+    Ok(finish(writer))
+}
+
+fn del_table(family: Family, name: &str) -> Request {
+    let (writer, finish) = table_request(DEL_TABLE, 0, family, name, "delete");
+    finish(writer)
+}
+
+fn new_chain(table: &Table, chain: &Chain) -> Request {
+    let mut writer = Writer::new(&header(family_byte(table.family), 0));
+    writer.text(1u16, &table.name);
+    writer.text(3u16, &chain.name);
+    if let Some(base) = &chain.base {
+        writer.nest_flagged(4u16, |writer| {
+            writer.u32_be(1u16, hook_number(base.hook));
+            writer.u32_be(2u16, base.priority.cast_unsigned());
+        });
+        writer.u32_be(5u16, POLICY_ACCEPT);
+        writer.text(7u16, &base.kind.to_string());
+    }
+    let what = format!("add chain {} {} {}", word(table.family), table.name, chain.name);
+    Request::new(NEW_CHAIN, NlmF::CREATE.bits(), writer.finish(), what)
+}
+
+fn new_rule(table: &Table, chain: &Chain, rule: &Rule) -> Result<Request> {
+    let what = format!("add rule {} {} {} {rule}", word(table.family), table.name, chain.name);
+    let mut writer = Writer::new(&header(family_byte(table.family), 0));
+    writer.text(1u16, &table.name);
+    writer.text(2u16, &chain.name);
+    let mut encoded = Ok(());
+    writer.nest_flagged(4u16, |writer| {
+        encoded = rule.exprs.iter().try_for_each(|expr| nft_expr::encode(writer, table.family, expr));
+    });
+    encoded.with_context(|| what.clone())?;
+    comment(&mut writer, 7, rule.comment.as_ref()).with_context(|| what.clone())?;
+    Ok(Request::new(NEW_RULE, (NlmF::CREATE | NlmF::APPEND).bits(), writer.finish(), what))
+}
+
+fn hook_number(hook: Hook) -> u32 {
+    match hook {
+        Hook::Prerouting => 0,
+        Hook::Input => 1,
+        Hook::Forward => 2,
+        Hook::Output => 3,
+        Hook::Postrouting => 4,
+    }
+}
+
+fn hook_of(number: u32) -> Option<Hook> {
+    [Hook::Prerouting, Hook::Input, Hook::Forward, Hook::Output, Hook::Postrouting]
+        .into_iter()
+        .find(|hook| hook_number(*hook) == number)
+}
+
+/// Puts the table in place of whatever has its name, in one transaction: afterwards it is there whole, or nothing has
+/// changed. Established connections keep translation and mark; counters start again. The error names the refused message.
+pub fn commit(socket: &mut Socket, table: &Table) -> Result<()> {
+    let mut requests = vec![
+        new_table(table.family, &table.name, None)?,
+        del_table(table.family, &table.name),
+        new_table(table.family, &table.name, table.comment.as_ref())?,
+    ];
+    // All chains first, so that every jump has its target.
+    requests.extend(table.chains.iter().map(|chain| new_chain(table, chain)));
+    for chain in &table.chains {
+        for rule in &chain.rules {
+            requests.push(new_rule(table, chain, rule)?);
+        }
+    }
+    transaction(socket, requests, &format!("commit table {} {}", word(table.family), table.name))
+}
+
+/// Deletes the table with all that is in it; that it is not there is no error.
+pub fn delete(socket: &mut Socket, family: Family, name: &str) -> Result<()> {
+    // "Add" never fails, so "delete" never does.
+    let requests = vec![new_table(family, name, None)?, del_table(family, name)];
+    transaction(socket, requests, &format!("commit the end of table {} {name}", word(family)))
+}
+
+fn transaction(socket: &mut Socket, messages: Vec<Request>, what: &str) -> Result<()> {
+    let frame = |kind| Request::new(kind, 0, header(0, SUBSYSTEM >> 8).to_vec(), what.to_owned());
+    let requests = [vec![frame(BATCH_BEGIN)], messages, vec![frame(BATCH_END)]].concat();
+    for attempt in 1.. {
+        match transact(socket, &requests)? {
+            None => return Ok(()),
+            Some(error)
+                if attempt < COMMIT_ATTEMPTS && matches!(error.errno, libc::EAGAIN | libc::EINTR | ERESTART) =>
+            {
+                std::thread::sleep(DUMP_PAUSE);
+            }
+            Some(error) => return Err(explained(error).into()),
+        }
+    }
+    Ok(())
+}
+
+/// A rule that the kernel does not understand mostly means that a module is missing.
+fn explained(mut error: KernelError) -> KernelError {
+    if matches!(error.errno, libc::ENOENT | libc::EOPNOTSUPP) && error.what.starts_with("add ") {
+        error.text = Some(error.text.map_or_else(|| MODULES.to_owned(), |text| format!("{text}; {MODULES}")));
+    }
+    error
+}
+
+/// One attempt. The last message before the end asks for the acknowledgement, because older kernels send none for the end
+/// itself. An error with the number of the begin message is that of the commit, and comes before the acknowledgements.
+fn transact(socket: &mut Socket, requests: &[Request]) -> Result<Option<KernelError>> {
+    let last = requests.len().saturating_sub(2);
+    let what = || requests[0].what.clone();
+    let size = requests.iter().map(|request| request.body.len() + 20).sum::<usize>();
+    socket.allow_send(size * 2).with_context(what)?;
+    // If everything is refused there is an error for every message.
+    socket.allow_receive(requests.len() * 2048 + 64 * 1024).with_context(what)?;
+    let first = socket.send(requests, last).with_context(what)?;
+    let mut refusal = None;
+    loop {
+        let length = socket.receive().with_context(what)?;
+        for (sequence, errno, text) in socket.verdicts(length) {
+            let index = usize::try_from(sequence.wrapping_sub(first)).unwrap_or(usize::MAX);
+            let Some(request) = requests.get(index) else { continue };
+            if errno != 0 && refusal.is_none() {
+                refusal = Some(KernelError { errno, text, what: request.what.clone() });
+            }
+            if index == last || (index == 0 && errno != 0) {
+                return Ok(refusal);
+            }
+        }
+    }
+}
+
+/// The generation of the whole rule set, which every commit raises, whoever makes it. Equal numbers mean that nothing has
+/// changed.
+pub fn generation(socket: &mut Socket) -> Result<u32> {
+    let request = Request::new(GET_GEN, 0, header(0, 0).to_vec(), "get the nf_tables generation".into());
+    let answers = socket.ask(&request)?;
+    let id = answers.iter().find_map(|body| Attrs::after(body, HEADER).find(1u16)?.u32_be());
+    id.ok_or_else(|| Error::new("get the nf_tables generation: the answer has none"))
+}
+
+/// Reads one table; none if there is none of that name. What the model cannot say (a policy of drop, an unknown hook, a
+/// dormant table) shows as a rule or chain with [`Expr::Foreign`], so that it is always a difference.
+pub fn table(socket: &mut Socket, family: Family, name: &str) -> Result<Option<Table>> {
+    for attempt in 0..DUMP_ATTEMPTS {
+        if attempt > 1 {
+            std::thread::sleep(DUMP_PAUSE);
+        }
+        // Three requests: the same generation before and after says that they saw one rule set.
+        let before = generation(socket)?;
+        let table = read_table(socket, family, name)?;
+        if generation(socket)? == before {
+            return Ok(table);
+        }
+    }
+    Err(Error::new(format!("read table {} {name}: it changed during each of {DUMP_ATTEMPTS} attempts", word(family))))
+}
+
+fn read_table(socket: &mut Socket, family: Family, name: &str) -> Result<Option<Table>> {
+    let (writer, finish) = table_request(GET_TABLE, 0, family, name, "get");
+    let answers = match socket.ask(&finish(writer)) {
+        Err(error) if error.find::<KernelError>().is_some_and(KernelError::not_found) => return Ok(None),
+        other => other?,
+    };
+    let mut table = Table { family, name: name.to_owned(), comment: None, chains: Vec::new() };
+    for attr in answers.iter().flat_map(|body| Attrs::after(body, HEADER)) {
+        match attr.kind {
+            2 if attr.u32_be().is_some_and(|flags| flags != 0) => table.chains.push(foreign_chain("table flags")),
+            6 => table.comment = read_comment(&attr),
+            _ => {}
+        }
+    }
+    let chains = Request::new(GET_CHAIN, 0, header(family_byte(family), 0).to_vec(), "list chains".into());
+    let chains = socket.dump(&chains, |message: &Message<'_>| decode_chain(message.body, family, name))?;
+    table.chains.extend(chains);
+    let mut writer = Writer::new(&header(family_byte(family), 0));
+    writer.text(1u16, name);
+    let rules = Request::new(GET_RULE, 0, writer.finish(), format!("list rules of table {} {name}", word(family)));
+    for (chain, rule) in socket.dump(&rules, |message: &Message<'_>| decode_rule(message.body, family, name))? {
+        if let Some(chain) = table.chains.iter_mut().find(|found| found.name == chain) {
+            chain.rules.push(rule);
+        }
+    }
+    Ok(Some(table))
+}
+
+fn foreign_rule(what: &str) -> Rule {
+    Rule { exprs: vec![Expr::Foreign(what.to_owned())], comment: None }
+}
+
+fn foreign_chain(what: &str) -> Chain {
+    Chain { name: format!("<{what}>"), base: None, rules: vec![foreign_rule(what)] }
+}
+
+/// Reads the body of an NFT_MSG_NEWCHAIN message of one table.
+fn decode_chain(body: &[u8], family: Family, table: &str) -> Option<Chain> {
+    let attrs = Attrs::after(body, HEADER);
+    if *body.first()? != family_byte(family) || attrs.clone().find(1u16)?.text() != table {
+        return None;
+    }
+    let mut chain = Chain { name: attrs.clone().find(3u16)?.text(), base: None, rules: Vec::new() };
+    let Some(hook) = attrs.clone().find(4u16) else { return Some(chain) };
+    let number = |kind: u16| hook.nested().find(kind).and_then(|attr| attr.u32_be());
+    let kind = attrs.clone().find(7u16).map(|kind| kind.text()).unwrap_or_default();
+    let kind = [ChainKind::Filter, ChainKind::Nat].into_iter().find(|known| known.to_string() == kind);
+    match (kind, number(1).and_then(hook_of), number(2)) {
+        (Some(kind), Some(hook), Some(priority)) => {
+            chain.base = Some(Base { kind, hook, priority: priority.cast_signed() });
+        }
+        _ => chain.rules.push(foreign_rule("base chain of another type or hook")),
+    }
+    if attrs.find(5u16).and_then(|attr| attr.u32_be()).is_some_and(|policy| policy != POLICY_ACCEPT) {
+        chain.rules.push(foreign_rule("policy drop"));
+    }
+    Some(chain)
+}
+
+/// Reads the body of an NFT_MSG_NEWRULE message of one table: the chain's name and the rule.
+fn decode_rule(body: &[u8], family: Family, table: &str) -> Option<(String, Rule)> {
+    let attrs = Attrs::after(body, HEADER);
+    if *body.first()? != family_byte(family) || attrs.clone().find(1u16)?.text() != table {
+        return None;
+    }
+    let chain = attrs.clone().find(2u16)?.text();
+    let exprs = attrs.clone().find(4u16).map_or_else(Vec::new, |list| nft_expr::decode(family, list.value));
+    Some((chain, Rule { exprs, comment: attrs.find(7u16).and_then(|attr| read_comment(&attr)) }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn comments_round_trip_and_are_bounded() {
+        let written = |text: &str| {
+            let mut writer = Writer::new(&[]);
+            comment(&mut writer, 7, Some(&text.to_owned()))?;
+            Ok::<_, Error>(writer.finish())
+        };
+        for text in ["VPC CIDR", "", &"x".repeat(127)] {
+            let bytes = written(text).unwrap();
+            assert_eq!(read_comment(&Attrs::after(&bytes, 0).next().unwrap()).unwrap(), text);
+        }
+        assert!(written(&"x".repeat(128)).is_err());
+        // Another kind of user data stands before it.
+        assert_eq!(read_comment(&Attr { kind: 7, value: &[1, 2, 9, 9, 0, 3, b'o', b'k', 0] }).unwrap(), "ok");
+        assert_eq!(read_comment(&Attr { kind: 7, value: &[1, 9, 9] }), None);
+    }
+
+    #[test]
+    fn a_refused_rule_names_the_modules() {
+        let error = |errno, what: &str| explained(KernelError { errno, text: None, what: what.into() }).to_string();
+        let text = error(libc::ENOENT, "add rule ip aws-cni snat fib daddr type local");
+        assert!(text.contains("nft_fib") && text.starts_with("add rule ip aws-cni snat fib"), "{text}");
+        assert!(!error(libc::EPERM, "add rule x").contains("nft_fib"));
+        assert!(!error(libc::ENOENT, "commit table ip aws-cni").contains("nft_fib"));
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_bodies_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            for family in [Family::V4, Family::V6] {
+                decode_chain(&bytes, family, "");
+                decode_rule(&bytes, family, "");
+            }
+            read_comment(&Attr { kind: 7, value: &bytes });
+        }
+    }
+}
