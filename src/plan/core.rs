@@ -279,12 +279,13 @@ impl Core {
         if self.phase != Phase::Starting {
             self.run_timers();
             self.adopt();
-            self.grow();
+            self.serve_waiting();
+            self.grow(); // knows now who still waits
+            self.refuse_hopeless();
             self.become_ready();
             self.shrink();
             self.advance_freeing();
             self.reconfigure_host();
-            self.serve_waiting();
             self.save();
         }
         let deadlines = self.timers.values().copied().chain(self.waiting.iter().map(|waiting| waiting.deadline));

@@ -326,6 +326,15 @@ impl Pool {
         self.index.get(key).map(|(eni, cidr, address)| self.place(eni, *cidr, *address))
     }
 
+    /// Who has the address of a key.
+    pub fn owner(&self, key: &PodKey) -> Option<&Owner> {
+        let placed = self
+            .index
+            .get(key)
+            .and_then(|(eni, cidr, address)| self.enis.get(eni)?.cidrs.get(cidr)?.slots.get(address)?.owner.as_ref());
+        placed.or_else(|| self.orphans.get(key).map(|(_, owner)| owner))
+    }
+
     fn place(&self, id: &EniId, cidr: IpNet, address: IpAddr) -> Place {
         let eni = &self.enis[id];
         Place { eni: id.clone(), cidr, address, device: eni.device, table: eni.table }

@@ -7,6 +7,7 @@ use crate::model::checkpoint::{Allocation, Checkpoint, Own};
 use crate::model::ids::{EniId, PodKey, PodName};
 use crate::model::imds::{self, Query};
 use crate::model::naming;
+use crate::model::spool::Record;
 use crate::model::time::Wall;
 use crate::plan::host::HostEni;
 use crate::plan::pool::{Eni, Kind, Owner, Refused};
@@ -15,7 +16,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 impl Core {
-    pub(super) fn started(&mut self, checkpoint: Option<&str>, seen: &Seen, spool: Vec<(String, PodKey)>) {
+    pub(super) fn started(&mut self, checkpoint: Option<&str>, seen: &Seen, spool: Vec<Record>) {
         self.phase = Phase::Booting;
         match checkpoint.map(Checkpoint::parse) {
             None => self.log(Level::Info, "no checkpoint: a fresh node".into()),

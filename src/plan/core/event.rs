@@ -3,6 +3,7 @@
 use crate::model::ec2::{Call, Failure, Reply};
 use crate::model::ids::{EniId, PodKey};
 use crate::model::imds::{self, Query};
+use crate::model::spool::Record;
 use crate::model::time::Mono;
 use crate::model::wire::{AddNetworkReply, AddNetworkRequest, DelNetworkReply, DelNetworkRequest};
 use crate::plan::host::Intent;
@@ -32,15 +33,15 @@ pub enum Event {
         checkpoint: Option<String>,
         /// The host.
         seen: Seen,
-        /// Keys whose DEL came while no daemon ran, with the name of their record.
-        spool: Vec<(String, PodKey)>,
+        /// DELs that came while no daemon ran.
+        spool: Vec<Record>,
     },
     /// A plugin asks for an address.
     Add(CallId, AddNetworkRequest),
     /// A plugin gives an address back.
     Del(CallId, DelNetworkRequest),
     /// Records of DELs that could not reach us.
-    Spool(Vec<(String, PodKey)>),
+    Spool(Vec<Record>),
     /// The host, as asked by [`Effect::ListLinks`].
     Seen(Result<Seen, String>),
     /// The checkpoint of this generation is on disk, or is not.
@@ -95,8 +96,8 @@ pub enum Effect {
     SetAside(String),
     /// Look at the host's links and rules.
     ListLinks,
-    /// The records with these names are done with.
-    SpoolDone(Vec<String>),
+    /// The records of these keys are done with.
+    SpoolDone(Vec<PodKey>),
     /// Send [`Event::Tick`] at this time; replaces the former wish.
     WakeAt(Mono),
     /// Requests can be served from now on.

@@ -462,8 +462,12 @@ impl Core {
                 growth.stage = Stage::SetUp { since, modify };
             }
             self.attached.insert(seen.id.clone(), seen.clone());
-            self.want(seen);
             self.wake_for(Timer::Growth, since.plus(SETTLE_MAX));
+            if self.wanted.contains_key(&seen.id) {
+                self.finish_if_complete(); // the description of all ENIs was faster
+            } else {
+                self.want(seen);
+            }
             return;
         }
         let pause = LOOK.pause(*looks, &mut self.random);

@@ -4,6 +4,7 @@ use super::saver::Undo;
 use super::{Answer, CallId, Core, Effect, Level, Phase, Seen};
 use crate::model::ids::{PodKey, PodName};
 use crate::model::naming;
+use crate::model::spool::Record;
 use crate::model::time::Mono;
 use crate::model::wire::{
     AddNetworkReply, AddNetworkRequest, DelNetworkReply, DelNetworkRequest, IpAllocation, UNKNOWN_POD,
@@ -95,18 +96,24 @@ impl Core {
         self.out.push(Effect::Reply(call, Answer::Add(AddNetworkReply::default())));
     }
 
-    /// Serves the waiting in their order; refuses those whose time is up or for whom nothing is on its way.
+    /// Serves the waiting in their order, as far as there are addresses.
     pub(super) fn serve_waiting(&mut self) {
-        while let Some(Waiting { call, owner, deadline }) = self.waiting.pop_front() {
-            if self.try_assign(call, &owner) {
-                continue;
+        while let Some(waiting) = self.waiting.pop_front() {
+            if !self.try_assign(waiting.call, &waiting.owner) {
+                return self.waiting.push_front(waiting);
             }
-            let hope = self.now.mono < deadline && self.address_expected(deadline);
-            if hope && self.phase != Phase::Stopping {
-                self.waiting.push_front(Waiting { call, owner, deadline });
-                return;
-            }
-            let stats = self.pool.stats(self.now.mono);
+        }
+    }
+
+    /// Refuses those whose time is up or for whom nothing is on its way.
+    pub(super) fn refuse_hopeless(&mut self) {
+        let (now, stopping) = (self.now.mono, self.phase == Phase::Stopping);
+        let expected = |core: &Core, deadline| !stopping && now < deadline && core.address_expected(deadline);
+        let (rest, hopeless): (Vec<Waiting>, Vec<Waiting>) =
+            std::mem::take(&mut self.waiting).into_iter().partition(|waiting| expected(self, waiting.deadline));
+        self.waiting = rest.into();
+        for Waiting { call, owner, .. } in hopeless {
+            let stats = self.pool.stats(now);
             let why = format!(
                 "all {} addresses are in use or cooling ({} cooling), {} of {} ENIs attached",
                 stats.total,
@@ -168,11 +175,13 @@ impl Core {
         }
     }
 
-    /// DELs that came while no daemon ran: the plugin has cleared the kernel, the addresses come back now.
-    pub(super) fn drain_spool(&mut self, records: Vec<(String, PodKey)>) {
-        let mut names = Vec::new();
-        for (name, key) in records {
-            if let Some(released) = self.pool.release(self.now, &key) {
+    /// DELs that came while no daemon ran: the plugin has cleared the kernel, the addresses come back now. An allocation
+    /// that is younger than the DEL belongs to a later ADD and stays.
+    pub(super) fn drain_spool(&mut self, records: Vec<Record>) {
+        let mut done = Vec::new();
+        for Record { key, time, .. } in records {
+            let meant = self.pool.owner(&key).is_some_and(|owner| owner.since <= time);
+            if meant && let Some(released) = self.pool.release(self.now, &key) {
                 self.log(
                     Level::Info,
                     format!("release {} of {key}: deleted while the daemon was away", released.address),
@@ -181,12 +190,12 @@ impl Core {
                 self.host_dirty = true;
                 self.changed();
             }
-            names.push(name);
+            done.push(key);
         }
         // A record that went too early would be lost with a crash; one that stays is harmless, since its key is unknown
         // the second time.
-        if !names.is_empty() {
-            self.when_durable(Effect::SpoolDone(names), Undo::Nothing);
+        if !done.is_empty() {
+            self.when_durable(Effect::SpoolDone(done), Undo::Nothing);
         }
     }
 
