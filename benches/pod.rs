@@ -1,2 +1,231 @@
-//! ADD and DEL beside the bare kernel work.
-fn main() {}
+//! What a pod costs: ADD and DEL as whole processes of the plugin with a warm daemon, beside the bare kernel work for the
+//! same pod (veth, address, routes, neighbour, rules) done by this process with sockets that are open already.
+//!
+//! The daemon is a stand-in that answers at once over the real socket, so the difference between the two is what the plugin
+//! adds: starting a process, reading its input, one call, logging, sysctls. Run as root: `cargo bench --bench pod`. Everything
+//! happens in a network and a mount namespace of its own, which end with this process.
+
+#[path = "../tests/support/stand_in.rs"]
+mod stand_in;
+
+use enibox::clock;
+use enibox::model::naming;
+use enibox::model::net::Mac;
+use enibox::netlink::netns::Namespace;
+use enibox::netlink::{Request, Socket, addr, link, neigh, route, rule};
+use enibox::plan::pod::PodInterface;
+use enibox::sys;
+use std::io::Write;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// Pods one after the other.
+const ROUNDS: usize = 300;
+/// Pods at the same moment, and how often that is done.
+const AT_ONCE: usize = 30;
+const BURSTS: usize = 20;
+/// Rounds at the start that do not count.
+const WARM_UP: usize = 20;
+/// The ENI's route table: a secondary ENI, so that both rules are made.
+const TABLE: u32 = 2;
+const MTU: u32 = 9001;
+
+fn main() {
+    // `cargo test --benches` and `cargo bench -- --list` pass words that concern the standard harness.
+    if std::env::args().any(|word| word == "--list") {
+        return;
+    }
+    assert_eq!(sys::effective_uid(), 0, "the benchmark makes network namespaces: run it as root");
+    // Before any thread: what is started later inherits both namespaces.
+    sys::unshare_netns().unwrap();
+    sys::unshare_mounts().unwrap();
+    let run = Path::new("/run");
+    sys::mount_tmpfs(run).unwrap();
+    let dir = run.join("enibox-bench");
+    std::fs::create_dir(&dir).unwrap();
+
+    let plugin = dir.join("aws-cni");
+    std::fs::copy(env!("CARGO_BIN_EXE_enibox"), &plugin).unwrap();
+    let _daemon = stand_in::StandIn::start(Ipv4Addr::new(10, 1, 0, 1), TABLE.cast_signed());
+    let mut pods: Vec<Pod> = (0..AT_ONCE).map(|number| Pod::new(&dir, &plugin, number)).collect();
+
+    println!("{:<34}{:>10}{:>10}{:>10}{:>10}", "", "p50 us", "p99 us", "p50 ratio", "p99 ratio");
+    let bare = one_by_one(&mut pods[0], Pod::bare_add, Pod::bare_del);
+    let whole = one_by_one(&mut pods[0], Pod::add, Pod::del);
+    report("bare ADD", &bare.0, None);
+    report("ADD, whole process", &whole.0, Some(&bare.0));
+    report("bare DEL", &bare.1, None);
+    report("DEL, whole process", &whole.1, Some(&bare.1));
+    report("VERSION, whole process", &repeat(ROUNDS, || pods[0].version()), None);
+    let bare = bursts(&mut pods, Pod::bare_add, Pod::bare_del);
+    let whole = bursts(&mut pods, Pod::add, Pod::del);
+    report(&format!("bare ADD, {AT_ONCE} at once"), &bare.0, None);
+    report(&format!("ADD, {AT_ONCE} at once"), &whole.0, Some(&bare.0));
+    report(&format!("bare DEL, {AT_ONCE} at once"), &bare.1, None);
+    report(&format!("DEL, {AT_ONCE} at once"), &whole.1, Some(&bare.1));
+    let left = link::list(&mut Socket::route().unwrap()).unwrap();
+    assert_eq!(left.len(), 1, "links are left behind: {left:?}");
+}
+
+/// A pod's namespace and everything prepared that is not to be timed.
+struct Pod {
+    plugin: PathBuf,
+    container: String,
+    namespace: Namespace,
+    host: Socket,
+    inside: Socket,
+    interface: PodInterface,
+}
+
+impl Pod {
+    fn new(dir: &Path, plugin: &Path, number: usize) -> Pod {
+        let name = format!("pod-{number}");
+        let namespace = Namespace::create_named(&dir.join("netns"), &name).unwrap();
+        let number = u32::try_from(number).unwrap();
+        let interface = PodInterface {
+            host_veth: naming::host_veth(naming::DEFAULT_VETH_PREFIX, "bare", &name, 0).unwrap(),
+            ifname: "eth0".into(),
+            address: IpAddr::V4(Ipv4Addr::from_bits(0x0a02_0000 + number)),
+            gateway: naming::gateway(false, 0).unwrap(),
+            table: TABLE,
+            mtu: MTU,
+            host_mac: Mac([2, 0, 0, 0, 0, number.to_be_bytes()[3]]),
+        };
+        let (host, inside) = (Socket::route().unwrap(), Socket::route_in(&namespace).unwrap());
+        Pod { plugin: plugin.into(), container: name, namespace, host, inside, interface }
+    }
+
+    fn call(&self, command: &str) {
+        let config = concat!(
+            r#"{"cniVersion":"1.0.0","name":"aws-cni","type":"aws-cni","vethPrefix":"eni","mtu":"9001","#,
+            r#""pluginLogFile":"/run/enibox-bench/plugin.log","pluginLogLevel":"INFO","podSGEnforcingMode":"strict"}"#
+        );
+        let args = format!("IgnoreUnknown=1;K8S_POD_NAMESPACE=bench;K8S_POD_NAME={}", self.container);
+        let mut child = Command::new(&self.plugin)
+            .env_clear()
+            .env("CNI_COMMAND", command)
+            .env("CNI_CONTAINERID", &self.container)
+            .env("CNI_NETNS", self.namespace.path())
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_PATH", "/opt/cni/bin")
+            .env("CNI_ARGS", args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .unwrap();
+        // It may have answered without reading: VERSION does not need the configuration.
+        _ = child.stdin.take().unwrap().write_all(config.as_bytes());
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stdout));
+    }
+
+    fn add(&mut self) {
+        self.call("ADD");
+    }
+
+    fn del(&mut self) {
+        self.call("DEL");
+    }
+
+    fn version(&self) {
+        self.call("VERSION");
+    }
+
+    /// The same kernel objects in the fewest messages: three sends.
+    fn bare_add(&mut self) {
+        let pod = &self.interface;
+        let create = link::create_veth(&link::Veth {
+            up: true,
+            end: link::End { name: &pod.host_veth, mac: Some(pod.host_mac), netns: None },
+            peer: link::End { name: &pod.ifname, mac: None, netns: Some(self.namespace.as_fd()) },
+            mtu: pod.mtu,
+        });
+        let outcomes = self.host.batch(&[create, link::query(&pod.host_veth)]).unwrap();
+        let found = outcomes.into_iter().next_back().unwrap().unwrap();
+        let outer = found.iter().find_map(|body| link::decode(body)).unwrap();
+        let index = outer.parent.unwrap();
+        let rules = [Some(pod.to_rule()), pod.from_rule()];
+        let mut requests = vec![route::replace(&pod.host_route(outer.index))];
+        requests.extend(rules.iter().flatten().map(rule::add));
+        self.host.run(&requests).unwrap();
+        let [gateway, default] = pod.pod_routes(0, index);
+        let requests: [Request; 5] = [
+            link::set_up(index),
+            route::replace(&gateway),
+            route::add(&default),
+            addr::add(&pod.pod_address(index)),
+            neigh::add(&pod.pod_neighbour(index, pod.host_mac)),
+        ];
+        self.inside.run(&requests).unwrap();
+    }
+
+    fn bare_del(&mut self) {
+        let pod = &self.interface;
+        let rules = [Some(pod.to_rule()), pod.from_rule()];
+        let mut requests: Vec<Request> = rules.iter().flatten().map(rule::delete).collect();
+        requests.push(link::delete_by_name(&pod.host_veth));
+        self.host.run(&requests).unwrap();
+    }
+}
+
+fn timed(work: impl FnOnce()) -> Duration {
+    let start = clock::instant();
+    work();
+    start.elapsed()
+}
+
+fn repeat(rounds: usize, mut work: impl FnMut()) -> Vec<Duration> {
+    (0..WARM_UP).for_each(|_| work());
+    (0..rounds).map(|_| timed(&mut work)).collect()
+}
+
+/// Times of ADD and DEL, in turn, on one pod.
+fn one_by_one(pod: &mut Pod, add: fn(&mut Pod), del: fn(&mut Pod)) -> (Vec<Duration>, Vec<Duration>) {
+    let both: Vec<(Duration, Duration)> =
+        (0..WARM_UP + ROUNDS).map(|_| (timed(|| add(pod)), timed(|| del(pod)))).collect();
+    both.into_iter().skip(WARM_UP).unzip()
+}
+
+/// Times of ADD and DEL of all pods at the same moment, each from a thread of its own.
+fn bursts(pods: &mut [Pod], add: fn(&mut Pod), del: fn(&mut Pod)) -> (Vec<Duration>, Vec<Duration>) {
+    let mut all = |work: fn(&mut Pod)| -> Vec<Duration> {
+        let barrier = std::sync::Barrier::new(pods.len());
+        std::thread::scope(|scope| {
+            let started: Vec<_> = pods
+                .iter_mut()
+                .map(|pod| {
+                    let barrier = &barrier;
+                    scope.spawn(move || {
+                        barrier.wait();
+                        timed(|| work(pod))
+                    })
+                })
+                .collect();
+            started.into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
+    };
+    let rounds: Vec<(Vec<Duration>, Vec<Duration>)> = (0..=BURSTS).map(|_| (all(add), all(del))).collect();
+    // The first one warms up.
+    let (adds, dels): (Vec<_>, Vec<_>) = rounds.into_iter().skip(1).unzip();
+    (adds.concat(), dels.concat())
+}
+
+fn report(what: &str, times: &[Duration], against: Option<&[Duration]>) {
+    let (p50, p99) = (percentile(times, 50), percentile(times, 99));
+    print!("{what:<34}{:>10}{:>10}", p50.as_micros(), p99.as_micros());
+    if let Some(bare) = against {
+        let ratio = |time: Duration, bare: Duration| time.as_secs_f64() / bare.as_secs_f64();
+        print!("{:>10.2}{:>10.2}", ratio(p50, percentile(bare, 50)), ratio(p99, percentile(bare, 99)));
+    }
+    println!();
+}
+
+fn percentile(times: &[Duration], percent: usize) -> Duration {
+    let mut sorted = times.to_vec();
+    sorted.sort_unstable();
+    sorted[(sorted.len() * percent / 100).min(sorted.len() - 1)]
+}
