@@ -4,8 +4,12 @@
 //! paths (`/etc/cni/net.d`, `/opt/cni/bin`); the machine's own are never touched. The same scenario is run with the
 //! reference plugin `ptp`: when both fail, it is the machine that cannot run containers.
 
+#[path = "support/stand_in.rs"]
+mod stand_in;
+
 use std::fmt::Write as _;
 use std::fs;
+use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -34,39 +38,57 @@ const NAMESPACE: &str = "enibox-test";
 /// Port in the container and on the host.
 const PORTS: (u16, u16) = (8080, 18080);
 
+/// The reference plugin that wires a pod up with a veth and a route, with addresses of a range of its own.
+const PTP: &str =
+    r#"{"type":"ptp","ipam":{"type":"host-local","subnet":"10.77.0.0/24","routes":[{"dst":"0.0.0.0/0"}]}}"#;
+
 #[test]
 fn the_reference_plugin_passes() {
     in_private_mounts("the_reference_plugin_passes", |dir| {
-        let bed = ReferenceBed::new();
-        scenario(dir, &bed.0);
+        scenario(dir, &Bed::new(PTP));
     });
 }
 
-/// Where containers run: two namespaces, an address, and the plugins before `portmap`.
+#[test]
+fn the_plugin_passes() {
+    in_private_mounts("the_plugin_passes", |dir| {
+        // The plugin's socket has a fixed path, which is private here like all of /run.
+        let _daemon = stand_in::StandIn::start(Ipv4Addr::new(10, 77, 0, 10), 1);
+        install_plugin();
+        scenario(dir, &Bed::new(PLUGIN));
+    });
+}
+
+/// The first entry of the list as the installer writes it.
+const PLUGIN: &str = r#"{"type":"aws-cni","vethPrefix":"eni","mtu":"9001","podSGEnforcingMode":"strict","pluginLogFile":"/var/log/aws-routed-eni/plugin.log","pluginLogLevel":"DEBUG"}"#;
+
+/// A kubelet's runtime tells the pod's name in CNI_ARGS, `ctr` tells none; so the container's stands for it.
+fn install_plugin() {
+    fs::create_dir("/opt/enibox").unwrap();
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_enibox"), "/opt/enibox/aws-cni").unwrap();
+    let wrapper = "#!/bin/sh\n\
+        export CNI_ARGS=\"IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=$CNI_CONTAINERID\"\n\
+        exec /opt/enibox/aws-cni\n";
+    fs::write("/opt/cni/bin/aws-cni", wrapper).unwrap();
+    fs::set_permissions("/opt/cni/bin/aws-cni", fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// A node and a neighbour, two namespaces joined by a veth, and what stands before `portmap` in the list.
 struct Bed {
     /// Network namespace of the node.
     node: String,
     /// Network namespace from which the node's port is called.
     outside: String,
     /// The node's address as seen from there.
-    address: String,
+    address: &'static str,
     /// First plugin of the conflist, as JSON.
-    plugin: String,
+    plugin: &'static str,
 }
 
-/// A node and a neighbour, joined by one veth.
-struct ReferenceBed(Bed);
-
-impl ReferenceBed {
-    fn new() -> ReferenceBed {
-        let bed = Bed {
-            node: format!("ctd-node-{}", std::process::id()),
-            outside: format!("ctd-out-{}", std::process::id()),
-            address: "10.78.0.1".into(),
-            plugin:
-                r#"{"type":"ptp","ipam":{"type":"host-local","subnet":"10.77.0.0/24","routes":[{"dst":"0.0.0.0/0"}]}}"#
-                    .into(),
-        };
+impl Bed {
+    fn new(plugin: &'static str) -> Bed {
+        let name = |what: &str| format!("ctd-{what}-{}", std::process::id());
+        let bed = Bed { node: name("node"), outside: name("out"), address: "10.78.0.1", plugin };
         let (node, outside) = (&bed.node, &bed.outside);
         run(&format!("ip netns add {node}"));
         run(&format!("ip netns add {outside}"));
@@ -78,13 +100,13 @@ impl ReferenceBed {
             run(&format!("ip -n {namespace} link set up0 up"));
         }
         run(&format!("ip netns exec {node} sysctl -q -w net.ipv4.ip_forward=1"));
-        ReferenceBed(bed)
+        bed
     }
 }
 
-impl Drop for ReferenceBed {
+impl Drop for Bed {
     fn drop(&mut self) {
-        for namespace in [&self.0.node, &self.0.outside] {
+        for namespace in [&self.node, &self.outside] {
             _ = Command::new("ip").args(["netns", "del", namespace]).status();
         }
     }
@@ -96,6 +118,15 @@ fn scenario(dir: &Path, bed: &Bed) {
     // portmap leaves its empty chains for the next container, as it should: they belong to the state before.
     let first = containerd.create("first", "/bin/sleep 1000", true);
     containerd.remove(first);
+    // A dead container's links go with its namespace, which the kernel clears in its own time.
+    until("the first container's links are gone", || {
+        let state = containerd.network_state();
+        if state.contains(" veth") || state.contains(" eni") || state.contains("tentative") {
+            Err(state)
+        } else {
+            Ok(state)
+        }
+    });
     let before = containerd.network_state();
 
     let serve = format!("/bin/sh -c 'while true; do echo served | nc -l -p {}; done'", PORTS.0);
@@ -106,7 +137,7 @@ fn scenario(dir: &Path, bed: &Bed) {
 
     let call = format!("nc -w 2 {} {}", server.address, PORTS.0);
     expect_served("container to container", || containerd.exec("client", &call));
-    let (address, port) = (&bed.address, PORTS.1);
+    let (address, port) = (bed.address, PORTS.1);
     expect_served("port of the node", || {
         let call = format!("exec 3<>/dev/tcp/{address}/{port}; timeout 2 cat <&3");
         try_run(&format!("ip netns exec {} timeout 5 bash -c '{call}'", bed.outside))
@@ -114,7 +145,12 @@ fn scenario(dir: &Path, bed: &Bed) {
 
     containerd.remove(client);
     containerd.remove(server);
-    assert_eq!(containerd.network_state(), before, "the node's network before and after two containers");
+    until("nothing of two containers is left", || {
+        let after = containerd.network_state();
+        let is_new = |line: &&str| !before.lines().any(|old| old == *line);
+        let left: Vec<&str> = after.lines().filter(is_new).collect();
+        if after == before { Ok(after) } else { Err(format!("left: {left:#?} of {after}")) }
+    });
 }
 
 /// A container and the `ctr` that waits for it: that process calls DEL, without a namespace, when the container has ended.
@@ -249,7 +285,8 @@ impl<'a> Containerd<'a> {
 impl Drop for Containerd<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("--- network\n{}", self.network_state());
+            let log = fs::read_to_string("/var/log/aws-routed-eni/plugin.log").unwrap_or_default();
+            eprintln!("--- network\n{}\n--- plugin\n{log}", self.network_state());
             eprintln!("--- containerd\n{}", fs::read_to_string(self.dir.join("containerd.log")).unwrap_or_default());
             let ctr = self.ctr();
             let names = try_run(&format!("{ctr} tasks ls -q")).unwrap_or_default();
