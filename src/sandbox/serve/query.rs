@@ -347,43 +347,43 @@ fn read_token(token: &str) -> Option<EniId> {
 mod tests {
     use super::*;
 
-    fn check(body: &str, expect: Result<Asked, &str>) {
+    fn check(body: &str, expect: &Result<Asked, &str>) {
         let body = body.replacen("Action=", "Version=2016-11-15&Action=", 1);
-        assert_eq!(read(&body).map_err(|malformed| malformed.code), expect, "{body}");
+        assert_eq!(read(&body).map_err(|malformed| malformed.code), *expect, "{body}");
     }
 
     #[test]
     fn requests_are_read_strictly() {
         let delete = Call::Delete("eni-1".into());
-        check("Action=DeleteNetworkInterface&NetworkInterfaceId=eni-1", Ok(Asked::Call(delete)));
-        check("Action=DeleteNetworkInterface", Err("MissingParameter"));
-        check("Action=DeleteNetworkInterface&NetworkInterfaceId=eni-1&Force=true", Err("UnknownParameter"));
+        check("Action=DeleteNetworkInterface&NetworkInterfaceId=eni-1", &Ok(Asked::Call(delete)));
+        check("Action=DeleteNetworkInterface", &Err("MissingParameter"));
+        check("Action=DeleteNetworkInterface&NetworkInterfaceId=eni-1&Force=true", &Err("UnknownParameter"));
         check(
             "Action=DeleteNetworkInterface&NetworkInterfaceId=a&NetworkInterfaceId=b",
-            Err("InvalidParameterCombination"),
+            &Err("InvalidParameterCombination"),
         );
-        check("Action=RunInstances", Err("InvalidAction"));
-        check("Action=DeleteNetworkInterface&NetworkInterfaceId=%zz", Err("MalformedQueryString"));
-        check("Action=DescribeNetworkInterfaces&MaxResults=4", Err("InvalidParameterValue"));
+        check("Action=RunInstances", &Err("InvalidAction"));
+        check("Action=DeleteNetworkInterface&NetworkInterfaceId=%zz", &Err("MalformedQueryString"));
+        check("Action=DescribeNetworkInterfaces&MaxResults=4", &Err("InvalidParameterValue"));
         check(
             "Action=DescribeNetworkInterfaces&MaxResults=5&NetworkInterfaceId.1=eni-1",
-            Err("InvalidParameterCombination"),
+            &Err("InvalidParameterCombination"),
         );
-        check("Action=DescribeNetworkInterfaces&NextToken=zz", Err("InvalidParameterValue"));
-        check("Action=AssignPrivateIpAddresses&NetworkInterfaceId=eni-1", Err("InvalidParameterCombination"));
+        check("Action=DescribeNetworkInterfaces&NextToken=zz", &Err("InvalidParameterValue"));
+        check("Action=AssignPrivateIpAddresses&NetworkInterfaceId=eni-1", &Err("InvalidParameterCombination"));
         check(
             "Action=UnassignPrivateIpAddresses&NetworkInterfaceId=e&PrivateIpAddress.1=x",
-            Err("InvalidParameterValue"),
+            &Err("InvalidParameterValue"),
         );
-        check("Action=CreateNetworkInterface&SubnetId=s&TagSpecification.1.Tag.1.Key=k", Err("InvalidParameterValue"));
+        check("Action=CreateNetworkInterface&SubnetId=s&TagSpecification.1.Tag.1.Key=k", &Err("InvalidParameterValue"));
         // A gap in a list leaves a field over.
         check(
             "Action=ModifyNetworkInterfaceAttribute&NetworkInterfaceId=e&SecurityGroupId.2=sg",
-            Err("MissingParameter"),
+            &Err("MissingParameter"),
         );
         check(
             "Action=DescribeNetworkInterfaces&Filter.1.Name=tag-key&Filter.1.Value.1=a%2Fb&MaxResults=5",
-            Ok(Asked::Interfaces { ids: vec![], filters: vec![Filter::new("tag-key", "a/b")], page: 5, after: None }),
+            &Ok(Asked::Interfaces { ids: vec![], filters: vec![Filter::new("tag-key", "a/b")], page: 5, after: None }),
         );
         assert_eq!(
             read("Action=DeleteNetworkInterface&NetworkInterfaceId=eni-1").unwrap_err().code,

@@ -1,6 +1,7 @@
 //! What the API actions do to the model. Refusals carry EC2's codes and, where clients match on it, EC2's text
 //! (`spec/aws.md` 11.1).
 
+use super::describe::filters_of;
 use super::{EniState, GROUPS_PER_ENI, Refusal, TAGS_PER_RESOURCE, Vpc, refuse};
 use crate::model::ec2::{Attachment, Call, Count, Create, Interface, Reply};
 use crate::model::ids::{AttachmentId, EniId, GroupId, InstanceId, SubnetId};
@@ -15,7 +16,7 @@ impl Vpc {
     pub(super) fn act(&mut self, now: Now, call: &Call) -> Done<Reply> {
         match call {
             Call::DescribeAttached(_) | Call::DescribeOne(_) | Call::DescribeLeaked { .. } => {
-                let filters = self.filters_of(call);
+                let filters = filters_of(call);
                 self.list(now, &[], &filters).map(Reply::Interfaces)
             }
             Call::DescribeInstanceType(name) => self.describe_type(name),
@@ -246,7 +247,7 @@ impl Vpc {
         let within = |wanted: u32| used.saturating_add(wanted as usize) <= limit as usize;
         let mut given = Vec::new();
         match count {
-            Count::Addresses(wanted) | Count::Prefixes(wanted) if !within(wanted) => return too_many_addresses(),
+            Count::Addresses(wanted) | Count::Prefixes(wanted) if !within(wanted) => too_many_addresses(),
             Count::Addresses(wanted) => {
                 if self.subnets[&subnet].space.free() < wanted {
                     return exhausted();
@@ -329,7 +330,9 @@ impl Vpc {
         }
         let subnet = interface.subnet.clone();
         if let Some(place) = self.subnets.get_mut(&subnet) {
-            gone.iter().for_each(|addr| place.space.release(*addr));
+            for addr in &gone {
+                place.space.release(*addr);
+            }
         }
         self.change(eni)?.interface.secondary_ipv4s.retain(|addr| !gone.contains(addr));
         Ok(Reply::Done)
@@ -348,7 +351,9 @@ impl Vpc {
         }
         let subnet = interface.subnet.clone();
         if let Some(place) = self.subnets.get_mut(&subnet) {
-            gone.iter().for_each(|prefix| place.space.release_block(*prefix));
+            for prefix in &gone {
+                place.space.release_block(*prefix);
+            }
         }
         self.change(eni)?.interface.v4_prefixes.retain(|prefix| !gone.contains(prefix));
         Ok(Reply::Done)
@@ -404,8 +409,12 @@ impl Vpc {
         let Some(EniState { interface, .. }) = self.enis.remove(eni) else { return };
         self.touched.insert(eni.clone());
         let Some(place) = self.subnets.get_mut(&interface.subnet) else { return };
-        interface.primary_ipv4.iter().chain(&interface.secondary_ipv4s).for_each(|addr| place.space.release(*addr));
-        interface.v4_prefixes.iter().for_each(|prefix| place.space.release_block(*prefix));
+        for addr in interface.primary_ipv4.iter().chain(&interface.secondary_ipv4s) {
+            place.space.release(*addr);
+        }
+        for prefix in interface.v4_prefixes {
+            place.space.release_block(prefix);
+        }
     }
 }
 

@@ -32,24 +32,24 @@ fn matches(pattern: &[u8], text: &[u8]) -> bool {
     }
 }
 
-impl Vpc {
-    /// The filters that a call of the core stands for (`spec/aws.md` 7.2, `spec/ipamd.md` 9.6).
-    pub(super) fn filters_of(&self, call: &Call) -> Vec<Filter> {
-        match call {
-            Call::DescribeAttached(instance) => vec![Filter::new("attachment.instance-id", instance.as_str())],
-            Call::DescribeOne(eni) => vec![Filter::new("network-interface-id", eni.as_str())],
-            Call::DescribeLeaked { vpc, tags } => {
-                let by_tag = tags.iter().map(|(key, value)| match value {
-                    Some(value) => Filter::new(format!("tag:{key}"), value.as_str()),
-                    None => Filter::new("tag-key", key.as_str()),
-                });
-                let fixed = [Filter::new("status", "available"), Filter::new("vpc-id", vpc.as_str())];
-                fixed.into_iter().chain(by_tag).collect()
-            }
-            _ => Vec::new(),
+/// The filters that a call of the core stands for (`spec/aws.md` 7.2, `spec/ipamd.md` 9.6).
+pub(super) fn filters_of(call: &Call) -> Vec<Filter> {
+    match call {
+        Call::DescribeAttached(instance) => vec![Filter::new("attachment.instance-id", instance.as_str())],
+        Call::DescribeOne(eni) => vec![Filter::new("network-interface-id", eni.as_str())],
+        Call::DescribeLeaked { vpc, tags } => {
+            let by_tag = tags.iter().map(|(key, value)| match value {
+                Some(value) => Filter::new(format!("tag:{key}"), value.as_str()),
+                None => Filter::new("tag-key", key.as_str()),
+            });
+            let fixed = [Filter::new("status", "available"), Filter::new("vpc-id", vpc.as_str())];
+            fixed.into_iter().chain(by_tag).collect()
         }
+        _ => Vec::new(),
     }
+}
 
+impl Vpc {
     pub(super) fn list(&mut self, now: Now, ids: &[EniId], filters: &[Filter]) -> Result<Vec<Interface>, Refusal> {
         let vpc = self.id.clone();
         let seen = self.described.values_mut().filter_map(|lagged| lagged.seen(now.mono)?.clone());
