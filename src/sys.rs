@@ -266,3 +266,35 @@ pub fn unmount_lazily(target: &Path) -> io::Result<()> {
     // SAFETY: the path is a live C string.
     check(unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) }).map(drop)
 }
+
+/// Moves the calling thread into the mount namespace that `namespace` is open on. Its root and working directory become
+/// those of that namespace.
+pub fn enter_mounts(namespace: impl AsFd) -> io::Result<()> {
+    // SAFETY: unshare takes flags only; a thread that shares these attributes with others may not change namespace.
+    check(unsafe { libc::unshare(libc::CLONE_FS) })?;
+    // SAFETY: setns takes a descriptor, which is open for as long as the borrow lives, and touches no memory.
+    check(unsafe { libc::setns(namespace.as_fd().as_raw_fd(), libc::CLONE_NEWNS) }).map(drop)
+}
+
+/// Makes a command start inside these namespaces (network, mount, ...), and end with the thread that starts it.
+pub fn start_inside(command: &mut std::process::Command, namespaces: Vec<OwnedFd>) {
+    use std::os::unix::process::CommandExt;
+    let enter = move || {
+        for namespace in &namespaces {
+            // SAFETY: the closure owns the descriptor; 0 takes a namespace of any kind.
+            check(unsafe { libc::setns(namespace.as_raw_fd(), 0) })?;
+        }
+        // SAFETY: prctl takes two numbers here and touches no memory.
+        check(unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) }).map(drop)
+    };
+    // SAFETY: between fork and exec the closure makes async-signal-safe system calls only and allocates nothing; an error
+    // it returns carries a number only.
+    unsafe { command.pre_exec(enter) };
+}
+
+/// Sends a signal to one process.
+pub fn signal(process: u32, signal: i32) -> io::Result<()> {
+    let process = i32::try_from(process).ok().filter(|process| *process > 1).ok_or(io::ErrorKind::InvalidInput)?;
+    // SAFETY: kill takes two numbers; a positive one means this one process and no group.
+    check(unsafe { libc::kill(process, signal) }).map(drop)
+}

@@ -1,0 +1,248 @@
+//! The network of the model with real packets: one namespace is the VPC's router, each ENI a veth between the router and
+//! its node.
+//!
+//! Like EC2's, the router takes from an ENI only packets whose source is assigned to that ENI, and delivers packets for an
+//! address only to the ENI that has it: an address has a route to its ENI, `rp_filter` is strict, and there is no default
+//! route. So a wrong rule or route on a node shows as a lost packet. ARP is answered for everything (`proxy_arp`), and
+//! delivery goes to the MAC of the ENI without asking, as on EC2.
+
+mod place;
+
+pub use place::{Node, Place, Pod};
+
+use crate::error::{Context, Error, List, Result};
+use crate::model::ids::{EniId, InstanceId};
+use crate::model::net::{Address, Mac, Neighbour, Route, Scope, TABLE_MAIN};
+use crate::netlink::socket::Socket;
+use crate::netlink::{addr, link, neigh, route};
+use crate::sandbox::runs::Run;
+use crate::sandbox::vpc::Wire;
+use ipnet::{IpNet, Ipv4Net};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+
+/// MTU inside a VPC, in bytes.
+pub const MTU: u32 = 9001;
+
+/// Where IMDS is.
+pub const IMDS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+
+/// Where the sandbox's EC2 is: an address for documentation, outside of any VPC.
+pub const EC2: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+
+// One ENI as it is wired now.
+#[derive(Debug)]
+struct Port {
+    instance: InstanceId,
+    name: String,  // the router's end
+    index: u32,    // of the router's end
+    inner: String, // the node's end
+    own: Ipv4Addr,
+    routed: BTreeSet<Ipv4Net>,
+}
+
+/// Router, hosts and nodes. Everything ends when it is dropped.
+#[derive(Debug)]
+pub struct Topology {
+    router: Place,
+    socket: Socket,
+    gateways: BTreeSet<Ipv4Addr>,
+    ports: BTreeMap<EniId, Port>,
+    nodes: BTreeMap<InstanceId, Node>,
+    hosts: BTreeMap<String, Place>,
+    run: Run,
+}
+
+impl Topology {
+    /// A router that knows nobody.
+    pub fn create(run: Run) -> Result<Topology> {
+        let router = Place::create(&run, "router")?;
+        router.sysctls(&[
+            ("net/ipv4/ip_forward", "1"),
+            ("net/ipv4/conf/all/rp_filter", "1"),
+            ("net/ipv4/conf/default/rp_filter", "1"),
+            ("net/ipv4/conf/default/proxy_arp", "1"),
+            // Redirects would teach nodes shortcuts that EC2 does not know.
+            ("net/ipv4/conf/all/send_redirects", "0"),
+            ("net/ipv4/conf/default/send_redirects", "0"),
+            // Answers for others are otherwise held back for up to 0.8 s (arp(7), proxy_delay).
+            ("net/ipv4/neigh/default/proxy_delay", "0"),
+            ("net/ipv6/conf/default/disable_ipv6", "1"),
+        ])?;
+        let socket = router.socket()?;
+        let (gateways, ports) = (BTreeSet::new(), BTreeMap::new());
+        let (nodes, hosts) = (BTreeMap::new(), BTreeMap::new());
+        let mut topology = Topology { router, socket, gateways, ports, nodes, hosts, run };
+        for service in [IMDS, EC2] {
+            topology.answer_for(service)?;
+        }
+        Ok(topology)
+    }
+
+    /// The directory of the run.
+    pub fn run(&self) -> &Run {
+        &self.run
+    }
+
+    /// The router's namespace.
+    pub fn router(&self) -> &Place {
+        &self.router
+    }
+
+    // Gives the router an address, on `lo`: it then answers for it on every link.
+    fn answer_for(&mut self, address: Ipv4Addr) -> Result<()> {
+        let lo = link::by_name(&mut self.socket, "lo")?.ok_or_else(|| Error::new("no lo in the router"))?.index;
+        let addr = IpNet::from(IpAddr::V4(address));
+        self.socket.run(&[addr::add(&Address { dev: lo, addr, no_prefix_route: false, no_dad: false }).or_exists()])
+    }
+
+    /// A listener on an address of the router's, for [`IMDS`] and [`EC2`].
+    pub fn listen(&self, address: Ipv4Addr, port: u16) -> Result<TcpListener> {
+        let at = SocketAddr::from((address, port));
+        let listener = self.router.net.run(|| TcpListener::bind(at))?;
+        listener.with_context(|| format!("listen on {at} in the router"))
+    }
+
+    /// A host that is no instance of ours: the internet, a peered network, an instance of somebody else.
+    pub fn add_host(&mut self, name: &str, address: Ipv4Addr) -> Result<()> {
+        let what = || format!("add host {name}");
+        let host = Place::create(&self.run, name)?;
+        let port = format!("h-{name}").chars().take(15).collect::<String>();
+        let index = self.plug(&port, "eth0", None, &host)?;
+        let target = IpNet::from(IpAddr::V4(address));
+        self.socket.run(&[link::set_up(index), route::add(&direct(target, index))]).with_context(what)?;
+        host.configure("eth0", target, None).with_context(what)?;
+        self.hosts.insert(name.to_owned(), host);
+        Ok(())
+    }
+
+    /// A host by name.
+    pub fn host(&self, name: &str) -> Option<&Place> {
+        self.hosts.get(name)
+    }
+
+    /// Makes the node of an instance; its ENIs come with [`Topology::apply`].
+    pub fn add_node(&mut self, instance: &InstanceId, name: &str) -> Result<()> {
+        let node = Node::create(&self.run, name)?;
+        self.nodes.insert(instance.clone(), node);
+        Ok(())
+    }
+
+    /// The node of an instance.
+    pub fn node(&self, instance: &InstanceId) -> Option<&Node> {
+        self.nodes.get(instance)
+    }
+
+    /// Names of the ENIs' links on their nodes.
+    pub fn link_names(&self, instance: &InstanceId) -> BTreeMap<EniId, String> {
+        let ours = self.ports.iter().filter(|(_, port)| port.instance == *instance);
+        ours.map(|(eni, port)| (eni.clone(), port.inner.clone())).collect()
+    }
+
+    // A veth between the router (`name`) and a place (`inner`); the index of the router's end, which is down.
+    fn plug(&mut self, name: &str, inner: &str, mac: Option<Mac>, place: &Place) -> Result<u32> {
+        use std::os::fd::AsFd;
+        let veth = link::Veth {
+            end: link::End { name, mac: None, netns: None },
+            peer: link::End { name: inner, mac, netns: Some(place.net.as_fd()) },
+            mtu: MTU,
+            up: false,
+        };
+        let what = || format!("plug {name} into {}", place.name);
+        self.socket.run(&[link::create_veth(&veth)]).with_context(what)?;
+        let made = link::by_name(&mut self.socket, name).with_context(what)?;
+        made.map(|link| link.index).ok_or_else(|| Error::new("it is gone").context(what()))
+    }
+
+    /// Brings the wiring to what the model says: links come and go, addresses are routed to the ENI that has them. What
+    /// cannot be done does not keep the rest from being done.
+    pub fn apply(&mut self, wires: &[Wire]) -> Result<()> {
+        let mut errors = List::new();
+        let wanted = wires.iter().map(|wire| (wire.eni.clone(), wire)).collect::<BTreeMap<_, _>>();
+        let gone = |eni: &EniId, port: &Port| wanted.get(eni).is_none_or(|wire| wire.instance != port.instance);
+        let gone =
+            self.ports.iter().filter(|(eni, port)| gone(eni, port)).map(|(eni, _)| eni.clone()).collect::<Vec<_>>();
+        for eni in gone {
+            errors.note(self.unplug(&eni));
+        }
+        // An address may move from one ENI to another in one step: everything is taken away before anything is given.
+        for wire in wires {
+            errors.note(self.withdraw(wire));
+        }
+        for wire in wires {
+            errors.note(self.provide(wire).with_context(|| format!("wire {}", wire.eni)));
+        }
+        errors.into_result()
+    }
+
+    fn unplug(&mut self, eni: &EniId) -> Result<()> {
+        let Some(port) = self.ports.remove(eni) else { return Ok(()) };
+        self.socket.run(&[link::delete_by_name(&port.name).or_not_found()]).with_context(|| format!("unplug {eni}"))
+    }
+
+    fn withdraw(&mut self, wire: &Wire) -> Result<()> {
+        let Some(port) = self.ports.get_mut(&wire.eni) else { return Ok(()) };
+        let wanted = wire.assigned.iter().copied().collect::<BTreeSet<_>>();
+        let surplus = port.routed.difference(&wanted).copied().collect::<Vec<_>>();
+        let requests = surplus.iter().map(|net| route::delete(&via(*net, port)).or_not_found()).collect::<Vec<_>>();
+        port.routed.retain(|net| wanted.contains(net));
+        self.socket.run(&requests).with_context(|| format!("withdraw addresses from {}", wire.eni))
+    }
+
+    fn provide(&mut self, wire: &Wire) -> Result<()> {
+        if !self.ports.contains_key(&wire.eni) {
+            self.attach(wire)?;
+        }
+        let Some(port) = self.ports.get_mut(&wire.eni) else { return Ok(()) };
+        let missing = wire.assigned.iter().filter(|net| !port.routed.contains(net)).copied().collect::<Vec<_>>();
+        let requests = missing.iter().map(|net| route::add(&via(*net, port))).collect::<Vec<_>>();
+        self.socket.run(&requests)?;
+        port.routed.extend(missing);
+        Ok(())
+    }
+
+    fn attach(&mut self, wire: &Wire) -> Result<()> {
+        let gateway = Ipv4Addr::from(u32::from(wire.subnet.network()) + 1);
+        if self.gateways.insert(gateway) {
+            self.answer_for(gateway)?;
+        }
+        let Some(node) = self.nodes.remove(&wire.instance) else {
+            return Err(Error::new(format!("instance {} has no node", wire.instance)));
+        };
+        let plugged = self.plug_eni(wire, &node, gateway);
+        self.nodes.insert(wire.instance.clone(), node);
+        self.ports.insert(wire.eni.clone(), plugged?);
+        Ok(())
+    }
+
+    fn plug_eni(&mut self, wire: &Wire, node: &Node, gateway: Ipv4Addr) -> Result<Port> {
+        let taken = node.place.links()?.into_iter().map(|link| link.name).collect::<BTreeSet<_>>();
+        let inner = (0..).map(|number: u32| format!("eth{number}")).find(|name| !taken.contains(name));
+        let inner = inner.unwrap_or_else(|| "eth".into());
+        // Eleven digits of the id tell ENIs apart.
+        let digits = wire.eni.as_str();
+        let name = format!("eni-{}", &digits[digits.len().saturating_sub(11)..]);
+        let index = self.plug(&name, &inner, Some(wire.mac), &node.place)?;
+        let own = wire.own;
+        let neighbour = Neighbour { dev: index, addr: own.into(), mac: Some(wire.mac), permanent: true };
+        let near = IpNet::from(IpAddr::V4(own));
+        self.socket.run(&[link::set_up(index), route::add(&direct(near, index)), neigh::replace(&neighbour)])?;
+        if wire.device == 0 {
+            // What DHCP does on an instance; all others are left to the daemon.
+            let address = IpNet::V4(Ipv4Net::new(own, wire.subnet.prefix_len())?);
+            node.place.configure(&inner, address, Some(gateway))?;
+        }
+        let routed = BTreeSet::from([Ipv4Net::from(own)]);
+        Ok(Port { instance: wire.instance.clone(), name, index, inner, own, routed })
+    }
+}
+
+fn direct(dst: IpNet, dev: u32) -> Route {
+    Route { table: TABLE_MAIN, dst, gateway: None, dev, scope: Scope::Link, prefsrc: None, metric: 0 }
+}
+
+// To the ENI by its own address, whose neighbour entry is fixed: delivery asks nobody.
+fn via(net: Ipv4Net, port: &Port) -> Route {
+    let (dst, gateway) = (IpNet::V4(net), Some(IpAddr::V4(port.own)));
+    Route { table: TABLE_MAIN, dst, gateway, dev: port.index, scope: Scope::Universe, prefsrc: None, metric: 0 }
+}
