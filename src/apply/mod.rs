@@ -1,25 +1,77 @@
 //! Carries out plans on the kernel: observe, apply, undo. Decisions are made in `plan`; here is only the order of messages,
 //! few of them, and what to do when one is refused.
 //!
-//! A [`Host`] acts in the network namespace of the thread that opened it; it never switches a thread's namespace. Pods are
-//! reached through sockets that are opened inside for one call.
+//! A [`Host`] acts in the network namespace of the thread that opened it, whichever thread calls it; it never switches a
+//! caller's namespace. Pods are reached through sockets that are opened inside for one call.
 
+mod host;
 mod pod;
 
+pub use host::HostReport;
+
 use crate::error::Result;
+use crate::model::naming::NFT_TABLE;
 use crate::model::net::{Family, Route, Rule};
-use crate::netlink::{Socket, route, rule};
+use crate::model::nft::Table;
+use crate::netlink::netns::Namespace;
+use crate::netlink::{Socket, addr, link, nft, route, rule};
+use crate::plan::host::Observation;
+use std::time::Instant;
 
 /// The network of the namespace it was opened in.
 #[derive(Debug)]
 pub struct Host {
+    namespace: Namespace,
     route: Socket,
+    /// Opened when first needed, in the namespace of the route socket whoever asks: a plugin's ADD never does.
+    netfilter: Option<Socket>,
+    /// Our tables as last read, and the kernel's generation then.
+    known: Option<(u32, Vec<Table>)>,
+    /// Tables that the kernel took but shows differently, and when that was seen.
+    stuck: Option<(Vec<Table>, Instant)>,
 }
 
 impl Host {
     /// Opens the route socket in the calling thread's namespace.
     pub fn open() -> Result<Host> {
-        Ok(Host { route: Socket::route()? })
+        Ok(Host { namespace: Namespace::own()?, route: Socket::route()?, netfilter: None, known: None, stuck: None })
+    }
+
+    /// What the namespace holds: six dumps, and our nf_tables tables unless the kernel says that no table has changed.
+    pub fn observe(&mut self) -> Result<Observation> {
+        let (routes, rules) = routes_and_rules(&mut self.route)?;
+        Ok(Observation {
+            links: link::list(&mut self.route)?,
+            addresses: addr::list(&mut self.route, None)?,
+            routes,
+            rules,
+            tables: self.tables()?,
+        })
+    }
+
+    /// Our tables; one message when the generation is still that of the last look.
+    fn tables(&mut self) -> Result<Vec<Table>> {
+        let socket = netfilter(&mut self.netfilter, &self.namespace)?;
+        let generation = nft::generation(socket)?;
+        if let Some((known, tables)) = &self.known
+            && *known == generation
+        {
+            return Ok(tables.clone());
+        }
+        let mut tables = Vec::new();
+        for family in [Family::V4, Family::V6] {
+            tables.extend(nft::table(socket, family, NFT_TABLE)?);
+        }
+        // What changed during the dump has a newer generation and is read again next time.
+        self.known = Some((generation, tables.clone()));
+        Ok(tables)
+    }
+}
+
+fn netfilter<'a>(socket: &'a mut Option<Socket>, namespace: &Namespace) -> Result<&'a mut Socket> {
+    match socket {
+        Some(socket) => Ok(socket),
+        None => Ok(socket.insert(Socket::netfilter_in(namespace)?)),
     }
 }
 

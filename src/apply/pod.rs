@@ -9,9 +9,10 @@ use crate::error::{Context, Error, List, Result};
 use crate::model::naming::priority;
 use crate::model::net::{Link, Rule, TABLE_MAIN};
 use crate::netlink::netns::Namespace;
-use crate::netlink::{KernelError, Request, Socket, addr, link, neigh, route, rule, sysctl};
+use crate::netlink::{KernelError, Request, Socket, addr, conntrack, link, neigh, route, rule, sysctl};
 use crate::plan::pod::{Pod, PodInterface, Removal, RemovedAddress, Side, check, link_route, pair};
 use ipnet::IpNet;
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
@@ -55,7 +56,7 @@ impl Host {
         made.veths.push(outer.index);
         let pod_index =
             outer.parent.ok_or_else(|| Error::new(format!("{:?} shows no other end", interface.host_veth)))?;
-        host_sysctls(&interface.host_veth, interface.address.is_ipv6())?;
+        self.host_sysctls(&interface.host_veth, interface.address.is_ipv6())?;
         if interface.address.is_ipv6() {
             netns.run(|| pod_sysctls(&interface.ifname))??;
         }
@@ -64,6 +65,15 @@ impl Host {
             .run(&pod_side(number, interface, pod_index))
             .with_context(|| format!("in {}", netns.path().display()))?;
         if interface.address.is_ipv6() { settled(inside, pod_index, &interface.ifname) } else { Ok(()) }
+    }
+
+    /// `/proc/sys/net` is that of the thread that looks.
+    fn host_sysctls(&self, name: &str, v6: bool) -> Result<()> {
+        if Namespace::own()?.id()? == self.namespace.id()? {
+            host_sysctls(name, v6)
+        } else {
+            self.namespace.run(|| host_sysctls(name, v6))?
+        }
     }
 
     /// Makes both ends in one message and reads the host's back.
@@ -173,6 +183,7 @@ impl Host {
         let mut errors = List::new();
         for removed in &removal.addresses {
             errors.note(self.remove_address(removed));
+            errors.note(self.forget_connections(removed.address));
             errors.note(neigh::delete_everywhere(&mut self.route, removed.address));
         }
         if let Some(netns) = netns {
@@ -203,6 +214,11 @@ impl Host {
             }
         }
         errors.into_result()
+    }
+
+    /// The address's next owner must not get answers to this one's questions.
+    fn forget_connections(&mut self, address: IpAddr) -> Result<()> {
+        conntrack::delete_all(super::netfilter(&mut self.netfilter, &self.namespace)?, address).map(drop)
     }
 
     fn remove_veths(&mut self, veths: &[(String, String)], netns: &Namespace) -> Result<()> {

@@ -1,0 +1,164 @@
+//! The host plan on the kernel (`spec/dataplane.md` 24, 29).
+
+use super::{Host, netfilter};
+use crate::clock;
+use crate::error::{Error, Result};
+use crate::model::ids::EniId;
+use crate::model::naming::NFT_TABLE;
+use crate::model::net::Family;
+use crate::model::nft::Table;
+use crate::netlink::{Request, addr, link, nft, route, rule};
+use crate::plan::host::{Action, Intent, Step, diff};
+use crate::plan::ruleset;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// Looks at the node in one call: deleting an address takes routes and other addresses with it, which the second look
+/// finds; there is nothing that a third one could.
+const PASSES: usize = 2;
+/// How long tables are left alone that the kernel took but shows differently (`spec/dataplane.md` 24.4).
+const STUCK: Duration = Duration::from_mins(10);
+
+/// What became of a host plan.
+#[derive(Debug, Default)]
+pub struct HostReport {
+    /// Name of the primary ENI's link.
+    pub primary: String,
+    /// Its index.
+    pub primary_index: u32,
+    /// Every ENI of the intent: set up, or why not.
+    pub enis: BTreeMap<EniId, Result<()>>,
+    /// What was done, in words; empty when all was right.
+    pub steps: Vec<String>,
+    /// What failed and concerns the node rather than one ENI.
+    pub errors: Vec<Error>,
+}
+
+/// Refused steps: those of the node, and those of ENIs.
+#[derive(Default)]
+struct Refused {
+    node: Vec<Error>,
+    enis: BTreeMap<EniId, Error>,
+}
+
+impl Refused {
+    fn note(&mut self, step: &Step, error: Error) {
+        match &step.eni {
+            Some(eni) => drop(self.enis.entry(eni.clone()).or_insert(error)),
+            None => self.node.push(error),
+        }
+    }
+
+    fn covers(&self, step: &Step) -> bool {
+        match &step.eni {
+            Some(eni) => self.enis.contains_key(eni),
+            None => !self.node.is_empty(),
+        }
+    }
+}
+
+impl Host {
+    /// Makes the host's network what `intent` says. An error when it cannot be looked at or planned; what the kernel refuses
+    /// is told in the report, and does not stop the rest.
+    pub fn host(&mut self, intent: &Intent) -> Result<HostReport> {
+        let mut report = HostReport::default();
+        for _ in 0..PASSES {
+            let seen = self.observe()?;
+            let plan = diff(intent, &seen)?;
+            (report.primary_index, report.primary) = plan.primary;
+            let refused = self.carry_out(&plan.steps, &mut report.steps)?;
+            let mut failed = refused.enis;
+            failed.extend(plan.failed.into_iter().map(|(eni, why)| (eni, Error::new(why))));
+            report.enis =
+                intent.enis.iter().map(|eni| (eni.id.clone(), failed.remove(&eni.id).map_or(Ok(()), Err))).collect();
+            report.errors = refused.node;
+            if !plan.steps.iter().any(|step| matches!(step.action, Action::DeleteAddress(_))) {
+                break;
+            }
+        }
+        Ok(report)
+    }
+
+    fn carry_out(&mut self, steps: &[Step], done: &mut Vec<String>) -> Result<Refused> {
+        let mut refused = Refused::default();
+        let (deletes, adds) = steps.iter().partition::<Vec<_>, _>(|step| {
+            matches!(step.action, Action::DeleteAddress(_) | Action::DeleteRoute(_) | Action::DeleteRule(_))
+        });
+        self.send(&adds, done, &mut refused)?;
+        for step in adds {
+            if let Action::SetTables(tables) = &step.action {
+                match self.set_tables(tables) {
+                    Ok(()) => done.push(step.text.clone()),
+                    Err(error) => refused.note(step, error.context(step.text.clone())),
+                }
+            }
+        }
+        // What stood in for something that could not be added stays.
+        let deletes = deletes.into_iter().filter(|step| !refused.covers(step)).collect::<Vec<_>>();
+        self.send(&deletes, done, &mut refused)?;
+        Ok(refused)
+    }
+
+    /// Sends the route messages of `steps` together.
+    fn send(&mut self, steps: &[&Step], done: &mut Vec<String>, refused: &mut Refused) -> Result<()> {
+        let messages = steps.iter().filter_map(|step| Some((*step, request(&step.action)?)));
+        let (steps, requests): (Vec<_>, Vec<_>) = messages.unzip();
+        for (step, outcome) in steps.into_iter().zip(self.route.batch(&requests)?) {
+            match outcome {
+                Err(error) if !tolerable(&step.action, &error) => {
+                    refused.note(step, Error::from(error).context(step.text.clone()));
+                }
+                _ => done.push(step.text.clone()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes our tables exactly `wanted`, each in one transaction, and reads them back.
+    fn set_tables(&mut self, wanted: &[Table]) -> Result<()> {
+        if let Some((tables, since)) = &self.stuck
+            && tables == wanted
+            && clock::instant().duration_since(*since) < STUCK
+        {
+            return Err(Error::new("the kernel shows other rules than it was given; not tried again yet"));
+        }
+        self.stuck = None;
+        self.known = None;
+        let socket = netfilter(&mut self.netfilter, &self.namespace)?;
+        for family in [Family::V4, Family::V6] {
+            match wanted.iter().find(|table| table.family == family) {
+                Some(table) => nft::commit(socket, table)?,
+                None => nft::delete(socket, family, NFT_TABLE)?,
+            }
+        }
+        let differences = ruleset::differences(wanted, &self.tables()?);
+        if differences.is_empty() {
+            return Ok(());
+        }
+        self.stuck = Some((wanted.to_vec(), clock::instant()));
+        Err(Error::new(format!("the kernel shows other rules than it was given: {}", differences.join("; "))))
+    }
+}
+
+fn request(action: &Action) -> Option<Request> {
+    Some(match action {
+        Action::SetMtu(index, mtu) => link::set_mtu(*index, *mtu),
+        Action::SetUp(index) => link::set_up(*index),
+        Action::AddAddress(address) => addr::add(address),
+        Action::DeleteAddress(address) => addr::delete(address),
+        Action::ReplaceRoute(route) => route::replace(route),
+        Action::DeleteRoute(route) => route::delete(route),
+        Action::AddRule(rule) => rule::add(rule),
+        Action::DeleteRule(rule) => rule::delete(rule),
+        Action::SetTables(_) => return None,
+    })
+}
+
+/// Somebody else was faster, with the same aim.
+fn tolerable(action: &Action, error: &crate::netlink::KernelError) -> bool {
+    match action {
+        Action::AddAddress(_) | Action::AddRule(_) => error.exists(),
+        Action::DeleteAddress(_) | Action::DeleteRoute(_) | Action::DeleteRule(_) => error.not_found(),
+        Action::SetMtu(..) | Action::SetUp(_) | Action::ReplaceRoute(_) | Action::SetTables(_) => false,
+    }
+}
