@@ -7,6 +7,7 @@
 
 use enibox::model::wire::{
     AddNetworkReply, AddNetworkRequest, DelNetworkReply, DelNetworkRequest, DeleteNpRequest, EnforceNpRequest,
+    IpAllocation,
 };
 use enibox::rpc::grpc::{BindOptions, Code, Server, Status};
 use enibox::rpc::proto::{HealthCheckResponse, Message, NpReply, path};
@@ -203,6 +204,8 @@ pub struct Answers {
     /// Instead of `add`, these bytes.
     pub add_raw: Option<Vec<u8>>,
     pub del: Result<DelNetworkReply, Status>,
+    /// Instead of `add` and `del`, the allocations of the pod of this name.
+    pub by_pod: Option<fn(&str) -> Vec<IpAllocation>>,
     pub health: i32,
     pub policy: bool,
     pub delay: Duration,
@@ -214,11 +217,22 @@ impl Default for Answers {
             add: Err(Status::new(Code::INTERNAL, "no answer prepared")),
             add_raw: None,
             del: Err(Status::new(Code::UNKNOWN, "[datastore: unknown pod]")),
+            by_pod: None,
             health: 1,
             policy: true,
             delay: Duration::ZERO,
         }
     }
+}
+
+/// The reply that gives these.
+pub fn given(allocations: &[IpAllocation]) -> AddNetworkReply {
+    AddNetworkReply { success: true, allocations: allocations.to_vec(), ..AddNetworkReply::default() }
+}
+
+/// The reply that has taken these back.
+pub fn taken(allocations: &[IpAllocation]) -> DelNetworkReply {
+    DelNetworkReply { success: true, allocations: allocations.to_vec(), ..DelNetworkReply::default() }
 }
 
 /// A server on one of the two sockets.
@@ -253,11 +267,15 @@ impl Served {
                 let answers = prepared.lock().unwrap().clone();
                 std::thread::sleep(answers.delay);
                 match request {
-                    Seen::Add(_) => match answers.add_raw {
-                        Some(raw) => Ok(raw),
-                        None => answers.add.map(|reply| reply.encode()),
+                    Seen::Add(add) => match (answers.add_raw, answers.by_pod) {
+                        (Some(raw), _) => Ok(raw),
+                        (None, Some(by_pod)) => Ok(given(&by_pod(&add.pod_name)).encode()),
+                        (None, None) => answers.add.map(|reply| reply.encode()),
                     },
-                    Seen::Del(_) => answers.del.map(|reply| reply.encode()),
+                    Seen::Del(del) => match answers.by_pod {
+                        Some(by_pod) => Ok(taken(&by_pod(&del.pod_name)).encode()),
+                        None => answers.del.map(|reply| reply.encode()),
+                    },
                     Seen::Health => Ok(HealthCheckResponse { status: answers.health }.encode()),
                     Seen::Enforce(_) | Seen::Delete(_) => Ok(NpReply { success: answers.policy }.encode()),
                 }
