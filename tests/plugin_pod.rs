@@ -145,7 +145,7 @@ fn the_daemon_is_told_everything_and_given_time() {
         let call = |command| node.call(command, "1.0.0").env("CNI_NETNS", netns.path());
         call("ADD").config("runtimeConfig", annotations).run().result();
         let left = daemon.last_deadline().unwrap();
-        assert!(left > Duration::from_secs(50) && left <= Duration::from_secs(60), "{left:?}");
+        assert!(left > Duration::from_secs(50) && left <= Duration::from_mins(1), "{left:?}");
         call("DEL").run().silent();
         let left = daemon.last_deadline().unwrap();
         assert!(left > Duration::from_secs(20) && left <= Duration::from_secs(30), "{left:?}");
@@ -323,9 +323,10 @@ fn a_failed_add_leaves_nothing() {
         // A path that is no namespace.
         let file = node.path("plain-file");
         fs::write(&file, "").unwrap();
+        let before = daemon.seen();
         let answer = node.call("ADD", "1.0.0").env("CNI_NETNS", &file).run();
-        assert_eq!(answer.failure().0, 100);
-        assert!(matches!(daemon.seen().last(), Some(Seen::Del(_))));
+        assert_eq!(answer.failure().0, 8);
+        assert_eq!(daemon.seen(), before);
     });
 }
 

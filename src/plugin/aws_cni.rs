@@ -15,7 +15,6 @@ use crate::netlink::netns::Namespace;
 use crate::plan::pod::{self, Pod, Removal, RemovedAddress};
 use crate::rpc::grpc::{Code, Status};
 use crate::{VERSION, sys};
-use std::path::Path;
 
 /// The plugin's entry points.
 pub const PLUGIN: Plugin = Plugin {
@@ -111,6 +110,8 @@ fn bad_config(verb: &str, reason: &str) -> CniError {
 fn add(request: &Request) -> Result<Output, CniError> {
     let context = Context::new(request, "add")?;
     let earlier = context.strict_previous("add")?.cloned();
+    // Before an address is taken for a pod that is gone.
+    let netns = open_netns(request)?;
     // A DEL of this very key that still lies in the spool must not take the new address away.
     local::forget_record(&context.key);
     let reply = ask_for_addresses(&context)?;
@@ -118,7 +119,7 @@ fn add(request: &Request) -> Result<Output, CniError> {
         release(&context);
         CniError::new(code::BAD_REPLY, format!("add command: failed to setup network: {error}"))
     })?;
-    set_up(&pod).map_err(|error| {
+    Host::open().and_then(|mut host| host.add_pod(&pod, &netns)).map_err(|error| {
         release(&context);
         CniError::new(code::KERNEL, format!("add command: failed to setup network: SetupPodNetwork: {error}"))
     })?;
@@ -170,11 +171,11 @@ fn random_mac() -> Result<[u8; 6]> {
     Ok(bytes)
 }
 
-fn set_up(pod: &Pod) -> Result<()> {
-    Host::open()?.add_pod(pod, &Namespace::open(Path::new(&pod.netns))?)
+fn open_netns(request: &Request) -> Result<Namespace, CniError> {
+    Namespace::open(&request.netns).map_err(|error| CniError::new(code::INVALID_NETNS, error.to_string()))
 }
 
-/// Removes what [`set_up`] made; for failures after it.
+/// Removes what an ADD has made, for failures after it.
 fn take_down(pod: &Pod) -> Result<()> {
     let interfaces = pod.interfaces.iter();
     let removal = Removal {
@@ -186,7 +187,7 @@ fn take_down(pod: &Pod) -> Result<()> {
 
 /// Removes what the host holds of a pod; `netns` may be empty or gone.
 pub(super) fn clear(removal: &Removal, netns: &str) -> Result<()> {
-    let namespace = match Namespace::open(Path::new(netns)) {
+    let namespace = match Namespace::open(netns) {
         Ok(namespace) => Some(namespace),
         Err(error) => {
             log::debug!("the pod's namespace cannot be looked at any more: {error}");
@@ -255,8 +256,10 @@ fn check(request: &Request) -> Result<(), CniError> {
     };
     let pod = Pod::from_previous(output, &context.pod)
         .map_err(|error| CniError::new(code::INVALID_CONFIG, format!("check cmd: {error}")))?;
-    let found = Namespace::open(Path::new(&pod.netns)).and_then(|netns| Host::open()?.check_pod(&pod, &netns));
-    let mut lines = found.map_err(|error| CniError::new(code::KERNEL, format!("check cmd: {error}")))?;
+    let netns = open_netns(request)?;
+    let mut lines = Host::open()
+        .and_then(|mut host| host.check_pod(&pod, &netns))
+        .map_err(|error| CniError::new(code::KERNEL, format!("check cmd: {error}")))?;
     match local::Allocations::load() {
         Ok(Some(allocations)) => lines.extend(missing_allocations(&allocations, &pod, &context.key)),
         Ok(None) => log::debug!("no checkpoint to compare with"),

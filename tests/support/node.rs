@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Where the daemon and everything of it is.
 pub const AWS_NODE: &str = "/var/run/aws-node";
@@ -127,7 +127,7 @@ impl Call {
 
     /// Runs it.
     pub fn run(&self) -> Answer {
-        let started = Instant::now();
+        let started = enibox::clock::instant();
         let mut child = Command::new(&self.program)
             .env_clear()
             .envs(&self.env)
@@ -235,11 +235,14 @@ pub fn taken(allocations: &[IpAllocation]) -> DelNetworkReply {
     DelNetworkReply { success: true, allocations: allocations.to_vec(), ..DelNetworkReply::default() }
 }
 
+/// A call and the time that the caller was ready to wait.
+type Noted = (Seen, Option<Duration>);
+
 /// A server on one of the two sockets.
 pub struct Served {
     stop: Stop,
     thread: Option<JoinHandle<()>>,
-    seen: Arc<Mutex<Vec<(Seen, Option<Duration>)>>>,
+    seen: Arc<Mutex<Vec<Noted>>>,
     answers: Arc<Mutex<Answers>>,
 }
 
@@ -261,7 +264,7 @@ impl Served {
         let (theirs, log, prepared) = (stop.clone(), seen.clone(), answers.clone());
         let thread = std::thread::spawn(move || {
             let answer = move |call: &enibox::rpc::grpc::Call| {
-                let left = call.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+                let left = call.deadline.map(|deadline| deadline.saturating_duration_since(enibox::clock::instant()));
                 let request = decode(call.method, &call.body);
                 log.lock().unwrap().push((request.clone(), left));
                 let answers = prepared.lock().unwrap().clone();
