@@ -159,6 +159,19 @@ fn an_ipv6_pod_is_usable_at_once() {
 }
 
 #[test]
+fn the_host_is_that_of_its_own_namespace_whoever_calls() {
+    let (node, sandbox) = (node(), sandbox());
+    let pod = pod_of("far", &[("10.20.12.60", 2)]);
+    let mut host = node.run(Host::open).unwrap();
+    host.add_pod(&pod, sandbox.handle()).unwrap();
+    both_ways(&sandbox, "10.20.12.60", &node, NODE_IP);
+    let path = format!("net/ipv6/conf/{}/accept_redirects", pod.interfaces[0].host_veth);
+    assert_eq!(node.run(|| sysctl::read(&path)).unwrap(), "0");
+    host.del_pod(&removal_of(&pod), Some(sandbox.handle())).unwrap();
+    assert_eq!(holds(&sandbox).links.len(), 1, "only lo is left");
+}
+
+#[test]
 fn a_repeated_add_builds_anew() {
     let (node, sandbox) = (node(), sandbox());
     let pod = pod_of("twice", &[("10.20.12.60", 2)]);

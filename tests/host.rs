@@ -10,6 +10,7 @@ use enibox::plan::pod::{Removal, RemovedAddress};
 use ipnet::IpNet;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::os::fd::AsFd;
 use support::Netns;
 use support::pods::{add, pod_of};
 use support::traffic::{tcp, udp};
@@ -50,7 +51,6 @@ impl World {
         let (mut inside, mut outside) = (node.route(), router.route());
         let mut index = |name: &str, peer: &str, mac: Mac| {
             let end = |name, mac, netns| link::End { name, mac, netns };
-            use std::os::fd::AsFd;
             let veth = link::Veth {
                 end: end(name, Some(mac), None),
                 peer: end(peer, None, Some(router.handle().as_fd())),

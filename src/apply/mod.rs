@@ -16,12 +16,15 @@ use crate::model::nft::Table;
 use crate::netlink::netns::Namespace;
 use crate::netlink::{Socket, addr, link, nft, route, rule};
 use crate::plan::host::Observation;
+use std::thread::ThreadId;
 use std::time::Instant;
 
 /// The network of the namespace it was opened in.
 #[derive(Debug)]
 pub struct Host {
     namespace: Namespace,
+    /// The thread that opened it, and is therefore in the namespace.
+    thread: ThreadId,
     route: Socket,
     /// Opened when first needed, in the namespace of the route socket whoever asks: a plugin's ADD never does.
     netfilter: Option<Socket>,
@@ -34,7 +37,9 @@ pub struct Host {
 impl Host {
     /// Opens the route socket in the calling thread's namespace.
     pub fn open() -> Result<Host> {
-        Ok(Host { namespace: Namespace::own()?, route: Socket::route()?, netfilter: None, known: None, stuck: None })
+        let thread = std::thread::current().id();
+        let (namespace, route) = (Namespace::own()?, Socket::route()?);
+        Ok(Host { namespace, thread, route, netfilter: None, known: None, stuck: None })
     }
 
     /// What the namespace holds: six dumps, and our nf_tables tables unless the kernel says that no table has changed.

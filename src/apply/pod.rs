@@ -69,7 +69,7 @@ impl Host {
 
     /// `/proc/sys/net` is that of the thread that looks.
     fn host_sysctls(&self, name: &str, v6: bool) -> Result<()> {
-        if Namespace::own()?.id()? == self.namespace.id()? {
+        if std::thread::current().id() == self.thread {
             host_sysctls(name, v6)
         } else {
             self.namespace.run(|| host_sysctls(name, v6))?
