@@ -5,7 +5,7 @@
 //! personality runs without any command-line parsing. Only here does the process get its exit code.
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-use enibox::{VERSION, error::exit, plugin};
+use enibox::{VERSION, daemon, error::exit, plugin};
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::io::{self, Write};
@@ -18,11 +18,14 @@ struct Personality {
     run: fn() -> u8,
 }
 
-const PERSONALITIES: &[Personality] = &[Personality {
-    name: "aws-cni",
-    about: "CNI plugin: ADD, DEL, CHECK, STATUS, GC, VERSION as CNI_COMMAND says",
-    run: || plugin::run(&plugin::aws_cni::PLUGIN),
-}];
+const PERSONALITIES: &[Personality] = &[
+    Personality {
+        name: "aws-cni",
+        about: "CNI plugin: ADD, DEL, CHECK, STATUS, GC, VERSION as CNI_COMMAND says",
+        run: || plugin::run(&plugin::aws_cni::PLUGIN),
+    },
+    Personality { name: "aws-k8s-agent", about: "IPAM daemon of the node, set by its environment", run: daemon::run },
+];
 
 fn personality(name: Option<&OsStr>) -> Option<&'static Personality> {
     PERSONALITIES.iter().find(|personality| name == Some(OsStr::new(personality.name)))

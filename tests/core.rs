@@ -1,5 +1,7 @@
 //! The core against a model of EC2, in virtual time: scenarios, and one long scenario killed at every effect.
 
+#![cfg(feature = "sandbox")]
+
 use enibox::model::ec2::{Call, Reply};
 use enibox::model::ids::{EniId, InstanceId, PodKey, PodName};
 use enibox::model::imds::{Answer as Told, Query};

@@ -1,1 +1,302 @@
-//! The node daemon: threads and wiring around the core.
+//! The node daemon: threads and wiring around the core (`design.md` 5).
+//!
+//! One thread owns the core and blocks on one bounded channel. What takes time is done by others, which send the outcome
+//! back as an event: `ec2-N`, `imds`, `kernel`, `disk`, `rpc` and its connections. Nothing is decided here. A thread that
+//! ends unexpectedly ends the process: the state is on disk, and the kubelet starts us again.
+
+mod executors;
+mod files;
+mod rpc_server;
+
+use crate::aws::{creds, ec2, imds};
+use crate::clock;
+use crate::error::{Context, Error, Result, exit};
+use crate::logging;
+use crate::model::ec2::{Call, Reply};
+use crate::model::imds::Identity;
+use crate::model::limits::{self, Limits};
+use crate::model::naming;
+use crate::model::settings::{Mode, Settings, Valid};
+use crate::model::wire::NetworkPolicyAgentConfig;
+use crate::plan::core::{Answer, CallId, Config, Core, Effect, Event, Level};
+use crate::plan::host::Intent;
+use crate::plan::sizing::Targets;
+use crate::rpc::stop::Stop;
+use crate::sys;
+use executors::Executors;
+use ipnet::IpNet;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// Events that wait for the core. 32 connections bring at most one each; the rest are outcomes of operations.
+const EVENTS_MAX: usize = 1024;
+/// How long an ADD waits for an address that is on its way.
+const ADD_WAIT: Duration = Duration::from_secs(3);
+/// How long the process waits for its threads at the end.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+/// The core looks at the clock at least so often, whatever it is waiting for.
+const SLEEP_MAX: Duration = Duration::from_mins(1);
+
+/// Plugins that wait for their answers.
+#[derive(Clone, Default)]
+struct Calls(Arc<Mutex<OpenCalls>>);
+
+#[derive(Default)]
+struct OpenCalls {
+    last: CallId,
+    waiting: BTreeMap<CallId, SyncSender<Answer>>,
+}
+
+impl Calls {
+    fn open(&self) -> (CallId, Receiver<Answer>) {
+        let (sender, receiver) = sync_channel(1);
+        let mut calls = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        calls.last += 1;
+        let id = calls.last;
+        calls.waiting.insert(id, sender);
+        (id, receiver)
+    }
+
+    fn answer(&self, id: CallId, answer: Answer) {
+        if let Some(sender) = self.close(id) {
+            sender.try_send(answer).ok(); // the caller gave up in this moment
+        }
+    }
+
+    fn close(&self, id: CallId) -> Option<SyncSender<Answer>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).waiting.remove(&id)
+    }
+}
+
+/// Why the process is to end.
+enum End {
+    Signal(i32),
+    Thread(String),
+}
+
+/// Runs the daemon until a signal ends it; the exit code.
+pub fn run() -> u8 {
+    let (settings, complaints) = Settings::parse(|name| std::env::var(name).ok());
+    logging::init(&settings.log_file, &settings.log_level, logging::Stdout::Allowed);
+    log::info!("enibox {} starting as the node's IPAM daemon", crate::VERSION);
+    for complaint in &complaints {
+        log::warn!("{complaint}");
+    }
+    match serve(&settings) {
+        Ok(()) => exit::OK,
+        Err(error) => {
+            log::error!("{error}");
+            if !matches!(settings.log_file.to_ascii_lowercase().as_str(), "" | "stderr" | "stdout") {
+                eprintln!("aws-k8s-agent: {error}");
+            }
+            exit::FAILURE
+        }
+    }
+}
+
+fn serve(settings: &Settings) -> Result<()> {
+    // Before any thread starts, so that all inherit the mask and only the waiting thread gets them.
+    sys::block_signals().context("block signals")?;
+    let env = |name: &str| std::env::var(name).ok();
+    settings.check().map_err(Error::new).context("settings")?;
+
+    let imds = Arc::new(imds::Client::new(imds::Config::from_env(env))?);
+    let identity = imds.identity(settings.enable_ipv6).context("read the instance's identity")?;
+    let creds = Arc::new(creds::Chain::from_env(env, Arc::clone(&imds))?);
+    let ec2 = Arc::new(ec2::Client::new(ec2::Config::from_env(env, &identity.region), creds)?);
+    let limits = instance_limits(&identity, &ec2)?;
+    let valid = settings.validate(&limits).map_err(Error::new).context("settings")?;
+    for warning in &valid.warnings {
+        log::warn!("{warning}");
+    }
+    let config = configure(settings, &valid, &limits, &identity)?;
+    let policy = NetworkPolicyAgentConfig {
+        network_policy_mode: config.network_policy_mode.clone(),
+        multi_nic_enabled: settings.multi_nic,
+        node_ipv4: if config.v6 { String::new() } else { identity.local_ipv4.to_string() },
+        node_ipv6: identity.local_ipv6.filter(|_| config.v6).map(|ip| ip.to_string()).unwrap_or_default(),
+        instance_id: identity.instance.0.clone(),
+        region: identity.region.clone(),
+    };
+
+    let (events, inbox) = sync_channel(EVENTS_MAX);
+    let (ended, ends) = sync_channel(16);
+    let stop = Stop::new();
+    let store = PathBuf::from(&settings.backing_store);
+    let started = files::read_start(&store, config.v6)?;
+    let executors = Executors::start(&events, &ended, &imds, &ec2, store)?;
+    let calls = Calls::default();
+    let (open, closed) = sync_channel::<()>(0); // `open` goes when the last request is served
+    let rpc = {
+        let (events, calls, stop, ended) = (events.clone(), calls.clone(), stop.clone(), ended.clone());
+        move || rpc_server::start(Path::new(naming::DAEMON_SOCKET), events, calls, policy, stop, &ended, open)
+    };
+    events.send(started).context("start the core")?;
+    spawn("core", &ended, move || core_loop(Core::new(config), &inbox, &executors, &calls, rpc))?;
+    spawn("signal", &ended.clone(), move || wait_for_signal(&ended))?;
+
+    let result = match ends.recv().context("wait for the end")? {
+        End::Signal(signal) => {
+            log::info!("signal {signal}: stopping");
+            Ok(())
+        }
+        End::Thread(reason) => Err(Error::new(reason)),
+    };
+    // Running requests may finish; pods keep their network whatever happens here (`spec/ipamd.md` 14).
+    events.send(Event::Stop).ok();
+    stop.stop();
+    if closed.recv_timeout(STOP_LIMIT) == Err(RecvTimeoutError::Timeout) {
+        log::warn!("requests are still running; leaving all the same");
+    }
+    log::info!("stopped");
+    result
+}
+
+fn wait_for_signal(ended: &SyncSender<End>) -> Result<()> {
+    loop {
+        if let Some(signal) = sys::wait_signal(Duration::from_hours(1)).context("wait for a signal")? {
+            ended.send(End::Signal(signal)).ok();
+        }
+    }
+}
+
+/// Starts a named thread whose end, for whatever reason, is told.
+fn spawn(
+    name: &str,
+    ended: &SyncSender<End>,
+    work: impl FnOnce() -> Result<()> + Send + 'static,
+) -> Result<std::thread::JoinHandle<()>> {
+    let (ended, label) = (ended.clone(), name.to_owned());
+    let body = move || {
+        let reason = match work() {
+            Ok(()) => format!("thread {label} ended"),
+            Err(error) => format!("thread {label}: {error}"),
+        };
+        ended.try_send(End::Thread(reason)).ok(); // a full queue means that the process is ending already
+    };
+    std::thread::Builder::new().name(name.to_owned()).spawn(body).with_context(|| format!("start thread {name}"))
+}
+
+// Table first; EC2 only for a type that it does not hold (`spec/aws.md` 15.1).
+fn instance_limits(identity: &Identity, ec2: &ec2::Client) -> Result<Limits> {
+    if let Some(limits) = limits::of(&identity.instance_type) {
+        return Ok(limits);
+    }
+    let call = Call::DescribeInstanceType(identity.instance_type.clone());
+    let what = || format!("limits of instance type {:?}", identity.instance_type);
+    match ec2.execute(&call).with_context(what)? {
+        Reply::InstanceType(described) => {
+            limits::from_ec2(&described).ok_or_else(|| Error::new("EC2 tells none").context(what()))
+        }
+        reply => Err(Error::new(format!("EC2 answered {reply:?}")).context(what())),
+    }
+}
+
+// From the settings and the instance to what the core wants to know. What this build does not do yet is refused by name:
+// a node that silently did something else would be worse than one that does not start.
+fn configure(settings: &Settings, valid: &Valid, limits: &Limits, identity: &Identity) -> Result<Config> {
+    let unsupported = [
+        (valid.mode != Mode::Ipv4Addresses, "ENABLE_PREFIX_DELEGATION and ENABLE_IPv6"),
+        (settings.custom_networking, "AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG"),
+        (settings.pod_eni, "ENABLE_POD_ENI"),
+        (settings.multi_nic, "ENABLE_MULTI_NIC"),
+        (settings.annotate_pod_ip, "ANNOTATE_POD_IP"),
+        (settings.imds_only, "ENABLE_IMDS_ONLY_MODE"),
+    ];
+    if let Some((_, what)) = unsupported.iter().find(|(on, _)| *on) {
+        return Err(Error::new(format!("{what}: not supported by this version")).context("settings"));
+    }
+    let size = |n: u32| usize::try_from(n).unwrap_or(usize::MAX);
+    let nets = |nets: &[ipnet::Ipv4Net]| nets.iter().map(|net| IpNet::V4(*net)).collect::<Vec<_>>();
+    let mut seed = [0; 8];
+    sys::random_bytes(&mut seed).context("seed the random numbers")?;
+    Ok(Config {
+        identity: identity.clone(),
+        v6: false,
+        prefix_mode: false,
+        targets: Targets {
+            warm_eni: size(settings.warm_eni_target),
+            warm_ip: size(settings.warm_ip_target),
+            minimum_ip: size(settings.minimum_ip_target),
+            warm_prefix: size(settings.warm_prefix_target),
+        },
+        slots: size(limits.slots_per_eni()),
+        eni_limit: size(valid.enis_per_card.first().copied().unwrap_or(limits.enis)),
+        max_pods: size(limits.max_pods()),
+        ip_cooldown: Duration::from_secs(settings.ip_cooldown_s.into()),
+        add_wait: ADD_WAIT,
+        provisioning: !settings.read_only(),
+        subnet_discovery: settings.subnet_discovery,
+        manage_untagged: settings.manage_untagged_eni,
+        cluster_name: settings.cluster_name.clone(),
+        additional_tags: settings.additional_eni_tags.clone(),
+        network_policy_mode: settings.network_policy_mode.clone().unwrap_or_default(),
+        host: Intent {
+            node_ip: IpAddr::V4(identity.local_ipv4),
+            primary_mac: identity.mac,
+            eni_mtu: settings.eni_mtu,
+            external_snat: settings.external_snat,
+            node_port: settings.node_port,
+            snat_ports: settings.snat_ports,
+            mark: settings.connmark,
+            veth_prefix: settings.veth_prefix.clone(),
+            excluded_cidrs: nets(&settings.exclude_snat_cidrs),
+            external_service_cidrs: nets(&settings.external_service_cidrs),
+            ..Intent::default()
+        },
+        seed: u64::from_ne_bytes(seed),
+    })
+}
+
+fn core_loop(
+    mut core: Core,
+    inbox: &Receiver<Event>,
+    executors: &Executors,
+    calls: &Calls,
+    rpc: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    let mut rpc = Some(rpc);
+    let mut wake_at = None;
+    loop {
+        let sleep =
+            wake_at.map_or(SLEEP_MAX, |at: crate::model::time::Mono| at.since(clock::now().mono).min(SLEEP_MAX));
+        let event = match inbox.recv_timeout(sleep) {
+            Ok(event) => event,
+            Err(RecvTimeoutError::Timeout) => Event::Tick,
+            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+        };
+        if matches!(event, Event::Stop) {
+            rpc = None;
+        }
+        // Effects that cannot be handed over fail at once, which is an event again.
+        let mut next = std::collections::VecDeque::from([event]);
+        while let Some(event) = next.pop_front() {
+            for effect in core.step(clock::now(), event) {
+                match effect {
+                    Effect::Reply(call, answer) => calls.answer(call, answer),
+                    Effect::WakeAt(at) => wake_at = Some(at),
+                    Effect::Log(level, text) => log::log!(log_level(level), "{text}"),
+                    Effect::Ready => {
+                        if let Some(rpc) = rpc.take() {
+                            rpc().context("serve the plugins")?;
+                        }
+                    }
+                    effect => next.extend(executors.carry_out(effect)),
+                }
+            }
+        }
+    }
+}
+
+fn log_level(level: Level) -> log::Level {
+    match level {
+        Level::Debug => log::Level::Debug,
+        Level::Info => log::Level::Info,
+        Level::Warn => log::Level::Warn,
+        Level::Error => log::Level::Error,
+    }
+}

@@ -1,0 +1,182 @@
+//! The threads that carry out effects. Each owns what it talks to and sends the outcome back as an event.
+
+use super::{End, files, spawn};
+use crate::apply;
+use crate::aws::{ec2, imds};
+use crate::error::{Context, List, Result};
+use crate::model::ec2::{Call, Failure};
+use crate::model::ids::PodKey;
+use crate::model::imds::Query;
+use crate::plan::core::{Effect, Event, OpId};
+use crate::plan::host::Intent;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// Calls to EC2 that are out at one time.
+const EC2_THREADS: usize = 3;
+/// Work that waits for one executor; the core never has so much in progress.
+const QUEUE_MAX: usize = 256;
+/// How often the folder of DELs that could not reach us is looked at.
+const SPOOL_EVERY: Duration = Duration::from_secs(5);
+
+enum Host {
+    Apply(OpId, Box<Intent>),
+    List,
+}
+
+enum Disk {
+    Save(u64, String),
+    SetAside,
+    SpoolDone(Vec<PodKey>),
+}
+
+/// The queues of the executors.
+pub(super) struct Executors {
+    ec2: SyncSender<(OpId, Call)>,
+    imds: SyncSender<(OpId, Query)>,
+    kernel: SyncSender<Host>,
+    disk: SyncSender<Disk>,
+}
+
+impl Executors {
+    pub(super) fn start(
+        events: &SyncSender<Event>,
+        ended: &SyncSender<End>,
+        imds: &Arc<imds::Client>,
+        ec2: &Arc<ec2::Client>,
+        store: PathBuf,
+    ) -> Result<Executors> {
+        let (ec2_queue, calls) = sync_channel(QUEUE_MAX);
+        let calls = Arc::new(Mutex::new(calls));
+        for n in 0..EC2_THREADS {
+            let (events, client, calls) = (events.clone(), Arc::clone(ec2), Arc::clone(&calls));
+            spawn(&format!("ec2-{n}"), ended, move || ec2_loop(&client, &calls, &events))?;
+        }
+        let (imds_queue, queries) = sync_channel(QUEUE_MAX);
+        let (sender, client) = (events.clone(), Arc::clone(imds));
+        spawn("imds", ended, move || imds_loop(&client, &queries, &sender))?;
+        let (kernel_queue, work) = sync_channel(QUEUE_MAX);
+        let sender = events.clone();
+        spawn("kernel", ended, move || kernel_loop(&work, &sender))?;
+        let (disk_queue, work) = sync_channel(QUEUE_MAX);
+        let sender = events.clone();
+        spawn("disk", ended, move || disk_loop(&store, &work, &sender))?;
+        Ok(Executors { ec2: ec2_queue, imds: imds_queue, kernel: kernel_queue, disk: disk_queue })
+    }
+
+    /// Hands an effect over; the event that it failed at once, if its queue is full.
+    pub(super) fn carry_out(&self, effect: Effect) -> Option<Event> {
+        match effect {
+            Effect::Ec2(op, call) => {
+                let action = call.action();
+                let refused = self.ec2.try_send((op, call)).err().map(|error| full(&error))?;
+                let failure = Failure {
+                    action,
+                    code: String::new(),
+                    message: refused,
+                    status: 0,
+                    request_id: String::new(),
+                    maybe_applied: false,
+                };
+                Some(Event::Ec2(op, Err(failure)))
+            }
+            Effect::Imds(op, query) => {
+                self.imds.try_send((op, query)).err().map(|error| Event::Imds(op, Err(full(&error))))
+            }
+            Effect::Kernel(op, intent) => {
+                self.kernel.try_send(Host::Apply(op, intent)).err().map(|error| Event::Kernel(op, Err(full(&error))))
+            }
+            Effect::ListLinks => self.kernel.try_send(Host::List).err().map(|error| Event::Seen(Err(full(&error)))),
+            Effect::Save(generation, content) => {
+                let work = Disk::Save(generation, content);
+                self.disk.try_send(work).err().map(|error| Event::Saved(generation, Err(full(&error))))
+            }
+            Effect::SetAside(_) => {
+                self.disk.try_send(Disk::SetAside).ok();
+                None
+            }
+            Effect::SpoolDone(keys) => {
+                self.disk.try_send(Disk::SpoolDone(keys)).ok(); // they are read again, and done with then
+                None
+            }
+            Effect::Reply(..) | Effect::WakeAt(_) | Effect::Ready | Effect::Log(..) => None, // the core's thread's own
+        }
+    }
+}
+
+fn full<T>(error: &TrySendError<T>) -> String {
+    match error {
+        TrySendError::Full(_) => "too much work waits already".into(),
+        TrySendError::Disconnected(_) => "the thread that does it has ended".into(),
+    }
+}
+
+fn ec2_loop(client: &ec2::Client, calls: &Mutex<Receiver<(OpId, Call)>>, events: &SyncSender<Event>) -> Result<()> {
+    loop {
+        // Whoever holds the lock waits for the next call; the lock goes before the call is made.
+        let next = calls.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok((op, call)) = next else { return Ok(()) };
+        let result = client.execute(&call);
+        events.send(Event::Ec2(op, result)).context("tell the core")?;
+    }
+}
+
+fn imds_loop(client: &imds::Client, queries: &Receiver<(OpId, Query)>, events: &SyncSender<Event>) -> Result<()> {
+    while let Ok((op, query)) = queries.recv() {
+        let result = client.query(&query).map_err(|error| error.to_string());
+        events.send(Event::Imds(op, result)).context("tell the core")?;
+    }
+    Ok(())
+}
+
+fn kernel_loop(work: &Receiver<Host>, events: &SyncSender<Event>) -> Result<()> {
+    let mut host = apply::Host::open().context("open the host's netlink sockets")?;
+    while let Ok(work) = work.recv() {
+        let event = match work {
+            Host::Apply(op, intent) => {
+                let result = host.host(&intent).and_then(|report| {
+                    for step in &report.steps {
+                        log::info!("{step}");
+                    }
+                    let mut errors = List::new();
+                    for error in report.errors {
+                        errors.note::<()>(Err(error));
+                    }
+                    errors.into_result()?;
+                    let failed = report.enis.into_iter();
+                    Ok(failed.filter_map(|(id, result)| result.err().map(|error| (id, error.to_string()))).collect())
+                });
+                Event::Kernel(op, result.map_err(|error| error.to_string()))
+            }
+            Host::List => Event::Seen(files::look_at_host().map_err(|error| error.to_string())),
+        };
+        events.send(event).context("tell the core")?;
+    }
+    Ok(())
+}
+
+fn disk_loop(store: &std::path::Path, work: &Receiver<Disk>, events: &SyncSender<Event>) -> Result<()> {
+    loop {
+        match work.recv_timeout(SPOOL_EVERY) {
+            Ok(Disk::Save(generation, content)) => {
+                let result = files::write(store, content.as_bytes()).map_err(|error| error.to_string());
+                events.send(Event::Saved(generation, result)).context("tell the core")?;
+            }
+            Ok(Disk::SetAside) => {
+                if let Err(error) = files::set_aside(store) {
+                    log::error!("keep the unreadable checkpoint: {error}");
+                }
+            }
+            Ok(Disk::SpoolDone(keys)) => keys.iter().for_each(files::remove_record),
+            Err(RecvTimeoutError::Timeout) => {
+                let records = files::read_spool();
+                if !records.is_empty() {
+                    events.send(Event::Spool(records)).context("tell the core")?;
+                }
+            }
+            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! The checkpoint on disk, the spool of DELs, and what the host shows at start.
+
+use crate::clock;
+use crate::error::{Context, Error, Result};
+use crate::model::ids::PodKey;
+use crate::model::naming;
+use crate::model::net::Family;
+use crate::model::spool::{self, Record};
+use crate::netlink::{link, rule, socket::Socket};
+use crate::plan::core::{Event, Seen};
+use std::fs::{self, File, OpenOptions};
+use std::io::{ErrorKind, Read, Write};
+use std::net::IpAddr;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+/// A larger checkpoint is not ours: 737 pods take 200 KiB.
+const CHECKPOINT_BYTES_MAX: u64 = 64 << 20;
+
+/// Everything that the core wants to know before it starts.
+pub(super) fn read_start(store: &Path, v6: bool) -> Result<Event> {
+    sweep_temporaries(store);
+    let checkpoint = read(store)?;
+    let seen =
+        look_at_family(if v6 { Family::V6 } else { Family::V4 }).context("look at the host's links and rules")?;
+    Ok(Event::Started { checkpoint, seen, spool: read_spool() })
+}
+
+// `None`: there is none, a fresh node. Bytes that are no text are handed on as they can be read; the parser refuses them.
+fn read(store: &Path) -> Result<Option<String>> {
+    let what = || format!("read checkpoint {}", store.display());
+    let file = match File::open(store) {
+        Ok(file) => file,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error).with_context(what),
+    };
+    let mut bytes = Vec::new();
+    file.take(CHECKPOINT_BYTES_MAX).read_to_end(&mut bytes).with_context(what)?;
+    Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
+}
+
+/// Writes the file so that after a crash it is either the old or the new one, whole: temporary file, fsync, rename, fsync
+/// of the directory (`spec/ipamd.md` 5.2, B17).
+pub(super) fn write(path: &Path, content: &[u8]) -> Result<()> {
+    let what = || format!("write {}", path.display());
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    fs::create_dir_all(parent).with_context(what)?;
+    let temporary = temporary_of(path);
+    let result = (|| {
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        file.write_all(content)?;
+        file.sync_all()?;
+        drop(file);
+        fs::rename(&temporary, path)?;
+        File::open(parent)?.sync_all()
+    })();
+    if result.is_err() {
+        fs::remove_file(&temporary).ok(); // the failure itself is what is told
+    }
+    result.with_context(what)
+}
+
+fn temporary_of(path: &Path) -> PathBuf {
+    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    path.with_file_name(format!("{name}.tmp{}", std::process::id()))
+}
+
+// Temporary files of runs that were killed while writing.
+fn sweep_temporaries(store: &Path) {
+    let (Some(parent), Some(name)) = (store.parent(), store.file_name()) else { return };
+    let prefix = format!("{}.tmp", name.to_string_lossy());
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(&prefix) {
+            fs::remove_file(entry.path()).ok(); // of no use, but also of no harm
+        }
+    }
+}
+
+/// Keeps a checkpoint that cannot be read under another name (B19).
+pub(super) fn set_aside(store: &Path) -> Result<()> {
+    let name = store.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let aside = store.with_file_name(format!("{name}.corrupt-{}", clock::now().wall.as_unix_seconds()));
+    fs::copy(store, &aside).with_context(|| format!("copy {} to {}", store.display(), aside.display()))?;
+    log::error!("the unreadable checkpoint is kept as {}", aside.display());
+    Ok(())
+}
+
+/// DELs that could not reach us. A file that is no record is moved out of the way, so that it is told once.
+pub(super) fn read_spool() -> Vec<Record> {
+    let mut records = Vec::new();
+    for entry in fs::read_dir(spool::DIRECTORY).into_iter().flatten().flatten().take(spool::RECORDS_MAX) {
+        let path = entry.path();
+        if !entry.file_name().to_string_lossy().ends_with(spool::SUFFIX) {
+            continue;
+        }
+        match read_record(&path) {
+            Ok(record) => records.push(record),
+            Err(error) => {
+                log::error!("spool: {error}");
+                fs::rename(&path, path.with_extension("bad")).ok(); // else it is told again
+            }
+        }
+    }
+    records
+}
+
+fn read_record(path: &Path) -> Result<Record> {
+    let what = || format!("read {}", path.display());
+    let mut bytes = Vec::new();
+    let limit = u64::try_from(spool::RECORD_BYTES_MAX).unwrap_or(u64::MAX);
+    File::open(path).with_context(what)?.take(limit + 1).read_to_end(&mut bytes).with_context(what)?;
+    Record::parse(&bytes).map_err(Error::new).with_context(what)
+}
+
+/// A record is done with.
+pub(super) fn remove_record(key: &PodKey) {
+    let path = Path::new(spool::DIRECTORY).join(Record::file_name(key));
+    if let Err(error) = fs::remove_file(&path)
+        && error.kind() != ErrorKind::NotFound
+    {
+        log::warn!("remove {}: {error}", path.display());
+    }
+}
+
+/// Links and pod rules of the host, in either family.
+pub(super) fn look_at_host() -> Result<Seen> {
+    let mut seen = look_at_family(Family::V4)?;
+    seen.routed.extend(look_at_family(Family::V6)?.routed);
+    Ok(seen)
+}
+
+fn look_at_family(family: Family) -> Result<Seen> {
+    let mut socket = Socket::route()?;
+    let links = link::list(&mut socket)?.into_iter().map(|link| link.name).collect();
+    let rules = rule::list(&mut socket, family)?;
+    let to_pod = rules.into_iter().filter(|rule| rule.priority == naming::priority::TO_POD && !rule.foreign);
+    let host = |net: ipnet::IpNet| (net.prefix_len() == net.max_prefix_len()).then(|| net.addr());
+    let routed: std::collections::BTreeSet<IpAddr> = to_pod.filter_map(|rule| rule.dst.and_then(host)).collect();
+    Ok(Seen { links, routed })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_is_replaced_whole_and_leaves_no_temporary() {
+        let folder = std::env::temp_dir().join(format!("enibox-files-{}", std::process::id()));
+        let store = folder.join("run/ipam.json");
+        assert_eq!(read(&store).unwrap(), None);
+        write(&store, b"one").unwrap();
+        fs::write(folder.join("run/ipam.json.tmp99"), b"torn").unwrap();
+        write(&store, b"two").unwrap();
+        assert_eq!(read(&store).unwrap().as_deref(), Some("two"));
+        sweep_temporaries(&store);
+        let names: Vec<_> = fs::read_dir(folder.join("run")).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(names, ["ipam.json"]);
+        set_aside(&store).unwrap();
+        assert_eq!(fs::read_dir(folder.join("run")).unwrap().count(), 2);
+        let blocked = folder.join("run/ipam.json/below");
+        assert!(write(&blocked, b"x").unwrap_err().to_string().contains("below"));
+        fs::remove_dir_all(&folder).unwrap();
+    }
+}
