@@ -175,7 +175,6 @@ fn the_second_time_nothing_is_done() {
             "replace route 10.20.12.1 dev eth1 table 2 scope link",
             "replace route default via 10.20.12.1 dev eth1 table 2",
             "add rule 32765: from 10.20.12.5 lookup 2",
-            "add rule 1536: from 10.20.12.60 lookup 2",
             "add rule 1535: from all to 192.0.2.0/24 lookup main",
             "set nf_tables rules: table ip aws-cni is missing",
         ]
@@ -246,6 +245,14 @@ fn open_connections_survive_a_restart_and_a_repair() {
     };
     talk();
     assert_eq!(world.host(&intent()).steps, Vec::<String>::new());
+    talk();
+    let address = net("10.20.12.60/32");
+    let rules = [Rule::to(address, 512, TABLE_MAIN), Rule::from(address, 1536, 2)];
+    world.node.route().run(&rules.each_ref().map(rule::delete)).unwrap();
+    assert_eq!(
+        world.host(&intent()).steps,
+        ["add rule 1536: from 10.20.12.60 lookup 2", "add rule 512: from all to 10.20.12.60 lookup main"]
+    );
     talk();
     let wider = Intent { vpc_cidrs: vec![net("10.20.0.0/16"), net("100.64.0.0/16")], ..intent() };
     let report = world.host(&wider);
@@ -422,7 +429,6 @@ fn an_ipv6_node_is_set_up_once() {
             "replace route fe80:ec2::1 dev eth1 table 2 metric 1024",
             "replace route default via fe80:ec2::1 dev eth1 table 2 metric 1024",
             "add rule 32765: from 2001:db8:12::5 lookup 2",
-            "add rule 1536: from 2001:db8:12::60 lookup 2",
             "add rule 1535: from all to 192.0.2.0/24 lookup main",
         ]
     );

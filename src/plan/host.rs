@@ -373,22 +373,21 @@ impl Planner<'_> {
         }
     }
 
-    /// Every pod address has exactly the rule of its ENI's table, and what its link's route shows to be wired up has its
-    /// way in.
+    /// Every pod address that is wired up has its way in and exactly the rule of its ENI's table. One that is not may be in
+    /// the middle of an ADD, which makes them itself, or of a DEL, after which they would be left over.
     fn pods(&mut self) {
         let seen = self.seen;
-        let index = FromPod::new(seen);
+        let index = PodEntries::new(seen);
         for (address, table) in &self.intent.pods {
             let host = IpNet::from(*address);
-            let wanted = (*table != TABLE_MAIN).then(|| Rule::from(host, priority::FROM_POD, *table));
-            if let Some(rule) = &wanted {
-                self.want_rule(None, rule.clone());
+            let from = (*table != TABLE_MAIN).then(|| Rule::from(host, priority::FROM_POD, *table));
+            if index.wired.contains(address) {
+                for rule in from.iter().cloned().chain([Rule::to(host, priority::TO_POD, TABLE_MAIN)]) {
+                    self.want_rule(None, rule);
+                }
             }
-            for rule in index.of(*address).filter(|rule| Some(*rule) != wanted.as_ref()) {
-                self.delete(None, Action::DeleteRule(rule.clone()), format!("delete rule {rule}"));
-            }
-            if index.wired(*address, &self.intent.veth_prefix) {
-                self.want_rule(None, Rule::to(host, priority::TO_POD, TABLE_MAIN));
+            for rule in index.rules.get(address).into_iter().flatten().filter(|rule| Some(**rule) != from.as_ref()) {
+                self.delete(None, Action::DeleteRule((*rule).clone()), format!("delete rule {rule}"));
             }
         }
     }
@@ -460,13 +459,13 @@ fn global(address: IpAddr) -> bool {
     !(link_local || address.is_loopback() || address.is_multicast() || address.is_unspecified())
 }
 
-/// Rules at 1536 and host routes by pod address: a node has hundreds of each.
-struct FromPod<'a> {
+/// Rules at 1536 by pod address, and the addresses with a route over a veth: a node has hundreds of each.
+struct PodEntries<'a> {
     rules: BTreeMap<IpAddr, Vec<&'a Rule>>,
-    routes: BTreeMap<IpAddr, &'a str>,
+    wired: BTreeSet<IpAddr>,
 }
 
-impl<'a> FromPod<'a> {
+impl<'a> PodEntries<'a> {
     fn new(seen: &'a Observation) -> Self {
         let mut rules = BTreeMap::<_, Vec<_>>::new();
         for rule in seen.rules.iter().filter(|rule| !rule.foreign) {
@@ -476,18 +475,11 @@ impl<'a> FromPod<'a> {
                 rules.entry(source).or_default().push(rule);
             }
         }
-        let names = seen.links.iter().map(|link| (link.index, link.name.as_str())).collect::<BTreeMap<_, _>>();
+        let veths = seen.links.iter().filter(|link| link.kind.as_deref() == Some("veth"));
+        let veths = veths.map(|link| link.index).collect::<BTreeSet<_>>();
         let routes = seen.routes.iter().filter(|route| route.table == TABLE_MAIN && route.gateway.is_none());
-        let routes = routes.filter_map(|route| Some((single(route.dst)?, names.get(&route.dev).copied()?))).collect();
-        FromPod { rules, routes }
-    }
-
-    fn of(&self, address: IpAddr) -> impl Iterator<Item = &'a Rule> {
-        self.rules.get(&address).into_iter().flatten().copied()
-    }
-
-    fn wired(&self, address: IpAddr, prefix: &str) -> bool {
-        self.routes.get(&address).is_some_and(|link| link.starts_with(prefix))
+        let wired = routes.filter(|route| veths.contains(&route.dev)).filter_map(|route| single(route.dst)).collect();
+        PodEntries { rules, wired }
     }
 }
 

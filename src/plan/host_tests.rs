@@ -188,13 +188,21 @@ fn rules_are_compared_and_not_rewritten() {
         without(Rule::to(net("10.20.12.60/32"), 512, TABLE_MAIN)),
         &["add rule 512: from all to 10.20.12.60 lookup main"],
     );
-    // An address that is assigned but not wired up: an ADD is under way, or failed.
+    // An address that is assigned but not wired up: an ADD or a DEL is under way, and sees to it.
     check(
         |seen| {
             seen.routes.remove(3);
             without(Rule::to(net("10.20.12.60/32"), 512, TABLE_MAIN))(seen);
+            without(Rule::from(net("10.20.12.60/32"), 1536, 2))(seen);
         },
         &[],
+    );
+    check(
+        |seen| {
+            seen.routes.remove(3);
+            with(Rule::from(net("10.20.12.60/32"), 1536, 3))(seen);
+        },
+        &["delete rule 1536: from 10.20.12.60 lookup 3"],
     );
     check(
         without(Rule::to(net("192.0.2.0/24"), 1535, TABLE_MAIN)),
