@@ -13,14 +13,15 @@ mod teardown;
 
 use crate::error::exit;
 use crate::model::cni::{self, CniError, Command, Envelope, Output, Version, code};
-use crate::sys;
+use crate::{clock, sys};
+use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::mpsc;
 use std::time::Duration;
 
 /// Longest configuration. With the pod's annotations (256 KiB at most) and a cached result it stays far below.
-const STDIN_BYTES_MAX: u64 = 1 << 20;
+const STDIN_BYTES_MAX: usize = 1 << 20;
 /// So long the runtime may take to write the configuration.
 const STDIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// VERSION needs no input and must not wait long for one that nobody sends.
@@ -62,7 +63,13 @@ pub struct Plugin {
 /// Serves the call that this process was started for.
 pub fn run(plugin: &Plugin) -> u8 {
     let env = |name: &str| std::env::var_os(name).map(|value| value.into_string().map_err(|_| name.to_owned()));
-    serve(plugin, env, io::stdin(), &mut io::stdout(), &mut io::stderr())
+    match io::stdin().as_fd().try_clone_to_owned() {
+        Ok(stdin) => serve(plugin, env, File::from(stdin), &mut io::stdout(), &mut io::stderr()),
+        Err(error) => {
+            let failure = CniError::new(code::IO, format!("error reading from stdin: {error}"));
+            answer(Err(failure), Version::NEWEST, &mut io::stdout(), &mut io::stderr())
+        }
+    }
 }
 
 /// The value of an environment variable, or its name when it is not UTF-8.
@@ -72,7 +79,7 @@ type Variable = Option<Result<String, String>>;
 fn serve(
     plugin: &Plugin,
     env: impl Fn(&str) -> Variable,
-    stdin: impl Read + Send + 'static,
+    stdin: impl Read + AsFd,
     stdout: &mut dyn Write,
     stderr: &mut dyn Write,
 ) -> u8 {
@@ -87,25 +94,30 @@ fn serve(
         Some(Err(name)) => Some(Err(not_utf8(&name))),
     };
     match done {
+        Some(done) => answer(done, version, stdout, stderr),
         None => {
             let versions = Version::ALL.map(Version::as_str).join(", ");
             // Nobody is served by failing because nobody reads.
             let _ = writeln!(stderr, "{}\nCNI protocol versions supported: {versions}", plugin.about);
             exit::OK
         }
-        Some(Ok(document)) => match stdout.write_all(document.as_bytes()).and_then(|()| stdout.flush()) {
-            Ok(()) => exit::OK,
-            Err(error) => {
-                log::error!("write the result: {error}");
-                exit::FAILURE
-            }
-        },
-        Some(Err(failure)) => {
+    }
+}
+
+/// Puts the one document on standard output and says how it went.
+fn answer(done: Result<String, CniError>, version: Version, stdout: &mut dyn Write, stderr: &mut dyn Write) -> u8 {
+    let (document, code) = match done {
+        Ok(document) => (document, exit::OK),
+        Err(failure) => {
             log::error!("{failure}");
-            let document = failure.to_json(version.as_str());
-            if let Err(error) = stdout.write_all(document.as_bytes()).and_then(|()| stdout.flush()) {
-                let _ = writeln!(stderr, "write the error {document}: {error}");
-            }
+            (failure.to_json(version.as_str()), exit::FAILURE)
+        }
+    };
+    match stdout.write_all(document.as_bytes()).and_then(|()| stdout.flush()) {
+        Ok(()) => code,
+        Err(error) => {
+            log::error!("write {document}: {error}");
+            let _ = writeln!(stderr, "write {document}: {error}"); // there may be no log
             exit::FAILURE
         }
     }
@@ -164,7 +176,7 @@ fn dispatch(
     plugin: &Plugin,
     command: Command,
     env: &Environment,
-    stdin: impl Read + Send + 'static,
+    stdin: impl Read + AsFd,
     version: &mut Version,
 ) -> Result<String, CniError> {
     let silent = match command {
@@ -187,31 +199,36 @@ fn dispatch(
 
 /// `{"cniVersion":...,"supportedVersions":[...]}` and a newline. The version is that of the input if there is one that we
 /// understand, as the specification wants it, else the newest.
-fn version_document(stdin: impl Read + Send + 'static) -> String {
+fn version_document(stdin: impl Read + AsFd) -> String {
     let input = read_all(stdin, VERSION_STDIN_TIMEOUT).unwrap_or_default();
     let version = Envelope::peek_version(&input).unwrap_or(Version::NEWEST);
     let versions = Version::ALL.map(|version| format!("{:?}", version.as_str())).join(",");
     format!("{{\"cniVersion\":\"{version}\",\"supportedVersions\":[{versions}]}}\n")
 }
 
-/// Reads to the end, within limits of time and length. The reading thread is left behind when time is up: the process is
-/// about to end.
-fn read_all(stdin: impl Read + Send + 'static, timeout: Duration) -> Result<Vec<u8>, CniError> {
-    let failed = |reason: &str| CniError::new(code::IO, format!("error reading from stdin: {reason}"));
-    let (sender, receiver) = mpsc::sync_channel(1);
-    let read = move || {
-        let mut bytes = Vec::new();
-        let result = stdin.take(STDIN_BYTES_MAX + 1).read_to_end(&mut bytes).map(|_| bytes);
-        let _ = sender.send(result); // nobody listens any more when time was up
-    };
-    let started = std::thread::Builder::new().name("stdin".into()).spawn(read);
-    started.map_err(|error| failed(&error.to_string()))?;
-    match receiver.recv_timeout(timeout) {
-        Ok(Ok(bytes)) if bytes.len() as u64 > STDIN_BYTES_MAX => {
-            Err(failed(&format!("more than {STDIN_BYTES_MAX} bytes")))
+/// Reads to the end, within limits of time and length.
+fn read_all(mut stdin: impl Read + AsFd, timeout: Duration) -> Result<Vec<u8>, CniError> {
+    let failed = |reason: String| CniError::new(code::IO, format!("error reading from stdin: {reason}"));
+    let until = clock::instant() + timeout;
+    let (mut bytes, mut chunk) = (Vec::new(), [0; 8192]);
+    loop {
+        let left = until.saturating_duration_since(clock::instant());
+        let ready = sys::poll_readable(&[stdin.as_fd()], left).map_err(|error| failed(error.to_string()))?;
+        if !ready.contains(&true) {
+            if clock::instant() >= until {
+                return Err(failed(format!("no end within {timeout:?}")));
+            }
+            continue; // a signal
         }
-        Ok(result) => result.map_err(|error| failed(&error.to_string())),
-        Err(_) => Err(failed(&format!("no end within {} s", timeout.as_secs()))),
+        match stdin.read(&mut chunk) {
+            Ok(0) => return Ok(bytes),
+            Ok(length) if bytes.len() + length > STDIN_BYTES_MAX => {
+                return Err(failed(format!("more than {STDIN_BYTES_MAX} bytes")));
+            }
+            Ok(length) => bytes.extend_from_slice(&chunk[..length]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(failed(error.to_string())),
+        }
     }
 }
 

@@ -4,7 +4,6 @@ use super::*;
 use crate::model::cni::{Interface, IpConfig};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::io::Cursor;
 
 const ADDED: fn(&Request) -> Result<Output, CniError> = |_| {
     Ok(Output {
@@ -41,11 +40,20 @@ impl Answer {
     }
 }
 
+/// Standard input with this content.
+fn input(bytes: &[u8]) -> io::PipeReader {
+    let (reader, mut writer) = io::pipe().unwrap();
+    let bytes = bytes.to_owned();
+    // A pipe holds less than the longest configuration; the other end may close before it has read all.
+    std::thread::spawn(move || writer.write_all(&bytes));
+    reader
+}
+
 fn call_raw(env: &[(&str, &str)], stdin: &[u8]) -> Answer {
     let env: BTreeMap<String, String> = env.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
     let get = |name: &str| env.get(name).cloned().map(Ok);
-    let code = serve(&PLUGIN, get, Cursor::new(stdin.to_vec()), &mut stdout, &mut stderr);
+    let code = serve(&PLUGIN, get, input(stdin), &mut stdout, &mut stderr);
     Answer { code, stdout: String::from_utf8(stdout).unwrap(), stderr: String::from_utf8(stderr).unwrap() }
 }
 
@@ -197,22 +205,12 @@ fn version_echoes_the_input() {
     check(r#"{"cniVersion":"9.9.9"}"#, "1.1.0");
 }
 
-/// Input that never ends: a pipe somebody forgot to close.
-struct Endless(mpsc::Receiver<()>);
-
-impl Read for Endless {
-    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
-        let _ = self.0.recv();
-        Ok(0)
-    }
-}
-
 #[test]
 fn version_does_not_wait_for_input() {
-    let (_open, receiver) = mpsc::channel();
+    let (reader, _open) = io::pipe().unwrap();
     let mut stdout = Vec::new();
     let env = |name: &str| (name == "CNI_COMMAND").then(|| Ok("VERSION".to_owned()));
-    assert_eq!(serve(&PLUGIN, env, Endless(receiver), &mut stdout, &mut Vec::new()), exit::OK);
+    assert_eq!(serve(&PLUGIN, env, reader, &mut stdout, &mut Vec::new()), exit::OK);
     assert!(stdout.starts_with(b"{\"cniVersion\":\"1.1.0\""));
 }
 
@@ -225,7 +223,7 @@ fn the_own_namespace_is_refused_before_anything_is_done() {
         env.extend([("CNI_COMMAND", command), ("CNI_NETNS", own)]);
         let get = |name: &str| env.get(name).map(|value| Ok((*value).to_owned()));
         let mut stdout = Vec::new();
-        let stdin = Cursor::new(br#"{"name":"a"}"#);
+        let stdin = input(br#"{"name":"a"}"#);
         assert_eq!(serve(&NEVER, get, stdin, &mut stdout, &mut Vec::new()), exit::FAILURE);
         let json: Value = serde_json::from_slice(&stdout).unwrap();
         assert_eq!(json["code"], 8);
@@ -263,7 +261,7 @@ fn a_result_nobody_reads_is_a_failure() {
         let mut env: BTreeMap<&str, &str> = GOOD_ENV.into_iter().collect();
         env.insert("CNI_COMMAND", command);
         let get = |name: &str| env.get(name).map(|value| Ok((*value).to_owned()));
-        let stdin = Cursor::new(br#"{"name":"a"}"#);
+        let stdin = input(br#"{"name":"a"}"#);
         assert_eq!(serve(&PLUGIN, get, stdin, &mut Closed, &mut Closed), exit::FAILURE, "{command}");
     }
 }
@@ -276,6 +274,6 @@ fn variables_that_are_not_utf8_are_named() {
         _ => Some(Ok("x".to_owned())),
     };
     let mut stdout = Vec::new();
-    assert_eq!(serve(&PLUGIN, get, Cursor::new(br#"{"name":"a"}"#), &mut stdout, &mut Vec::new()), exit::FAILURE);
+    assert_eq!(serve(&PLUGIN, get, input(br#"{"name":"a"}"#), &mut stdout, &mut Vec::new()), exit::FAILURE);
     assert_eq!(serde_json::from_slice::<Value>(&stdout).unwrap()["msg"], "CNI_CONTAINERID is not UTF-8");
 }
