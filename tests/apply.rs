@@ -193,7 +193,9 @@ fn a_new_sandbox_of_the_same_pod_takes_over() {
     add(&node, &before, &old).unwrap();
     add(&node, &after, &new).unwrap();
     both_ways(&new, "10.20.12.61", &node, NODE_IP);
-    // The late DEL of the old sandbox, which has no interface any more, leaves the new one alone.
+    // The late DEL of the old sandbox, which has no interface any more or another one, leaves the new one alone.
+    del(&node, &removal_of(&before), Some(&old)).unwrap();
+    run(&old, &[stub("eth0")]);
     del(&node, &removal_of(&before), Some(&old)).unwrap();
     both_ways(&new, "10.20.12.61", &node, NODE_IP);
     assert_eq!(check(&node, &after, &new), Vec::<String>::new());
@@ -209,6 +211,12 @@ fn a_foreign_interface_in_the_pod_is_left_alone() {
     let error = add(&node, &pod, &sandbox).unwrap_err().to_string();
     assert!(error.starts_with("interface \"eth0\" already exists in "), "{error}");
     assert_eq!((holds(&node), holds(&sandbox)), (outside, inside));
+    // Nor does a sandbox of the same pod that is wired up elsewhere suffer from it.
+    let elsewhere = Netns::new("pod");
+    add(&node, &pod, &elsewhere).unwrap();
+    let (outside, other) = (holds(&node), holds(&elsewhere));
+    assert!(add(&node, &pod, &sandbox).is_err());
+    assert_eq!((holds(&node).links, holds(&elsewhere)), (outside.links, other));
 }
 
 #[test]
