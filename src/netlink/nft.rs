@@ -169,7 +169,8 @@ pub fn delete(socket: &mut Socket, family: Family, name: &str) -> Result<()> {
     transaction(socket, requests, &format!("commit the end of table {} {name}", word(family)))
 }
 
-fn transaction(socket: &mut Socket, messages: Vec<Request>, what: &str) -> Result<()> {
+/// Carries out messages as one transaction, repeated when the kernel asks for it; `what` names the whole.
+pub fn transaction(socket: &mut Socket, messages: Vec<Request>, what: &str) -> Result<()> {
     let frame = |kind| Request::new(kind, 0, header(0, SUBSYSTEM >> 8).to_vec(), what.to_owned());
     let requests = [vec![frame(BATCH_BEGIN)], messages, vec![frame(BATCH_END)]].concat();
     for attempt in 1.. {

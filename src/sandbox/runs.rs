@@ -59,8 +59,8 @@ impl Run {
     }
 
     /// Where logs go.
-    pub fn log(&self, name: &str) -> PathBuf {
-        self.path.join("log").join(name)
+    pub fn logs(&self) -> PathBuf {
+        self.path.join("log")
     }
 
     /// Writes a file into the directory.

@@ -2,11 +2,12 @@
 
 use super::runs::Run;
 use super::serve::{Cloud, Seat};
-use super::topology::{EC2, IMDS, Topology};
+use super::topology::{EC2, IMDS, Node, Topology};
 use super::vpc::Vpc;
 use crate::clock;
 use crate::error::{Context, Error, Result};
 use crate::model::ids::InstanceId;
+use crate::netlink::netns::Namespace;
 use crate::rpc::http1::Server;
 use ipnet::Ipv4Net;
 use std::net::Ipv4Addr;
@@ -113,6 +114,17 @@ impl World {
             Some(complaint) => Err(Error::new(complaint)),
             None => Ok(World { servers, cloud, topology, nodes }),
         }
+    }
+
+    /// A handle of one's own on a namespace by name: a node, a host, or the router.
+    pub fn namespace(&self, name: &str) -> Result<Namespace> {
+        Namespace::open(self.topology().run().path().join("netns").join(name))
+    }
+
+    /// A node by its place in [`World::nodes`].
+    pub fn node(&self, index: usize) -> Result<Arc<Node>> {
+        let node = self.nodes.get(index).and_then(|node| self.topology().node(&node.instance).cloned());
+        node.ok_or_else(|| Error::new(format!("there is no node {index}")))
     }
 
     /// The network. EC2's changing calls wait while it is held.

@@ -20,6 +20,7 @@ use crate::sandbox::vpc::Wire;
 use ipnet::{IpNet, Ipv4Net};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::sync::Arc;
 
 /// MTU inside a VPC, in bytes.
 pub const MTU: u32 = 9001;
@@ -48,7 +49,7 @@ pub struct Topology {
     socket: Socket,
     gateways: BTreeSet<Ipv4Addr>,
     ports: BTreeMap<EniId, Port>,
-    nodes: BTreeMap<InstanceId, Node>,
+    nodes: BTreeMap<InstanceId, Arc<Node>>,
     hosts: BTreeMap<String, Place>,
     run: Run,
 }
@@ -124,12 +125,12 @@ impl Topology {
     /// Makes the node of an instance; its ENIs come with [`Topology::apply`].
     pub fn add_node(&mut self, instance: &InstanceId, name: &str) -> Result<()> {
         let node = Node::create(&self.run, name)?;
-        self.nodes.insert(instance.clone(), node);
+        self.nodes.insert(instance.clone(), Arc::new(node));
         Ok(())
     }
 
     /// The node of an instance.
-    pub fn node(&self, instance: &InstanceId) -> Option<&Node> {
+    pub fn node(&self, instance: &InstanceId) -> Option<&Arc<Node>> {
         self.nodes.get(instance)
     }
 
@@ -206,12 +207,11 @@ impl Topology {
         if self.gateways.insert(gateway) {
             self.answer_for(gateway)?;
         }
-        let Some(node) = self.nodes.remove(&wire.instance) else {
+        let Some(node) = self.nodes.get(&wire.instance).cloned() else {
             return Err(Error::new(format!("instance {} has no node", wire.instance)));
         };
-        let plugged = self.plug_eni(wire, &node, gateway);
-        self.nodes.insert(wire.instance.clone(), node);
-        self.ports.insert(wire.eni.clone(), plugged?);
+        let port = self.plug_eni(wire, &node, gateway)?;
+        self.ports.insert(wire.eni.clone(), port);
         Ok(())
     }
 

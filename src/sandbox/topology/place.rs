@@ -5,7 +5,7 @@ use crate::error::{Context, Result};
 use crate::model::net::{Address, Family, Link, Route, Scope, TABLE_MAIN};
 use crate::netlink::netns::Namespace;
 use crate::netlink::socket::Socket;
-use crate::netlink::{addr, link, route, sysctl};
+use crate::netlink::{addr, link, route, rule, sysctl};
 use crate::sandbox::runs::Run;
 use crate::sys;
 use ipnet::IpNet;
@@ -48,6 +48,12 @@ impl Place {
             socket.run(&[link::set_up(lo.index)]).with_context(what)?;
         }
         Ok(place)
+    }
+
+    /// A handle of one's own on the namespace.
+    pub fn handle(&self) -> Result<Namespace> {
+        let path = format!("/proc/self/fd/{}", self.net.as_fd().as_raw_fd());
+        Namespace::open(path).with_context(|| self.name.clone())
     }
 
     /// A route netlink socket inside.
@@ -100,13 +106,21 @@ impl Place {
         socket.run(&[addr::add(&address), link::set_up(dev), route::add(&default)]).with_context(what)
     }
 
-    /// How many rules, routes and neighbours of IPv4 there are besides the kernel's own rules: what a teardown must
-    /// bring back to what it was.
-    pub fn census(&self) -> Result<(usize, usize)> {
+    /// What the kernel still has about an address: links whose name starts with `prefix`, rules and routes.
+    pub fn traces(&self, prefix: &str, addresses: &[Ipv4Addr]) -> Result<Vec<String>> {
         let mut socket = self.socket()?;
-        let rules = crate::netlink::rule::list(&mut socket, Family::V4).with_context(|| format!("in {}", self.name))?;
-        let routes = route::list(&mut socket, Family::V4, None).with_context(|| format!("in {}", self.name))?;
-        Ok((rules.len(), routes.len()))
+        let ours = |net: &IpNet| {
+            net.prefix_len() == net.max_prefix_len() && addresses.iter().any(|addr| IpAddr::V4(*addr) == net.addr())
+        };
+        let mut traces = Vec::new();
+        let links = link::list(&mut socket)?.into_iter().filter(|link| link.name.starts_with(prefix));
+        traces.extend(links.map(|link| format!("{}: link {}", self.name, link.name)));
+        let rules = rule::list(&mut socket, Family::V4)?.into_iter();
+        let rules = rules.filter(|rule| rule.src.iter().chain(&rule.dst).any(ours));
+        traces.extend(rules.map(|rule| format!("{}: rule {rule}", self.name)));
+        let routes = route::list(&mut socket, Family::V4, None)?.into_iter().filter(|route| ours(&route.dst));
+        traces.extend(routes.map(|route| format!("{}: route {route}", self.name)));
+        Ok(traces)
     }
 }
 

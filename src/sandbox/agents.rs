@@ -1,0 +1,275 @@
+//! The product as processes of their own on the nodes of the sandbox: the daemon, and the plugin called as a container
+//! runtime calls it. They are started by name and talked to by their protocols; nothing of them is linked in.
+
+use super::topology::{EC2, IMDS, Node, Pod};
+use crate::clock;
+use crate::error::{Context, Error, Result};
+use crate::rpc::grpc::Client;
+use crate::rpc::proto::{HealthCheckRequest, HealthCheckResponse};
+use crate::sys;
+use serde_json::{Value, json};
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::Ipv4Addr;
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+/// How long the daemon may take until it serves.
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long it may take to end.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a call of the plugin may take; the kubelet's own limit is two minutes.
+const CNI_TIMEOUT: Duration = Duration::from_secs(30);
+/// Pause between two looks at something that is on its way.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// Bytes of a result; a real one has under 2 KB.
+const RESULT_LIMIT: usize = 64 << 10;
+/// Lines of a log that an error shows.
+const LOG_LINES: usize = 12;
+
+/// A daemon on a node. Killed when dropped, if it still runs.
+#[derive(Debug)]
+pub struct Agent {
+    name: String,
+    child: Child,
+    log: PathBuf,
+    started: crate::model::time::Mono,
+}
+
+impl Agent {
+    /// Starts `program` as the daemon of a node. It ends with the thread that calls this.
+    pub fn start(program: &Path, logs: &Path, node: &Node) -> Result<Agent> {
+        let name = node.place.name.clone();
+        let (log, output) = (logs.join(format!("{name}-ipamd.log")), logs.join(format!("{name}-ipamd.out")));
+        let out = File::create(&output).with_context(|| format!("create {}", output.display()))?;
+        let mut command = node.command(program)?;
+        command.arg0("aws-k8s-agent").env_clear().stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
+        for (variable, value) in [
+            ("PATH", "/usr/sbin:/usr/bin:/sbin:/bin".to_owned()),
+            ("AWS_EC2_METADATA_SERVICE_ENDPOINT", format!("http://{IMDS}")),
+            ("AWS_EC2_ENDPOINT", format!("http://{EC2}")),
+            ("ENABLE_IPv4", "true".into()),
+            ("MY_NODE_NAME", name.clone()),
+            ("CLUSTER_NAME", "enibox-sandbox".into()),
+            ("AWS_VPC_K8S_CNI_LOGLEVEL", "DEBUG".into()),
+            ("AWS_VPC_K8S_CNI_LOG_FILE", log.display().to_string()),
+        ] {
+            command.env(variable, value);
+        }
+        let started = clock::now().mono;
+        let child = command.spawn().with_context(|| format!("start the daemon on {name}"))?;
+        Ok(Agent { name, child, log, started })
+    }
+
+    /// Waits until the daemon says that it serves; how long that took since its start. `going` is asked now and then
+    /// whether to go on.
+    pub fn wait_ready(&mut self, node: &Node, going: &dyn Fn() -> Result<()>) -> Result<Duration> {
+        loop {
+            if healthy(node) {
+                return Ok(clock::now().mono.since(self.started));
+            }
+            if let Some(status) = self.child.try_wait()? {
+                return Err(Error::new(format!("the daemon on {} ended: {status}\n{}", self.name, self.tail())));
+            }
+            if clock::now().mono.since(self.started) > READY_TIMEOUT {
+                let told = self.tail();
+                return Err(Error::new(format!("the daemon on {} does not serve within 60 s\n{told}", self.name)));
+            }
+            going()?;
+            std::thread::sleep(LOOK_EVERY);
+        }
+    }
+
+    /// The process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The end of its log.
+    pub fn tail(&self) -> String {
+        let mut text = fs::read_to_string(self.log.with_extension("out")).unwrap_or_default();
+        text.push_str(&fs::read_to_string(&self.log).unwrap_or_default());
+        let lines = text.lines().collect::<Vec<_>>();
+        lines[lines.len().saturating_sub(LOG_LINES)..].join("\n")
+    }
+
+    /// Ends it as the kubelet does, and insists that it ends well.
+    pub fn stop(mut self) -> Result<()> {
+        let what = || format!("stop the daemon on {}", self.name);
+        if self.child.try_wait()?.is_none() {
+            sys::signal(self.child.id(), libc::SIGTERM).with_context(what)?;
+        }
+        let deadline = clock::instant() + STOP_TIMEOUT;
+        let status = loop {
+            if let Some(status) = self.child.try_wait()? {
+                break status;
+            }
+            if clock::instant() > deadline {
+                return Err(Error::new(format!("it does not end within 10 s\n{}", self.tail())).context(what()));
+            }
+            std::thread::sleep(LOOK_EVERY);
+        };
+        if status.success() { Ok(()) } else { Err(Error::new(format!("{status}\n{}", self.tail())).context(what())) }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        // Both fail when it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn healthy(node: &Node) -> bool {
+    let ask = || {
+        let limit = Duration::from_secs(1);
+        let mut client = Client::connect(Path::new(crate::model::naming::DAEMON_SOCKET), limit)?;
+        let request = HealthCheckRequest { service: String::new() };
+        let reply: HealthCheckResponse = client.call("/grpc.health.v1.Health/Check", &request, limit)?;
+        Ok(reply.status == crate::rpc::health::SERVING)
+    };
+    node.inside(ask).unwrap_or(false)
+}
+
+/// A pod that has its network.
+#[derive(Debug)]
+pub struct WiredPod {
+    /// Name in Kubernetes.
+    pub name: String,
+    /// The namespace.
+    pub pod: Pod,
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// How long the ADD took, from the start of the process to its end.
+    pub add: Duration,
+    container: String,
+    result: Value,
+}
+
+/// The plugin on one node, called with one program.
+#[derive(Debug)]
+pub struct Runtime<'a> {
+    /// The executable; it is called `aws-cni`.
+    pub program: &'a Path,
+    /// Where logs go.
+    pub logs: &'a Path,
+    /// The node.
+    pub node: &'a Node,
+}
+
+const CNI_VERSION: &str = "1.0.0";
+
+impl Runtime<'_> {
+    // The configuration of one plugin as libcni composes it from the conflist.
+    fn config(&self, previous: Option<&Value>) -> String {
+        let log = self.logs.join(format!("{}-plugin.log", self.node.place.name));
+        let mut config = json!({
+            "cniVersion": CNI_VERSION,
+            "name": "aws-cni",
+            "type": "aws-cni",
+            "vethPrefix": "eni",
+            "mtu": "9001",
+            "podSGEnforcingMode": "strict",
+            "pluginLogFile": log,
+            "pluginLogLevel": "DEBUG",
+            "capabilities": {"io.kubernetes.cri.pod-annotations": true},
+            "runtimeConfig": {"io.kubernetes.cri.pod-annotations": {}},
+        });
+        if let (Some(previous), Some(map)) = (previous, config.as_object_mut()) {
+            map.insert("prevResult".into(), previous.clone());
+        }
+        config.to_string()
+    }
+
+    fn call(&self, verb: &str, pod: &Pod, name: &str, container: &str, config: &str) -> Result<(String, Duration)> {
+        let what = || format!("{verb} of {}/{name}", self.node.place.name);
+        let mut command = self.node.command(self.program)?;
+        command.arg0("aws-cni").env_clear().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
+        let args = format!(
+            "IgnoreUnknown=1;K8S_POD_NAMESPACE=sandbox;K8S_POD_NAME={name};K8S_POD_INFRA_CONTAINER_ID={container};\
+             K8S_POD_UID={name}-uid"
+        );
+        let netns = pod.path.display().to_string();
+        for (variable, value) in [
+            ("CNI_COMMAND", verb),
+            ("CNI_CONTAINERID", container),
+            ("CNI_NETNS", &netns),
+            ("CNI_IFNAME", "eth0"),
+            ("CNI_PATH", "/opt/cni/bin"),
+            ("CNI_ARGS", &args),
+            ("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
+        ] {
+            command.env(variable, value);
+        }
+        let begin = clock::now().mono;
+        let mut child = command.spawn().with_context(what)?;
+        let output = converse(&mut child, config).with_context(what);
+        if output.is_err() {
+            // It may hang; its end is certain then.
+            let _ = child.kill();
+        }
+        let status = child.wait().with_context(what)?;
+        let took = clock::now().mono.since(begin);
+        match output? {
+            output if status.success() => Ok((output, took)),
+            output => Err(Error::new(format!("{status}: {}", output.trim())).context(what())),
+        }
+    }
+
+    /// Makes a pod and adds it to the network.
+    pub fn add(&self, name: &str) -> Result<WiredPod> {
+        let mut random = [0; 16];
+        sys::random_bytes(&mut random)?;
+        let container = format!("{0:032x}{0:032x}", u128::from_be_bytes(random));
+        let pod = self.node.create_pod(&format!("cni-{name}"))?;
+        let (output, add) = self.call("ADD", &pod, name, &container, &self.config(None))?;
+        let what = || format!("result of ADD of {name}");
+        let result: Value = serde_json::from_str(&output).with_context(what)?;
+        let address = result["ips"][0]["address"].as_str().and_then(|text| text.split('/').next()?.parse().ok());
+        let address = address.ok_or_else(|| Error::new(format!("no address in {output}")).context(what()))?;
+        Ok(WiredPod { name: name.to_owned(), pod, address, add, container, result })
+    }
+
+    /// Takes a pod out of the network, twice (the second time must be as well), and removes it.
+    pub fn delete(&self, wired: WiredPod) -> Result<()> {
+        let config = self.config(Some(&wired.result));
+        let WiredPod { name, pod, container, .. } = wired;
+        let first = self.call("DEL", &pod, &name, &container, &config);
+        let second = self.call("DEL", &pod, &name, &container, &config);
+        self.node.delete_pod(pod)?;
+        first.and(second).map(drop)
+    }
+}
+
+// Writes stdin, reads stdout to its end, which comes with the end of the process.
+fn converse(child: &mut Child, input: &str) -> Result<String> {
+    let (Some(mut stdin), Some(mut stdout)) = (child.stdin.take(), child.stdout.take()) else {
+        return Err(Error::new("no pipes"));
+    };
+    // A configuration is smaller than a pipe holds, so this does not block. A plugin that ends early shows by its result.
+    let _ = stdin.write_all(input.as_bytes());
+    drop(stdin);
+    let deadline = clock::instant() + CNI_TIMEOUT;
+    let mut output = Vec::new();
+    let mut chunk = [0; 4096];
+    loop {
+        let left = deadline.saturating_duration_since(clock::instant());
+        if left.is_zero() {
+            return Err(Error::new("no end within 30 s"));
+        }
+        if !sys::poll_readable(&[stdout.as_fd()], left)?.contains(&true) {
+            continue;
+        }
+        match stdout.read(&mut chunk)? {
+            0 => return Ok(String::from_utf8_lossy(&output).into_owned()),
+            count => output.extend_from_slice(&chunk[..count]),
+        }
+        if output.len() > RESULT_LIMIT {
+            return Err(Error::new("the result is too long"));
+        }
+    }
+}

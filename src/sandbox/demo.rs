@@ -1,0 +1,295 @@
+//! `enibox sandbox`: a cluster's network on this machine, with the real daemon and the real plugin, and every flow tried.
+//! Data goes to standard output, progress to standard error; exit code 0 only if everything was as it should be.
+
+use super::agents::{Agent, Runtime, WiredPod};
+use super::flows;
+use super::report::{NodeLine, PodLine, Report};
+use super::runs;
+use super::topology::Node;
+use super::world::{Plan, World};
+use crate::clock;
+use crate::error::{Context, Error, List, Result, exit};
+use crate::model::limits;
+use crate::sys;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What the sandbox is asked to do.
+#[derive(Clone, Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
+    /// Number of nodes
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=16))]
+    nodes: u8,
+    /// Pods on each node
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=250))]
+    pods: u16,
+    /// Instance type of the nodes
+    #[arg(long, default_value = "m5.large")]
+    instance_type: String,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+    /// Leave everything standing until Ctrl-C or `enibox sandbox down`
+    #[arg(long)]
+    keep: bool,
+    /// Decides ids and addresses
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+#[derive(Clone, Copy, Debug, clap::Subcommand)]
+enum Command {
+    /// End every sandbox of this machine and remove what killed ones have left
+    Down,
+}
+
+/// Runs the command; the exit code.
+pub fn run(args: &Args) -> u8 {
+    if sys::effective_uid() != 0 {
+        eprintln!("enibox sandbox: needs root, for network namespaces: try sudo");
+        return exit::FAILURE;
+    }
+    let result = match args.command {
+        Some(Command::Down) => down(),
+        None => demo(args),
+    };
+    match result {
+        Ok(true) => exit::OK,
+        Ok(false) => exit::FAILURE,
+        Err(error) => {
+            eprintln!("enibox sandbox: {error}");
+            exit::FAILURE
+        }
+    }
+}
+
+fn down() -> Result<bool> {
+    let home = Path::new(runs::HOME);
+    let swept = runs::sweep(home)?;
+    let ended = runs::down(home)?;
+    say(&format!("ended {ended} running, removed what {swept} killed ones had left"));
+    Ok(true)
+}
+
+fn say(what: &str) {
+    // Nobody need read it.
+    let _ = writeln!(std::io::stderr(), "{what}");
+}
+
+// The signals are blocked in all threads, so one that came is found here and nowhere else.
+fn going() -> Result<()> {
+    match sys::wait_signal(Duration::ZERO)? {
+        None => Ok(()),
+        Some(_) => Err(Error::new("interrupted; everything is taken down")),
+    }
+}
+
+fn demo(args: &Args) -> Result<bool> {
+    let limits = limits::of(&args.instance_type)
+        .ok_or_else(|| Error::new(format!("instance type {:?} is not known", args.instance_type)))?;
+    let room = limits.enis * limits.slots_per_eni();
+    if u32::from(args.pods) > room {
+        return Err(Error::new(format!("{} holds at most {room} pods", args.instance_type)));
+    }
+    // Before any thread is there. What is started gets an empty mask.
+    sys::block_signals().context("block signals")?;
+    let begin = clock::now().mono;
+    let mut report = Report::default();
+    let mut stage = Stage::build(args)?;
+    let mut result = stage.play(args, &mut report);
+    if result.is_ok() && args.keep {
+        report.took_s = clock::now().mono.since(begin).as_secs_f64();
+        report.ok = report.flows.iter().all(|flow| flow.ok) && report.problems.is_empty();
+        print(args, &report)?;
+        stage.explain();
+        while sys::wait_signal(Duration::from_hours(1))?.is_none() {}
+        say("taking everything down");
+    }
+    // What went wrong first is what counts; the rest of the way down is gone all the same.
+    let torn = stage.tear_down(&mut report);
+    if result.is_ok() {
+        result = torn;
+    }
+    result?;
+    report.took_s = clock::now().mono.since(begin).as_secs_f64();
+    report.ok = report.flows.iter().all(|flow| flow.ok) && report.problems.is_empty();
+    if args.keep {
+        for problem in &report.problems {
+            say(&format!("PROBLEM  {problem}"));
+        }
+    } else {
+        print(args, &report)?;
+    }
+    Ok(report.ok)
+}
+
+fn print(args: &Args, report: &Report) -> Result<()> {
+    let text = if args.json { format!("{}\n", serde_json::to_string_pretty(report)?) } else { format!("\n{report}") };
+    let mut out = std::io::stdout();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("print the result")
+}
+
+/// Everything that stands while the demo runs. Dropped on an error, it takes daemons and network with it.
+struct Stage {
+    program: PathBuf,
+    // Daemons end before the world does.
+    agents: Vec<Agent>,
+    pods: Vec<Vec<WiredPod>>,
+    nodes: Vec<Arc<Node>>,
+    world: World,
+}
+
+impl Stage {
+    fn build(args: &Args) -> Result<Stage> {
+        say(&format!("building a VPC with {} nodes of type {}", args.nodes, args.instance_type));
+        let home = Path::new(runs::HOME);
+        let plan = Plan { nodes: args.nodes.into(), instance_type: &args.instance_type, seed: args.seed, home };
+        let world = World::create(&plan)?;
+        let nodes = (0..world.nodes.len()).map(|index| world.node(index)).collect::<Result<Vec<_>>>()?;
+        // What runs is this very file, whatever happens to its name meanwhile.
+        let program = PathBuf::from("/proc/self/exe");
+        Ok(Stage { program, agents: Vec::new(), pods: Vec::new(), nodes, world })
+    }
+
+    fn play(&mut self, args: &Args, report: &mut Report) -> Result<()> {
+        say("starting the daemon on each node");
+        let logs = self.world.topology().run().logs();
+        for node in &self.nodes {
+            self.agents.push(Agent::start(&self.program, &logs, node)?);
+        }
+        let mut ready = Vec::new();
+        for (agent, node) in self.agents.iter_mut().zip(&self.nodes) {
+            ready.push(agent.wait_ready(node, &going)?);
+        }
+        say(&format!("adding {} pods to each node", args.pods));
+        let added = self.add_pods(usize::from(args.pods))?;
+        let mut errors = List::new();
+        for (pods, error) in added {
+            self.pods.push(pods);
+            errors.note(error);
+        }
+        errors.into_result()?;
+        self.check_addresses(report);
+        say("sending tcp and udp along every path");
+        report.flows = flows::run(&self.world, &self.pods, &going)?;
+        self.describe(args, &ready, report);
+        Ok(())
+    }
+
+    // All nodes at once, the pods of a node one after the other. A failure leaves the pods that are there.
+    #[expect(clippy::type_complexity, reason = "pods, and why there are not more")]
+    fn add_pods(&self, count: usize) -> Result<Vec<(Vec<WiredPod>, Result<()>)>> {
+        let logs = self.world.topology().run().logs();
+        let add = |node: &Node| {
+            let runtime = Runtime { program: &self.program, logs: &logs, node };
+            let mut pods = Vec::new();
+            for number in 1..=count {
+                match going().and_then(|()| runtime.add(&format!("pod-{number}"))) {
+                    Ok(pod) => pods.push(pod),
+                    Err(error) => return (pods, Err(error)),
+                }
+            }
+            (pods, Ok(()))
+        };
+        std::thread::scope(|scope| {
+            let workers = self.nodes.iter().map(|node| scope.spawn(|| add(node))).collect::<Vec<_>>();
+            let finish = |worker: std::thread::ScopedJoinHandle<'_, _>| {
+                worker.join().map_err(|_| Error::new("adding pods panicked"))
+            };
+            workers.into_iter().map(finish).collect()
+        })
+    }
+
+    // An address belongs to one pod, and EC2 has assigned it to the pod's node.
+    fn check_addresses(&self, report: &mut Report) {
+        let mut seen = std::collections::BTreeMap::new();
+        for (node, pods) in self.world.nodes.iter().zip(&self.pods) {
+            for pod in pods {
+                let name = format!("{}/{}", node.name, pod.name);
+                if self.world.cloud.vpc().owner(pod.address).as_ref() != Some(&node.instance) {
+                    report.problems.push(format!("{name} has {}, which is not its node's", pod.address));
+                }
+                if let Some(other) = seen.insert(pod.address, name.clone()) {
+                    report.problems.push(format!("{name} and {other} have the same address {}", pod.address));
+                }
+            }
+        }
+    }
+
+    fn describe(&self, args: &Args, ready: &[Duration], report: &mut Report) {
+        let millis = |duration: &Duration| (duration.as_secs_f64() * 10_000.0).round() / 10.0;
+        let vpc = self.world.cloud.vpc();
+        let wires = vpc.wires();
+        for (node, ready) in self.world.nodes.iter().zip(ready) {
+            report.nodes.push(NodeLine {
+                name: node.name.clone(),
+                instance_type: args.instance_type.clone(),
+                address: node.address.to_string(),
+                ready_ms: millis(ready),
+                enis: wires.iter().filter(|wire| wire.instance == node.instance).count(),
+            });
+        }
+        for (node, pods) in self.world.nodes.iter().zip(&self.pods) {
+            for pod in pods {
+                let wire = wires.iter().find(|wire| wire.assigned.iter().any(|net| net.contains(&pod.address)));
+                report.pods.push(PodLine {
+                    node: node.name.clone(),
+                    name: pod.name.clone(),
+                    ip: pod.address.to_string(),
+                    eni: wire.map(|wire| wire.eni.to_string()).unwrap_or_default(),
+                    add_ms: millis(&pod.add),
+                });
+            }
+        }
+        report.ec2_calls =
+            vpc.journal().counts().iter().map(|(action, count)| ((*action).to_owned(), *count)).collect();
+        report.imds_requests = self.world.cloud.imds_requests();
+    }
+
+    // Deletes the pods, looks for what is left of them, ends the daemons.
+    fn tear_down(&mut self, report: &mut Report) -> Result<()> {
+        say("deleting the pods and looking for leftovers");
+        let logs = self.world.topology().run().logs();
+        let mut errors = List::new();
+        for (node, pods) in self.nodes.iter().zip(std::mem::take(&mut self.pods)) {
+            let addresses = pods.iter().map(|pod| pod.address).collect::<Vec<_>>();
+            let runtime = Runtime { program: &self.program, logs: &logs, node };
+            for pod in pods {
+                errors.note(runtime.delete(pod));
+            }
+            let traces = errors.note(node.place.traces("eni", &addresses)).unwrap_or_default();
+            report.problems.extend(traces.into_iter().map(|trace| format!("left over on {trace}")));
+        }
+        for agent in self.agents.drain(..) {
+            errors.note(agent.stop());
+        }
+        report.problems.extend(self.world.cloud.complaints());
+        errors.into_result()
+    }
+
+    fn explain(&self) {
+        let topology = self.world.topology();
+        let run = topology.run().path().display();
+        say("\nIt stands until Ctrl-C, or until `enibox sandbox down` from elsewhere. To look around:");
+        for (node, agent) in self.world.nodes.iter().zip(&self.agents) {
+            let name = &node.name;
+            say(&format!(
+                "  nsenter --net={run}/netns/{name} --mount={run}/mnt/{name} sh   # {name}, daemon {}",
+                agent.pid()
+            ));
+        }
+        if let Some((node, pod)) = self.world.nodes.first().zip(self.pods.first().and_then(|pods| pods.first())) {
+            let (name, path) = (&node.name, pod.pod.path.display());
+            say(&format!(
+                "  nsenter --mount={run}/mnt/{name} nsenter --net={path} sh   # pod {name}/{} with {}",
+                pod.name, pod.address
+            ));
+        }
+        say(&format!("  nsenter --net={run}/netns/router sh   # the VPC's router\n  ls {run}/log"));
+    }
+}

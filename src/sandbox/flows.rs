@@ -1,0 +1,196 @@
+//! The flows that the demo sends, and the source that the other side must see (`spec/dataplane.md` 26, default
+//! settings): a pod is seen by its own address inside the VPC's CIDRs and as its node's primary address outside.
+
+use super::agents::WiredPod;
+use super::nodeport;
+use super::probe::{Flow, PORT, Proto};
+use super::world::{HOSTS, World};
+use crate::error::Result;
+use crate::netlink::netns::Namespace;
+use serde::Serialize;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::time::Duration;
+
+/// How long a flow may take; short once many have failed, so that a broken run comes to an end.
+const PATIENCE: Duration = Duration::from_secs(3);
+const IMPATIENCE: Duration = Duration::from_millis(300);
+/// Failures after which the run is taken for broken.
+const FAILURES: usize = 5;
+
+/// The first of the node ports; each node has one for its first pod and one for its last, which sits on another ENI if
+/// the node has several.
+const NODE_PORT: u16 = 30_080;
+
+/// What came of one flow.
+#[derive(Clone, Debug, Serialize)]
+pub struct Outcome {
+    /// What kind of flow: the line of the table.
+    #[serde(skip)]
+    pub kind: &'static str,
+    /// Who sent.
+    pub from: String,
+    /// To whom.
+    pub to: String,
+    /// `tcp` or `udp`.
+    pub proto: &'static str,
+    /// The source that the receiver must see.
+    pub expect: String,
+    /// The one it saw, or what went wrong.
+    pub seen: String,
+    /// Whether they are the same.
+    pub ok: bool,
+}
+
+/// An end of flows.
+#[derive(Debug)]
+struct End {
+    name: String,
+    net: Namespace,
+    address: Ipv4Addr,
+}
+
+struct Planned<'a> {
+    kind: &'static str,
+    client: &'a End,
+    server: &'a End,
+    target: SocketAddr,
+    listen: SocketAddr,
+    expect: Ipv4Addr,
+    label: String,
+}
+
+fn plain<'a>(kind: &'static str, client: &'a End, server: &'a End, expect: Ipv4Addr) -> Planned<'a> {
+    let at = SocketAddr::from((server.address, PORT));
+    Planned { kind, client, server, target: at, listen: at, expect, label: server.name.clone() }
+}
+
+/// Everything that is there to talk: `pods` are those of each node, in the order of the world's nodes.
+struct Ends {
+    nodes: Vec<End>,
+    pods: Vec<Vec<End>>,
+    hosts: Vec<End>,
+}
+
+impl Ends {
+    fn of(world: &World, pods: &[Vec<WiredPod>]) -> Result<Ends> {
+        let mut ends = Ends { nodes: Vec::new(), pods: Vec::new(), hosts: Vec::new() };
+        for (node, wired) in world.nodes.iter().zip(pods) {
+            let net = world.namespace(&node.name)?;
+            ends.nodes.push(End { name: node.name.clone(), net, address: node.address });
+            let mut here = Vec::new();
+            for pod in wired {
+                let name = format!("{}/{}", node.name, pod.name);
+                here.push(End { name, net: pod.pod.place.handle()?, address: pod.address });
+            }
+            ends.pods.push(here);
+        }
+        for host in HOSTS {
+            let net = world.namespace(host.name)?;
+            ends.hosts.push(End { name: host.name.to_owned(), net, address: host.address });
+        }
+        Ok(ends)
+    }
+
+    fn plan(&self) -> Vec<Planned<'_>> {
+        let mut plan = Vec::new();
+        for (at, (node, pods)) in self.nodes.iter().zip(&self.pods).enumerate() {
+            let elsewhere = self.pods.iter().enumerate().filter(|(other, _)| *other != at);
+            let far = elsewhere.flat_map(|(_, pods)| pods).collect::<Vec<_>>();
+            for (number, pod) in pods.iter().enumerate() {
+                let next = &pods[(number + 1) % pods.len()];
+                if pods.len() > 1 {
+                    plan.push(plain("pod to pod, same node", pod, next, pod.address));
+                }
+                if let Some(other) = far.get(number % far.len().max(1)) {
+                    plan.push(plain("pod to pod, other node", pod, other, pod.address));
+                }
+                for (host, end) in HOSTS.iter().zip(&self.hosts) {
+                    let kind = match host.name {
+                        "vpc-host" => "pod to host in the VPC",
+                        "second-cidr" => "pod to host in the second CIDR",
+                        "internet" => "pod to internet",
+                        _ => "pod to peered network",
+                    };
+                    plan.push(plain(kind, pod, end, if host.in_vpc { pod.address } else { node.address }));
+                    if !host.in_vpc && host.name != "internet" || host.name == "vpc-host" {
+                        plan.push(plain("network to pod", end, pod, end.address));
+                    }
+                }
+                plan.push(plain("pod to its node", pod, node, pod.address));
+                plan.push(plain("node to its pod", node, pod, node.address));
+                let others = self.nodes.iter().enumerate().filter(|(other, _)| *other != at);
+                plan.extend(others.map(|(_, other)| plain("pod to other node", pod, other, pod.address)));
+            }
+            plan.extend(self.node_ports(at));
+        }
+        plan
+    }
+
+    fn node_ports(&self, at: usize) -> Vec<Planned<'_>> {
+        let clients = self.hosts.iter().zip(HOSTS).filter(|(_, host)| matches!(host.name, "internet" | "vpc-host"));
+        let mut plan = Vec::new();
+        for (client, _) in clients {
+            for (port, pod) in ports_of(&self.pods[at]) {
+                plan.push(Planned {
+                    kind: "node port to pod",
+                    client,
+                    server: pod,
+                    target: SocketAddr::from((self.nodes[at].address, port)),
+                    listen: SocketAddr::from((pod.address, PORT)),
+                    expect: client.address,
+                    label: format!("{}:{port} -> {}", self.nodes[at].name, pod.name),
+                });
+            }
+        }
+        plan
+    }
+}
+
+// The node ports of a node and the pods behind them.
+fn ports_of(pods: &[End]) -> impl Iterator<Item = (u16, &End)> {
+    let picked = match pods {
+        [] => Vec::new(),
+        [only] => vec![only],
+        [first, .., last] => vec![first, last],
+    };
+    (NODE_PORT..).zip(picked)
+}
+
+/// Sends every flow over TCP and UDP. `going` is asked before each whether to go on.
+pub fn run(world: &World, pods: &[Vec<WiredPod>], going: &dyn Fn() -> Result<()>) -> Result<Vec<Outcome>> {
+    let ends = Ends::of(world, pods)?;
+    for (node, pods) in ends.nodes.iter().zip(&ends.pods) {
+        let ports = ports_of(pods).map(|(port, pod)| (port, SocketAddrV4::new(pod.address, PORT)));
+        nodeport::open(&node.net, &ports.collect::<Vec<_>>())?;
+    }
+    let mut outcomes = Vec::new();
+    let mut failures = 0;
+    for planned in ends.plan() {
+        for proto in [Proto::Tcp, Proto::Udp] {
+            going()?;
+            let flow = Flow {
+                client: &planned.client.net,
+                source: None,
+                target: planned.target,
+                server: &planned.server.net,
+                listen: planned.listen,
+            };
+            let seen = flow.run(proto, if failures < FAILURES { PATIENCE } else { IMPATIENCE });
+            let ok = seen.as_ref().is_ok_and(|seen| seen.ip() == planned.expect);
+            failures += usize::from(!ok);
+            outcomes.push(Outcome {
+                kind: planned.kind,
+                from: planned.client.name.clone(),
+                to: planned.label.clone(),
+                proto: proto.as_str(),
+                expect: planned.expect.to_string(),
+                seen: seen.map_or_else(|error| error.to_string(), |seen| seen.ip().to_string()),
+                ok,
+            });
+        }
+    }
+    for node in &ends.nodes {
+        nodeport::close(&node.net)?;
+    }
+    Ok(outcomes)
+}
