@@ -55,6 +55,9 @@ struct Cli {
 enum Command {
     /// Print the program's version
     Version,
+    /// Run a cluster's network on this machine and try every flow (needs root)
+    #[cfg(feature = "sandbox")]
+    Sandbox(enibox::sandbox::demo::Args),
 }
 
 /// The operator's command line.
@@ -68,6 +71,8 @@ fn operate() -> u8 {
     match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => match cli.command {
             Command::Version => print(&format!("enibox {VERSION}\n")),
+            #[cfg(feature = "sandbox")]
+            Command::Sandbox(args) => enibox::sandbox::demo::run(&args),
         },
         Err(error) => {
             // Help that nobody reads is no reason to fail differently.
