@@ -98,3 +98,21 @@ fn a_reader_that_went_away_aborts_nothing() {
         assert!(child.wait().unwrap().code().is_some(), "{words:?} was ended by a signal");
     }
 }
+
+#[test]
+fn the_daemon_is_started_by_its_name() {
+    let directory = Directory::new("daemon");
+    let name = directory.0.join("aws-k8s-agent");
+    std::os::unix::fs::symlink(PROGRAM, &name).unwrap();
+    // Settings that it refuses before it touches anything.
+    let output = Command::new(&name)
+        .env_clear()
+        .envs([("ENABLE_IPv4", "false"), ("ENABLE_IPv6", "false"), ("AWS_VPC_K8S_CNI_LOG_FILE", "stderr")])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("one of ENABLE_IPv4 and ENABLE_IPv6 must be true"), "{text}");
+    assert!(output.stdout.is_empty());
+}

@@ -222,6 +222,29 @@ fn several_interfaces_make_one_result() {
 }
 
 #[test]
+fn an_ipv6_pod_has_the_result_of_its_family() {
+    on_a_node(|node| {
+        let address = "2600:1f14:aa:bb00:1c2d::7";
+        let given = IpAllocation { ipv4: String::new(), ipv6: address.into(), device_number: 0, route_table_id: 254 };
+        let _daemon = Served::daemon(giving(&[given]));
+        let netns = Netns::new("pod");
+        let call = |command| node.call(command, "0.4.0").env("CNI_NETNS", netns.path());
+        let before = state();
+        let result = call("ADD").run().result();
+        let wanted = json!({"cniVersion": "0.4.0", "interfaces": [
+            {"name": "enicc21c2d7785"},
+            {"name": "eth0", "mac": "254", "sandbox": netns.path()},
+            {"name": "dummycc21c2d7785", "mac": "0", "sandbox": "0"},
+        ], "ips": [{"version": "6", "interface": 1, "address": format!("{address}/128")}], "dns": {}});
+        assert_eq!(result, wanted);
+        assert!(has(&format!("512: from all to {address} lookup main")), "{:?}", state());
+        call("CHECK").config("prevResult", result.clone()).run().silent();
+        call("DEL").config("prevResult", result).run().silent();
+        assert_eq!(state(), before);
+    });
+}
+
+#[test]
 fn an_earlier_result_is_passed_on() {
     on_a_node(|node| {
         let _daemon = Served::daemon(secondary());

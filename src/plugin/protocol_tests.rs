@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::model::cni::{Interface, IpConfig};
+use proptest::prelude::*;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
@@ -276,4 +277,42 @@ fn variables_that_are_not_utf8_are_named() {
     let mut stdout = Vec::new();
     assert_eq!(serve(&PLUGIN, get, input(br#"{"name":"a"}"#), &mut stdout, &mut Vec::new()), exit::FAILURE);
     assert_eq!(serde_json::from_slice::<Value>(&stdout).unwrap()["msg"], "CNI_CONTAINERID is not UTF-8");
+}
+
+fn variable() -> impl Strategy<Value = String> {
+    prop_oneof![
+        Just(String::new()),
+        prop::sample::select(vec![
+            "eth0",
+            "cni-5a1f",
+            "/proc/self/ns/net",
+            "/proc/self/ns/uts",
+            "IgnoreUnknown=1",
+            "1"
+        ])
+        .prop_map(str::to_owned),
+        "\\PC{0,20}",
+    ]
+}
+
+proptest! {
+    #[test]
+    fn whatever_comes_in_one_document_goes_out(
+        command in prop_oneof![prop::sample::select(Command::ALL.to_vec()).prop_map(|c| c.as_str().to_owned()), "\\PC{1,9}"],
+        values in prop::collection::vec(variable(), 6),
+        stdin in prop_oneof![
+            prop::collection::vec(any::<u8>(), 0..200),
+            prop::sample::select(Version::ALL.to_vec())
+                .prop_map(|v| json!({"cniVersion": v.as_str(), "name": "a"}).to_string().into_bytes()),
+        ],
+    ) {
+        let mut env: Vec<(&str, &str)> = GOOD_ENV.iter().map(|(name, _)| *name).zip(values.iter().map(String::as_str)).collect();
+        env.push(("CNI_COMMAND", &command));
+        let answer = call_raw(&env, &stdin);
+        prop_assert!(answer.stderr.is_empty());
+        match answer.code {
+            exit::OK => prop_assert!(answer.stdout.is_empty() || answer.json()["cniVersion"].is_string()),
+            _ => prop_assert!(answer.failure().0 > 0),
+        }
+    }
 }
