@@ -4,13 +4,15 @@
 //! paths (`/etc/cni/net.d`, `/opt/cni/bin`); the machine's own are never touched. The same scenario is run with the
 //! reference plugin `ptp`: when both fail, it is the machine that cannot run containers.
 
-#[path = "support/stand_in.rs"]
-mod stand_in;
+#![cfg(feature = "sandbox")]
 
+use enibox::model::naming::DAEMON_SOCKET;
+use enibox::sandbox::topology::{EC2, IMDS};
+use enibox::sandbox::world::{Plan, World};
 use std::fmt::Write as _;
 use std::fs;
-use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -35,6 +37,9 @@ const COMMAND_S_MAX: u32 = 60;
 /// containerd's namespace, and the name of the cgroup above all containers of it.
 const NAMESPACE: &str = "enibox-test";
 
+/// SIGTERM.
+const TERMINATE: i32 = 15;
+
 /// Port in the container and on the host.
 const PORTS: (u16, u16) = (8080, 18080);
 
@@ -45,17 +50,17 @@ const PTP: &str =
 #[test]
 fn the_reference_plugin_passes() {
     in_private_mounts("the_reference_plugin_passes", |dir| {
-        scenario(dir, &Bed::new(PTP));
+        scenario(dir, &PlainNode::start().bed);
     });
 }
 
 #[test]
-fn the_plugin_passes() {
-    in_private_mounts("the_plugin_passes", |dir| {
-        // The plugin's socket has a fixed path, which is private here like all of /run.
-        let _daemon = stand_in::StandIn::start(Ipv4Addr::new(10, 77, 0, 10), 1);
+fn the_plugin_and_the_daemon_pass() {
+    in_private_mounts("the_plugin_and_the_daemon_pass", |dir| {
         install_plugin();
-        scenario(dir, &Bed::new(PLUGIN));
+        let node = SandboxNode::start(dir);
+        scenario(dir, &node.bed);
+        node.stop();
     });
 }
 
@@ -73,42 +78,108 @@ fn install_plugin() {
     fs::set_permissions("/opt/cni/bin/aws-cni", fs::Permissions::from_mode(0o755)).unwrap();
 }
 
-/// A node and a neighbour, two namespaces joined by a veth, and what stands before `portmap` in the list.
+/// A node, a neighbour that calls it, and what stands before `portmap` in the list.
 struct Bed {
-    /// Network namespace of the node.
+    /// Words before a command that is to run on the node.
     node: String,
-    /// Network namespace from which the node's port is called.
+    /// Words before a command that is to run on the neighbour.
     outside: String,
     /// The node's address as seen from there.
-    address: &'static str,
+    address: String,
+    /// How the addresses of its pods start.
+    pods: &'static str,
     /// First plugin of the conflist, as JSON.
     plugin: &'static str,
 }
 
-impl Bed {
-    fn new(plugin: &'static str) -> Bed {
-        let name = |what: &str| format!("ctd-{what}-{}", std::process::id());
-        let bed = Bed { node: name("node"), outside: name("out"), address: "10.78.0.1", plugin };
-        let (node, outside) = (&bed.node, &bed.outside);
+/// Two namespaces joined by a veth.
+struct PlainNode {
+    names: [String; 2],
+    bed: Bed,
+}
+
+impl PlainNode {
+    fn start() -> PlainNode {
+        let names = ["node", "out"].map(|what| format!("ctd-{what}-{}", std::process::id()));
+        let [node, outside] = &names;
         run(&format!("ip netns add {node}"));
         run(&format!("ip netns add {outside}"));
         run(&format!("ip -n {node} link add name up0 type veth peer name up0 netns {outside}"));
-        run(&format!("ip -n {node} addr add {}/24 dev up0", bed.address));
+        run(&format!("ip -n {node} addr add 10.78.0.1/24 dev up0"));
         run(&format!("ip -n {outside} addr add 10.78.0.2/24 dev up0"));
-        for namespace in [node, outside] {
+        for namespace in &names {
             run(&format!("ip -n {namespace} link set lo up"));
             run(&format!("ip -n {namespace} link set up0 up"));
         }
         run(&format!("ip netns exec {node} sysctl -q -w net.ipv4.ip_forward=1"));
-        bed
+        let [node, outside] = [node, outside].map(|name| format!("nsenter --net=/run/netns/{name}"));
+        PlainNode { bed: Bed { node, outside, address: "10.78.0.1".into(), pods: "10.77.0.", plugin: PTP }, names }
     }
 }
 
-impl Drop for Bed {
+impl Drop for PlainNode {
     fn drop(&mut self) {
-        for namespace in [&self.node, &self.outside] {
-            _ = Command::new("ip").args(["netns", "del", namespace]).status();
+        for name in &self.names {
+            _ = Command::new("ip").args(["netns", "del", name]).status();
         }
+    }
+}
+
+/// A node of the sandbox, with our daemon on it.
+struct SandboxNode {
+    bed: Bed,
+    daemon: Child,
+    /// Last, because the daemon needs it.
+    _world: World,
+}
+
+impl SandboxNode {
+    fn start(dir: &Path) -> SandboxNode {
+        let home = dir.join("sandbox");
+        let plan = Plan { nodes: 1, instance_type: "m5.large", seed: 1, home: &home };
+        let world = World::create(&plan).unwrap();
+        let node = &world.nodes[0];
+        let topology = world.topology();
+        let names = topology.run().path().to_owned();
+        let mut command = topology.node(&node.instance).unwrap().command(env!("CARGO_BIN_EXE_enibox")).unwrap();
+        let log = fs::File::create(dir.join("daemon.log")).unwrap();
+        command.arg0("aws-k8s-agent").env_clear().stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        command.envs([
+            ("AWS_EC2_METADATA_SERVICE_ENDPOINT", format!("http://{IMDS}")),
+            ("AWS_EC2_ENDPOINT", format!("http://{EC2}")),
+            ("MY_NODE_NAME", node.name.clone()),
+            // No second ENI: it would come while the state of the network is being compared.
+            ("WARM_IP_TARGET", "2".into()),
+            ("AWS_VPC_K8S_CNI_LOG_FILE", "stderr".into()),
+        ]);
+        let daemon = command.spawn().unwrap();
+        drop(topology);
+        let place = |kind: &str, name: &str| names.join(kind).join(name).display().to_string();
+        let (net, mnt) = (place("netns", &node.name), place("mnt", &node.name));
+        let bed = Bed {
+            node: format!("nsenter --net={net} --mount={mnt}"),
+            outside: format!("nsenter --net={}", place("netns", "vpc-host")),
+            address: node.address.to_string(),
+            pods: "10.20.",
+            plugin: PLUGIN,
+        };
+        until("the daemon serves", || try_run(&format!("{} test -S {DAEMON_SOCKET}", bed.node)));
+        SandboxNode { bed, daemon, _world: world }
+    }
+
+    /// Ends the daemon as a kubelet does.
+    fn stop(mut self) {
+        enibox::sys::signal(self.daemon.id(), TERMINATE).unwrap();
+        let status = self.daemon.wait().unwrap();
+        assert!(status.success(), "the daemon ends with {status}");
+    }
+}
+
+impl Drop for SandboxNode {
+    fn drop(&mut self) {
+        // Both fail when it has ended.
+        _ = self.daemon.kill();
+        _ = self.daemon.wait();
     }
 }
 
@@ -133,14 +204,15 @@ fn scenario(dir: &Path, bed: &Bed) {
     let server = containerd.create("server", &serve, true);
     let client = containerd.create("client", "/bin/sleep 1000", false);
     assert_ne!(server.address, client.address, "two containers share an address");
+    assert!(server.address.starts_with(bed.pods), "{} is not of {}", server.address, bed.pods);
     assert_ne!(containerd.network_state(), before, "containers do not show in the state, so leaks would not either");
 
     let call = format!("nc -w 2 {} {}", server.address, PORTS.0);
     expect_served("container to container", || containerd.exec("client", &call));
-    let (address, port) = (bed.address, PORTS.1);
+    let (address, port) = (&bed.address, PORTS.1);
     expect_served("port of the node", || {
         let call = format!("exec 3<>/dev/tcp/{address}/{port}; timeout 2 cat <&3");
-        try_run(&format!("ip netns exec {} timeout 5 bash -c '{call}'", bed.outside))
+        try_run(&format!("{} timeout 5 bash -c '{call}'", bed.outside))
     });
 
     containerd.remove(client);
@@ -172,9 +244,9 @@ impl<'a> Containerd<'a> {
         let config = include_str!("containerd/config.toml").replace("@dir@", &dir.display().to_string());
         fs::write(dir.join("config.toml"), config).unwrap();
         let log = fs::File::create(dir.join("containerd.log")).unwrap();
-        let process = Command::new("containerd")
-            .arg("--config")
-            .arg(dir.join("config.toml"))
+        let process = Command::new("bash")
+            .arg("-c")
+            .arg(format!("exec {} containerd --config {}", bed.node, dir.join("config.toml").display()))
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
@@ -191,7 +263,7 @@ impl<'a> Containerd<'a> {
 
     fn ctr(&self) -> String {
         let (node, dir) = (&self.bed.node, self.dir.display());
-        format!("nsenter --net=/run/netns/{node} ctr -a {dir}/containerd.sock -n {NAMESPACE}")
+        format!("{node} ctr -a {dir}/containerd.sock -n {NAMESPACE}")
     }
 
     /// The list as on a node: our plugin, then portmap. `ctr` has no option for ports, so the mapping that a runtime would
@@ -275,7 +347,7 @@ impl<'a> Containerd<'a> {
             "ip -4 neigh show nud permanent",
             "nft --stateless list ruleset",
         ] {
-            let shown = run(&format!("ip netns exec {} {command}", self.bed.node));
+            let shown = run(&format!("{} {command}", self.bed.node));
             _ = writeln!(state, "# {command}\n{shown}");
         }
         state
@@ -285,8 +357,10 @@ impl<'a> Containerd<'a> {
 impl Drop for Containerd<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let log = fs::read_to_string("/var/log/aws-routed-eni/plugin.log").unwrap_or_default();
-            eprintln!("--- network\n{}\n--- plugin\n{log}", self.network_state());
+            let text = |path: &Path| fs::read_to_string(path).unwrap_or_default();
+            eprintln!("--- network\n{}", self.network_state());
+            eprintln!("--- plugin\n{}", text(Path::new("/var/log/aws-routed-eni/plugin.log")));
+            eprintln!("--- daemon\n{}", text(&self.dir.join("daemon.log")));
             eprintln!("--- containerd\n{}", fs::read_to_string(self.dir.join("containerd.log")).unwrap_or_default());
             let ctr = self.ctr();
             let names = try_run(&format!("{ctr} tasks ls -q")).unwrap_or_default();
