@@ -93,15 +93,13 @@ fn serve(
         },
         Some(Err(name)) => Some(Err(not_utf8(&name))),
     };
-    match done {
-        Some(done) => answer(done, version, stdout, stderr),
-        None => {
-            let versions = Version::ALL.map(Version::as_str).join(", ");
-            // Nobody is served by failing because nobody reads.
-            let _ = writeln!(stderr, "{}\nCNI protocol versions supported: {versions}", plugin.about);
-            exit::OK
-        }
-    }
+    let Some(done) = done else {
+        let versions = Version::ALL.map(Version::as_str).join(", ");
+        // Nobody is served by failing because nobody reads.
+        let _ = writeln!(stderr, "{}\nCNI protocol versions supported: {versions}", plugin.about);
+        return exit::OK;
+    };
+    answer(done, version, stdout, stderr)
 }
 
 /// Puts the one document on standard output and says how it went.
