@@ -83,7 +83,11 @@ impl Wall {
             b'Z' | b'z' if zone.len() == 1 => 0,
             sign @ (b'+' | b'-') => {
                 let (hours, minutes) = zone.get(1..)?.split_once(':')?;
-                let seconds = hours.parse::<i64>().ok()? * 3600 + minutes.parse::<i64>().ok()? * 60;
+                let (hours, minutes): (i64, i64) = (hours.parse().ok()?, minutes.parse().ok()?);
+                if !(0..24).contains(&hours) || !(0..60).contains(&minutes) {
+                    return None;
+                }
+                let seconds = hours * 3600 + minutes * 60;
                 if *sign == b'+' { seconds } else { -seconds }
             }
             _ => return None,
@@ -176,9 +180,15 @@ mod tests {
         let parse = |text| Wall::parse_rfc3339(text).map(Wall::as_unix_nanos);
         assert_eq!(parse("1970-01-01T00:00:01.5Z"), Some(1_500_000_000));
         assert_eq!(parse("1970-01-01T01:00:00+01:00"), Some(0));
-        for bad in
-            ["", "x", "1970-13-01T00:00:00Z", "1970-01-01T00:00:00", "1970-01-01T00:00:00.x1Z", "9999-01-01T00:00:00Z"]
-        {
+        for bad in [
+            "",
+            "x",
+            "1970-13-01T00:00:00Z",
+            "1970-01-01T00:00:00",
+            "1970-01-01T00:00:00.x1Z",
+            "9999-01-01T00:00:00Z",
+            "1970-01-01T00:00:00+9223372036854775807:00",
+        ] {
             assert_eq!(parse(bad), None, "{bad}");
         }
     }
