@@ -45,7 +45,7 @@ fn main() -> ExitCode {
 
 /// The Amazon VPC CNI for Kubernetes as one executable
 #[derive(Parser)]
-#[command(name = "enibox", disable_help_subcommand = true)]
+#[command(name = "enibox", version = VERSION, disable_help_subcommand = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

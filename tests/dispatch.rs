@@ -73,8 +73,10 @@ fn the_first_word_may_name_a_personality() {
 #[test]
 fn the_command_line_explains_itself() {
     let program = Path::new(PROGRAM);
-    let version = run(program, &["version"]);
-    assert_eq!(String::from_utf8(version.stdout).unwrap(), format!("enibox {}\n", enibox::VERSION));
+    for word in ["version", "--version"] {
+        let version = run(program, &[word]);
+        assert_eq!(String::from_utf8(version.stdout).unwrap(), format!("enibox {}\n", enibox::VERSION));
+    }
     let help = run(program, &["--help"]);
     assert_eq!(help.status.code(), Some(0));
     let text = String::from_utf8(help.stdout).unwrap();
