@@ -182,6 +182,15 @@ fn net_text(net: &IpNet) -> String {
     if net.prefix_len() == net.max_prefix_len() { net.addr().to_string() } else { net.trunc().to_string() }
 }
 
+/// The tool takes marks for something like addresses, and prints a mask without holes from the top as a prefix length.
+fn mark_text(mask: u32, value: u32) -> String {
+    match mask.leading_ones() {
+        0 => format!("& 0x{mask:08x} == 0x{value:08x}"),
+        bits if mask.count_ones() == bits => format!("0x{value:08x}/{bits}"),
+        _ => format!("& 0x{mask:08x} == 0x{value:08x}"),
+    }
+}
+
 fn ip_word(net: &IpNet) -> &'static str {
     if net.addr().is_ipv4() { "ip" } else { "ip6" }
 }
@@ -198,8 +207,8 @@ impl fmt::Display for Expr {
                 write!(f, "fib daddr {}type {}local", if *iif { ". iif " } else { "" }, op(*negate))
             }
             Expr::CtStateNew => f.write_str("ct state new"),
-            Expr::CtMark { mask, value } => write!(f, "ct mark & 0x{mask:08x} == 0x{value:08x}"),
-            Expr::MetaMark { mask, value } => write!(f, "meta mark & 0x{mask:08x} == 0x{value:08x}"),
+            Expr::CtMark { mask, value } => write!(f, "ct mark {}", mark_text(*mask, *value)),
+            Expr::MetaMark { mask, value } => write!(f, "meta mark {}", mark_text(*mask, *value)),
             Expr::CtMarkSet { bits } => write!(f, "ct mark set ct mark | 0x{bits:08x}"),
             Expr::MetaMarkSet { bits } => write!(f, "meta mark set meta mark | 0x{bits:08x}"),
             Expr::MetaMarkClear { bits } => write!(f, "meta mark set meta mark & 0x{:08x}", !bits),
@@ -256,7 +265,7 @@ impl fmt::Display for Table {
             writeln!(f, "\tcomment \"{comment}\"")?;
         }
         for (index, chain) in self.chains.iter().enumerate() {
-            if index > 0 || self.comment.is_some() {
+            if index > 0 {
                 writeln!(f)?;
             }
             write!(f, "{chain}")?;

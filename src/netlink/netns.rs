@@ -23,13 +23,14 @@ impl Namespace {
     /// where a namespace was mounted is refused with words that say so.
     pub fn open(path: impl Into<PathBuf>) -> Result<Namespace> {
         let path = path.into();
-        let file = File::open(&path).with_context(|| format!("open network namespace {path:?}"))?;
-        let namespace = sys::is_on_nsfs_or_procfs(&file).with_context(|| format!("look at {path:?}"))?;
+        let file = File::open(&path).with_context(|| format!("open network namespace {}", path.display()))?;
+        let namespace = sys::is_on_nsfs_or_procfs(&file).with_context(|| format!("look at {}", path.display()))?;
         if namespace {
             Ok(Namespace { file, path })
         } else {
             Err(Error::new(format!(
-                "open network namespace {path:?}: the file is no namespace (not on nsfs or procfs)"
+                "open network namespace {}: the file is no namespace (not on nsfs or procfs)",
+                path.display()
             )))
         }
     }
@@ -43,7 +44,7 @@ impl Namespace {
     /// `directory`, by the means of `ip netns`: a file with the namespace bind-mounted on it.
     pub fn create_named(directory: &Path, name: &str) -> Result<Namespace> {
         let path = directory.join(name);
-        let what = || format!("create network namespace {path:?}");
+        let what = || format!("create network namespace {}", path.display());
         if name.is_empty() || name.contains('/') || matches!(name, "." | "..") {
             return Err(Error::new("the name must be a plain file name").context(what()));
         }
@@ -72,13 +73,13 @@ impl Namespace {
         // EINVAL: the file is no mount, as after a crash between the two steps of creation.
         match sys::unmount_lazily(&path) {
             Err(error) if !matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => {
-                return Err(Error::from(error).context(format!("unmount network namespace {path:?}")));
+                return Err(Error::from(error).context(format!("unmount network namespace {}", path.display())));
             }
             _ => {}
         }
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(Error::from(error).context(format!("remove network namespace {path:?}")))
+                Err(Error::from(error).context(format!("remove network namespace {}", path.display())))
             }
             _ => Ok(()),
         }
@@ -92,13 +93,13 @@ impl Namespace {
     /// Device and inode, which tell namespaces apart.
     pub fn id(&self) -> Result<(u64, u64)> {
         use std::os::unix::fs::MetadataExt;
-        let metadata = self.file.metadata().with_context(|| format!("look at {:?}", self.path))?;
+        let metadata = self.file.metadata().with_context(|| format!("look at {}", self.path.display()))?;
         Ok((metadata.dev(), metadata.ino()))
     }
 
     /// Runs `work` inside, on a thread of its own, and waits for it.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
-        sys::in_netns(&self.file, work).with_context(|| format!("enter network namespace {:?}", self.path))
+        sys::in_netns(&self.file, work).with_context(|| format!("enter network namespace {}", self.path.display()))
     }
 }
 

@@ -169,7 +169,7 @@ pub fn first_failure(outcomes: Vec<Outcome>) -> Result<()> {
 
 /// A netlink socket in the namespace it was opened in.
 pub struct Socket {
-    socket: NlSocket,
+    inner: NlSocket,
     port: u32,
     sequence: u32,
     buffer: Vec<u8>,
@@ -183,7 +183,7 @@ impl fmt::Debug for Socket {
 
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        sys::netlink_fd(&self.socket)
+        sys::netlink_fd(&self.inner)
     }
 }
 
@@ -220,7 +220,7 @@ impl Socket {
             socket.enable_strict_checking(true).ok();
         }
         let port = socket.pid()?;
-        Ok(Socket { socket, port, sequence: 0, buffer: vec![0; BUFFER] })
+        Ok(Socket { inner: socket, port, sequence: 0, buffer: vec![0; BUFFER] })
     }
 
     /// Sends the requests together and reads all answers. The kernel carries every one out, also those behind a refused
@@ -314,14 +314,14 @@ impl Socket {
             bytes.extend_from_slice(&request.body);
             bytes.resize((bytes.len() + 3) & !3, 0);
         }
-        let sent = self.socket.send(&bytes, Msg::empty()).context("send")?;
+        let sent = self.inner.send(&bytes, Msg::empty()).context("send")?;
         if sent == bytes.len() { Ok(first) } else { Err(Error::new(format!("sent {sent} of {} bytes", bytes.len()))) }
     }
 
     /// Reads one datagram into the buffer; its length.
     pub(super) fn receive(&mut self) -> Result<usize> {
         loop {
-            match self.socket.recv(&mut self.buffer, Msg::TRUNC) {
+            match self.inner.recv(&mut self.buffer, Msg::TRUNC) {
                 Ok((length, _)) if length > self.buffer.len() => {
                     return Err(Error::new(format!("receive: a message of {length} bytes is larger than the buffer")));
                 }
