@@ -1,12 +1,10 @@
 //! What a pod costs: ADD and DEL as whole processes of the plugin with a warm daemon, beside the bare kernel work for the
 //! same pod (veth, address, routes, neighbour, rules) done by this process with sockets that are open already.
 //!
-//! The daemon is a stand-in that answers at once over the real socket, so the difference between the two is what the plugin
-//! adds: starting a process, reading its input, one call, logging, sysctls. Run as root: `cargo bench --bench pod`. Everything
-//! happens in a network and a mount namespace of its own, which end with this process.
-
-#[path = "../tests/support/stand_in.rs"]
-mod stand_in;
+//! The daemon is the real one on a node of the sandbox, with enough addresses for all pods; the bare work is done in a network
+//! namespace that no daemon watches. Run as root: `cargo bench --bench pod`. Nothing of it shows outside of namespaces that
+//! end with this process. Figures mean something on an idle machine only: a plugin process waits for the scheduler a dozen
+//! times, the bare work never.
 
 use enibox::clock;
 use enibox::model::naming;
@@ -14,12 +12,16 @@ use enibox::model::net::Mac;
 use enibox::netlink::netns::Namespace;
 use enibox::netlink::{Request, Socket, addr, link, neigh, route, rule};
 use enibox::plan::pod::PodInterface;
+use enibox::sandbox::topology::{EC2, IMDS};
+use enibox::sandbox::world::{Plan, World};
 use enibox::sys;
+use std::fs::File;
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 /// Pods one after the other.
@@ -29,45 +31,117 @@ const AT_ONCE: usize = 30;
 const BURSTS: usize = 20;
 /// Rounds at the start that do not count.
 const WARM_UP: usize = 20;
-/// The ENI's route table: a secondary ENI, so that both rules are made.
+/// The ENI's route table of the bare work: a secondary ENI, so that both rules are made.
 const TABLE: u32 = 2;
 const MTU: u32 = 9001;
+/// Addresses that the daemon holds, so that no pod waits for EC2.
+const ADDRESSES: usize = 40;
+/// How long the daemon may take to get them.
+const POOL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Times of ADDs and DELs.
+type Times = (Vec<Duration>, Vec<Duration>);
 
 fn main() {
-    // `cargo test --benches` and `cargo bench -- --list` pass words that concern the standard harness.
+    // `cargo bench -- --list` and the like concern the standard harness.
     if std::env::args().any(|word| word == "--list") {
         return;
     }
     assert_eq!(sys::effective_uid(), 0, "the benchmark makes network namespaces: run it as root");
-    // Before any thread: what is started later inherits both namespaces.
-    sys::unshare_netns().unwrap();
-    sys::unshare_mounts().unwrap();
-    let run = Path::new("/run");
-    sys::mount_tmpfs(run).unwrap();
-    let dir = run.join("enibox-bench");
-    std::fs::create_dir(&dir).unwrap();
-
-    let plugin = dir.join("aws-cni");
-    std::fs::copy(env!("CARGO_BIN_EXE_enibox"), &plugin).unwrap();
-    let _daemon = stand_in::StandIn::start(Ipv4Addr::new(10, 1, 0, 1), TABLE.cast_signed());
-    let mut pods: Vec<Pod> = (0..AT_ONCE).map(|number| Pod::new(&dir, &plugin, number)).collect();
+    let (bare, bare_bursts) = aside(|| {
+        sys::unshare_mounts().unwrap();
+        sys::mount_tmpfs(Path::new("/run")).unwrap();
+        sys::unshare_netns().unwrap();
+        measure(Pod::bare_add, Pod::bare_del)
+    });
+    let node = Node::start();
+    let (whole, whole_bursts, version) = aside(|| {
+        sys::enter_mounts(&node.mounts).unwrap();
+        sys::enter_netns(&node.network).unwrap();
+        let (whole, bursts) = measure(Pod::add, Pod::del);
+        let pod = Pod::new(AT_ONCE);
+        (whole, bursts, repeat(ROUNDS, || pod.version()))
+    });
 
     println!("{:<34}{:>10}{:>10}{:>10}{:>10}", "", "p50 us", "p99 us", "p50 ratio", "p99 ratio");
-    let bare = one_by_one(&mut pods[0], Pod::bare_add, Pod::bare_del);
-    let whole = one_by_one(&mut pods[0], Pod::add, Pod::del);
     report("bare ADD", &bare.0, None);
     report("ADD, whole process", &whole.0, Some(&bare.0));
     report("bare DEL", &bare.1, None);
     report("DEL, whole process", &whole.1, Some(&bare.1));
-    report("VERSION, whole process", &repeat(ROUNDS, || pods[0].version()), None);
-    let bare = bursts(&mut pods, Pod::bare_add, Pod::bare_del);
-    let whole = bursts(&mut pods, Pod::add, Pod::del);
-    report(&format!("bare ADD, {AT_ONCE} at once"), &bare.0, None);
-    report(&format!("ADD, {AT_ONCE} at once"), &whole.0, Some(&bare.0));
-    report(&format!("bare DEL, {AT_ONCE} at once"), &bare.1, None);
-    report(&format!("DEL, {AT_ONCE} at once"), &whole.1, Some(&bare.1));
-    let left = link::list(&mut Socket::route().unwrap()).unwrap();
-    assert_eq!(left.len(), 1, "links are left behind: {left:?}");
+    report("VERSION, whole process", &version, None);
+    report(&format!("bare ADD, {AT_ONCE} at once"), &bare_bursts.0, None);
+    report(&format!("ADD, {AT_ONCE} at once"), &whole_bursts.0, Some(&bare_bursts.0));
+    report(&format!("bare DEL, {AT_ONCE} at once"), &bare_bursts.1, None);
+    report(&format!("DEL, {AT_ONCE} at once"), &whole_bursts.1, Some(&bare_bursts.1));
+}
+
+/// Runs `work` on a thread of its own, which may change its namespaces; what it starts inherits them.
+fn aside<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| scope.spawn(work).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+}
+
+/// Both series, in the calling thread's namespaces, on pods of their own.
+fn measure(add: fn(&mut Pod), del: fn(&mut Pod)) -> (Times, Times) {
+    let mut pods: Vec<Pod> = (0..AT_ONCE).map(Pod::new).collect();
+    let links = || link::list(&mut Socket::route().unwrap()).unwrap().len();
+    let before = links();
+    let times = (one_by_one(&mut pods[0], add, del), bursts(&mut pods, add, del));
+    assert_eq!(links(), before, "pods have left links behind");
+    times
+}
+
+/// A node of the sandbox with a daemon that holds enough addresses.
+struct Node {
+    network: File,
+    mounts: File,
+    daemon: Child,
+    /// Last, because the daemon needs it.
+    _world: World,
+}
+
+impl Node {
+    fn start() -> Node {
+        let home = std::env::temp_dir().join("enibox-bench");
+        let plan = Plan { nodes: 1, instance_type: "m5.xlarge", seed: 1, home: &home };
+        let world = World::create(&plan).unwrap();
+        let node = &world.nodes[0];
+        let topology = world.topology();
+        let names = topology.run().path().to_owned();
+        let open = |kind: &str| File::open(names.join(kind).join(&node.name)).unwrap();
+        let (network, mounts) = (open("netns"), open("mnt"));
+        let mut command = topology.node(&node.instance).unwrap().command(env!("CARGO_BIN_EXE_enibox")).unwrap();
+        command.arg0("aws-k8s-agent").env_clear().stdin(Stdio::null()).stdout(Stdio::null());
+        command.envs([
+            ("AWS_EC2_METADATA_SERVICE_ENDPOINT", format!("http://{IMDS}")),
+            ("AWS_EC2_ENDPOINT", format!("http://{EC2}")),
+            ("MY_NODE_NAME", node.name.clone()),
+            ("MINIMUM_IP_TARGET", ADDRESSES.to_string()),
+            ("WARM_IP_TARGET", "1".into()),
+            // The same few addresses are given out again and again.
+            ("IP_COOLDOWN_PERIOD", "0".into()),
+            ("AWS_VPC_K8S_CNI_LOGLEVEL", "WARN".into()),
+            ("AWS_VPC_K8S_CNI_LOG_FILE", "stderr".into()),
+        ]);
+        let daemon = command.spawn().unwrap();
+        drop(topology);
+        let held = || world.cloud.vpc().interfaces().map(|eni| eni.secondary_ipv4s.len()).sum::<usize>();
+        let start = clock::instant();
+        while held() < ADDRESSES {
+            assert!(start.elapsed() < POOL_TIMEOUT, "the daemon has {} addresses after {POOL_TIMEOUT:?}", held());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        // The last ENI is still being set up when EC2 has given its addresses.
+        std::thread::sleep(Duration::from_secs(3));
+        Node { network, mounts, daemon, _world: world }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        // Both fail when it has ended.
+        _ = self.daemon.kill();
+        _ = self.daemon.wait();
+    }
 }
 
 /// A pod's namespace and everything prepared that is not to be timed.
@@ -81,9 +155,15 @@ struct Pod {
 }
 
 impl Pod {
-    fn new(dir: &Path, plugin: &Path, number: usize) -> Pod {
+    /// Puts a namespace and the plugin below `/run`, which is private.
+    fn new(number: usize) -> Pod {
         let name = format!("pod-{number}");
+        let dir = Path::new("/run/enibox-bench");
         let namespace = Namespace::create_named(&dir.join("netns"), &name).unwrap();
+        let plugin = dir.join("aws-cni");
+        if !plugin.exists() {
+            std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_enibox"), &plugin).unwrap();
+        }
         let number = u32::try_from(number).unwrap();
         let interface = PodInterface {
             host_veth: naming::host_veth(naming::DEFAULT_VETH_PREFIX, "bare", &name, 0).unwrap(),
@@ -95,7 +175,7 @@ impl Pod {
             host_mac: Mac([2, 0, 0, 0, 0, number.to_be_bytes()[3]]),
         };
         let (host, inside) = (Socket::route().unwrap(), Socket::route_in(&namespace).unwrap());
-        Pod { plugin: plugin.into(), container: name, namespace, host, inside, interface }
+        Pod { plugin, container: name, namespace, host, inside, interface }
     }
 
     fn call(&self, command: &str) {
@@ -183,15 +263,15 @@ fn repeat(rounds: usize, mut work: impl FnMut()) -> Vec<Duration> {
     (0..rounds).map(|_| timed(&mut work)).collect()
 }
 
-/// Times of ADD and DEL, in turn, on one pod.
-fn one_by_one(pod: &mut Pod, add: fn(&mut Pod), del: fn(&mut Pod)) -> (Vec<Duration>, Vec<Duration>) {
+/// ADD and DEL, in turn, on one pod.
+fn one_by_one(pod: &mut Pod, add: fn(&mut Pod), del: fn(&mut Pod)) -> Times {
     let both: Vec<(Duration, Duration)> =
         (0..WARM_UP + ROUNDS).map(|_| (timed(|| add(pod)), timed(|| del(pod)))).collect();
     both.into_iter().skip(WARM_UP).unzip()
 }
 
-/// Times of ADD and DEL of all pods at the same moment, each from a thread of its own.
-fn bursts(pods: &mut [Pod], add: fn(&mut Pod), del: fn(&mut Pod)) -> (Vec<Duration>, Vec<Duration>) {
+/// ADD and DEL of all pods at the same moment, each from a thread of its own.
+fn bursts(pods: &mut [Pod], add: fn(&mut Pod), del: fn(&mut Pod)) -> Times {
     let mut all = |work: fn(&mut Pod)| -> Vec<Duration> {
         let barrier = std::sync::Barrier::new(pods.len());
         std::thread::scope(|scope| {
