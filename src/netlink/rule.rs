@@ -91,12 +91,18 @@ pub fn delete_all(socket: &mut Socket, rule: &Rule) -> Result<usize> {
     Err(Error::new(format!("{}: still there after {DELETE_LIMIT} times", request.what)))
 }
 
-/// The rules of one family, in the order in which the kernel asks them.
+/// The rules of one family, in the order in which the kernel asks them. (`dump_rules` in net/core/fib_rules.c counts its
+/// way and never flags an interruption.)
 pub fn list(socket: &mut Socket, family: Family) -> Result<Vec<Rule>> {
     let mut header = [0; HEADER];
     header[0] = family_byte(family);
     let request = Request::new(Rtm::Getrule, 0, header.to_vec(), "list rules".into());
-    socket.dump(&request, |message: &Message<'_>| decode(message.body).filter(|rule| rule.family == family))
+    let group = match family {
+        Family::V4 => libc::RTNLGRP_IPV4_RULE,
+        Family::V6 => libc::RTNLGRP_IPV6_RULE,
+    };
+    let ours = |rule: &Rule| rule.family == family;
+    socket.dump_watched(group, &request, |message: &Message<'_>| decode(message.body).filter(ours))
 }
 
 /// Reads the body of an RTM_NEWRULE or RTM_DELRULE message; none if it is malformed or of another family. What [`Rule`]

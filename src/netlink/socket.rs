@@ -368,6 +368,23 @@ impl Socket {
         Ok(())
     }
 
+    /// Like [`Socket::dump`], for lists whose dump the kernel does not flag as interrupted and whose place it keeps as a
+    /// number: what is deleted between two parts of the answer makes it skip an entry. The socket joins the list's
+    /// notification group meanwhile; a change told between two parts is an interruption.
+    pub(super) fn dump_watched<T>(
+        &mut self,
+        group: u32,
+        request: &Request,
+        decode: impl FnMut(&Message<'_>) -> Option<T>,
+    ) -> Result<Vec<T>> {
+        let groups = || Groups::new_groups(&[group]);
+        self.inner.add_mcast_membership(groups()).with_context(|| request.what.clone())?;
+        let list = self.dump(request, decode);
+        // What was told until here is skipped by every later reader: it is not for this socket's port.
+        self.inner.drop_mcast_membership(groups()).with_context(|| request.what.clone())?;
+        list
+    }
+
     /// Asks for a list and decodes each message of it; what `decode` returns none for is left out. A dump during which the
     /// kernel's list changed is made again, at most five times in all.
     pub fn dump<T>(&mut self, request: &Request, mut decode: impl FnMut(&Message<'_>) -> Option<T>) -> Result<Vec<T>> {
@@ -383,6 +400,7 @@ impl Socket {
         Err(Error::new(format!("{}: the list changed during each of {DUMP_ATTEMPTS} attempts", request.what)))
     }
 
+    /// One dump: the list, or none if it changed meanwhile.
     fn dump_once<T>(
         &mut self,
         request: &Request,
@@ -391,11 +409,13 @@ impl Socket {
         let what = || request.what.clone();
         let sequence = self.send(std::slice::from_ref(request), usize::MAX).with_context(what)?;
         let (mut list, mut interrupted) = (Vec::new(), false);
+        let (mut begun, mut changed) = (false, false);
         let end = clock::instant() + RECEIVE_TIMEOUT * 4;
         loop {
             let length = self.receive().with_context(what)?;
             for message in messages(&self.buffer[..length]) {
                 if message.port != self.port || message.sequence != sequence {
+                    changed |= begun; // a notification, if this socket asked for them
                     continue;
                 }
                 interrupted |= message.flags & NlmF::DUMP_INTR.bits() != 0;
@@ -406,6 +426,10 @@ impl Socket {
                     }
                     return Ok((!interrupted).then_some(list));
                 }
+                // The kernel makes a part when the one before was read, so a change stands in the queue before the parts
+                // that it may have spoilt.
+                interrupted |= changed;
+                begun = true;
                 list.extend(decode(&message));
             }
             if clock::instant() > end {
