@@ -18,7 +18,7 @@ use std::process::{Child, Stdio};
 use std::time::Duration;
 
 /// How long the daemon may take until it serves.
-const READY_TIMEOUT: Duration = Duration::from_secs(60);
+const READY_TIMEOUT: Duration = Duration::from_mins(1);
 /// How long it may take to end.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a call of the plugin may take; the kubelet's own limit is two minutes.
@@ -40,8 +40,8 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts `program` as the daemon of a node. It ends with the thread that calls this.
-    pub fn start(program: &Path, logs: &Path, node: &Node) -> Result<Agent> {
+    /// Starts `program` as the daemon of a node; `env` adds to the settings of the sandbox or changes them. It ends with the thread that calls this.
+    pub fn start(program: &Path, logs: &Path, node: &Node, env: &[(String, String)]) -> Result<Agent> {
         let name = node.place.name.clone();
         let (log, output) = (logs.join(format!("{name}-ipamd.log")), logs.join(format!("{name}-ipamd.out")));
         let out = File::create(&output).with_context(|| format!("create {}", output.display()))?;
@@ -59,6 +59,7 @@ impl Agent {
         ] {
             command.env(variable, value);
         }
+        command.envs(env.iter().map(|(name, value)| (name, value)));
         let started = clock::now().mono;
         let child = command.spawn().with_context(|| format!("start the daemon on {name}"))?;
         Ok(Agent { name, child, log, started })

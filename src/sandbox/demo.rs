@@ -10,6 +10,7 @@ use super::world::{Plan, World};
 use crate::clock;
 use crate::error::{Context, Error, List, Result, exit};
 use crate::model::limits;
+use crate::model::settings::Settings;
 use crate::sys;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -37,6 +38,9 @@ pub struct Args {
     /// Leave everything standing until Ctrl-C or `enibox sandbox down`
     #[arg(long)]
     keep: bool,
+    /// A setting of the daemon, besides those of the sandbox; may be given several times
+    #[arg(long = "env", value_name = "NAME=VALUE", value_parser = setting)]
+    env: Vec<(String, String)>,
     /// Decides ids and addresses
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -46,6 +50,13 @@ pub struct Args {
 enum Command {
     /// End every sandbox of this machine and remove what killed ones have left
     Down,
+}
+
+fn setting(text: &str) -> std::result::Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("not NAME=VALUE".into()),
+    }
 }
 
 /// Runs the command; the exit code.
@@ -128,6 +139,13 @@ fn demo(args: &Args) -> Result<bool> {
     Ok(report.ok)
 }
 
+// What the daemon's settings mean for the source that others see.
+fn expectation(args: &Args) -> flows::Expectation {
+    let lookup = |name: &str| args.env.iter().rev().find(|(key, _)| key == name).map(|(_, value)| value.clone());
+    let (settings, _) = Settings::parse(lookup);
+    flows::Expectation { snat: !settings.external_snat, excluded: settings.exclude_snat_cidrs }
+}
+
 fn print(args: &Args, report: &Report) -> Result<()> {
     let text = if args.json { format!("{}\n", serde_json::to_string_pretty(report)?) } else { format!("\n{report}") };
     let mut out = std::io::stdout();
@@ -160,7 +178,7 @@ impl Stage {
         say("starting the daemon on each node");
         let logs = self.world.topology().run().logs();
         for node in &self.nodes {
-            self.agents.push(Agent::start(&self.program, &logs, node)?);
+            self.agents.push(Agent::start(&self.program, &logs, node, &args.env)?);
         }
         let mut ready = Vec::new();
         for (agent, node) in self.agents.iter_mut().zip(&self.nodes) {
@@ -176,13 +194,12 @@ impl Stage {
         errors.into_result()?;
         self.check_addresses(report);
         say("sending tcp and udp along every path");
-        report.flows = flows::run(&self.world, &self.pods, &going)?;
+        report.flows = flows::run(&self.world, &self.pods, &expectation(args), &going)?;
         self.describe(args, &ready, report);
         Ok(())
     }
 
     // All nodes at once, the pods of a node one after the other. A failure leaves the pods that are there.
-    #[expect(clippy::type_complexity, reason = "pods, and why there are not more")]
     fn add_pods(&self, count: usize) -> Result<Vec<(Vec<WiredPod>, Result<()>)>> {
         let logs = self.world.topology().run().logs();
         let add = |node: &Node| {

@@ -4,9 +4,10 @@
 use super::agents::WiredPod;
 use super::nodeport;
 use super::probe::{Flow, PORT, Proto};
-use super::world::{HOSTS, World};
+use super::world::{HOSTS, Host, World};
 use crate::error::Result;
 use crate::netlink::netns::Namespace;
+use ipnet::Ipv4Net;
 use serde::Serialize;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::time::Duration;
@@ -27,6 +28,9 @@ pub struct Outcome {
     /// What kind of flow: the line of the table.
     #[serde(skip)]
     pub kind: &'static str,
+    /// Whose address the receiver must see, in words.
+    #[serde(skip)]
+    pub source: &'static str,
     /// Who sent.
     pub from: String,
     /// To whom.
@@ -39,6 +43,23 @@ pub struct Outcome {
     pub seen: String,
     /// Whether they are the same.
     pub ok: bool,
+}
+
+/// What the daemon's settings mean for the flows.
+#[derive(Clone, Debug)]
+pub struct Expectation {
+    /// Pods are seen as their node outside of the VPC (AWS_VPC_K8S_CNI_EXTERNALSNAT is off).
+    pub snat: bool,
+    /// Outside of the VPC but left alone (AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS).
+    pub excluded: Vec<Ipv4Net>,
+}
+
+impl Expectation {
+    // The source that a host sees of a pod.
+    fn seen_by(&self, host: &Host, node: &End, pod: &End) -> Ipv4Addr {
+        let kept = host.in_vpc || !self.snat || self.excluded.iter().any(|net| net.contains(&host.address));
+        if kept { pod.address } else { node.address }
+    }
 }
 
 /// An end of flows.
@@ -57,6 +78,17 @@ struct Planned<'a> {
     listen: SocketAddr,
     expect: Ipv4Addr,
     label: String,
+}
+
+impl Planned<'_> {
+    fn source(&self) -> &'static str {
+        match self.client.name.split_once('/') {
+            Some(_) if self.expect == self.client.address => "the pod's own address",
+            Some(_) => "the node's primary address",
+            None if self.client.name.starts_with("node-") => "the node's primary address",
+            None => "the client's own address",
+        }
+    }
 }
 
 fn plain<'a>(kind: &'static str, client: &'a End, server: &'a End, expect: Ipv4Addr) -> Planned<'a> {
@@ -91,7 +123,7 @@ impl Ends {
         Ok(ends)
     }
 
-    fn plan(&self) -> Vec<Planned<'_>> {
+    fn plan(&self, expectation: &Expectation) -> Vec<Planned<'_>> {
         let mut plan = Vec::new();
         for (at, (node, pods)) in self.nodes.iter().zip(&self.pods).enumerate() {
             let elsewhere = self.pods.iter().enumerate().filter(|(other, _)| *other != at);
@@ -111,8 +143,8 @@ impl Ends {
                         "internet" => "pod to internet",
                         _ => "pod to peered network",
                     };
-                    plan.push(plain(kind, pod, end, if host.in_vpc { pod.address } else { node.address }));
-                    if !host.in_vpc && host.name != "internet" || host.name == "vpc-host" {
+                    plan.push(plain(kind, pod, end, expectation.seen_by(host, node, pod)));
+                    if matches!(host.name, "peered" | "vpc-host") {
                         plan.push(plain("network to pod", end, pod, end.address));
                     }
                 }
@@ -157,7 +189,12 @@ fn ports_of(pods: &[End]) -> impl Iterator<Item = (u16, &End)> {
 }
 
 /// Sends every flow over TCP and UDP. `going` is asked before each whether to go on.
-pub fn run(world: &World, pods: &[Vec<WiredPod>], going: &dyn Fn() -> Result<()>) -> Result<Vec<Outcome>> {
+pub fn run(
+    world: &World,
+    pods: &[Vec<WiredPod>],
+    expectation: &Expectation,
+    going: &dyn Fn() -> Result<()>,
+) -> Result<Vec<Outcome>> {
     let ends = Ends::of(world, pods)?;
     for (node, pods) in ends.nodes.iter().zip(&ends.pods) {
         let ports = ports_of(pods).map(|(port, pod)| (port, SocketAddrV4::new(pod.address, PORT)));
@@ -165,7 +202,7 @@ pub fn run(world: &World, pods: &[Vec<WiredPod>], going: &dyn Fn() -> Result<()>
     }
     let mut outcomes = Vec::new();
     let mut failures = 0;
-    for planned in ends.plan() {
+    for planned in ends.plan(expectation) {
         for proto in [Proto::Tcp, Proto::Udp] {
             going()?;
             let flow = Flow {
@@ -180,6 +217,7 @@ pub fn run(world: &World, pods: &[Vec<WiredPod>], going: &dyn Fn() -> Result<()>
             failures += usize::from(!ok);
             outcomes.push(Outcome {
                 kind: planned.kind,
+                source: planned.source(),
                 from: planned.client.name.clone(),
                 to: planned.label.clone(),
                 proto: proto.as_str(),

@@ -116,7 +116,8 @@ impl Report {
                 (format!("{good}/{count}"), good == count)
             };
             let ((tcp, tcp_ok), (udp, udp_ok)) = (of("tcp"), of("udp"));
-            let mark = if tcp_ok && udp_ok { source_of(kind) } else { "FAILED" };
+            let one = self.flows.iter().find(|flow| flow.kind == kind);
+            let mark = if tcp_ok && udp_ok { one.map_or("", |flow| flow.source) } else { "FAILED" };
             writeln!(f, "{kind:<32} {tcp:>9} {udp:>9}  {mark}")?;
         }
         for flow in self.flows.iter().filter(|flow| !flow.ok).take(SHOWN) {
@@ -127,15 +128,6 @@ impl Report {
     }
 }
 
-fn source_of(kind: &str) -> &'static str {
-    match kind {
-        "pod to internet" | "pod to peered network" => "the node's primary address",
-        "node to its pod" => "the node's primary address",
-        "network to pod" | "node port to pod" => "the client's own address",
-        _ => "the pod's own address",
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -143,6 +135,7 @@ mod tests {
     fn flow(ok: bool, proto: &'static str) -> Outcome {
         Outcome {
             kind: "pod to internet",
+            source: "the node's primary address",
             from: "node-1/pod-1".into(),
             to: "internet".into(),
             proto,

@@ -5,6 +5,7 @@ use crate::clock;
 use crate::error::{Context, Error, List, Result};
 use crate::sys;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -46,11 +47,14 @@ impl Run {
                     fs::create_dir(run.path.join("log")).context("create directory of logs")?;
                     return Ok(run);
                 }
-                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(Error::from(error).context(format!("create run directory {path:?}"))),
+                // The name is taken; or another run, the last one, has just removed the directory above.
+                Err(error) if matches!(error.kind(), ErrorKind::AlreadyExists | ErrorKind::NotFound) => {}
+                Err(error) => {
+                    return Err(Error::from(error).context(format!("create run directory {}", path.display())));
+                }
             }
         }
-        Err(Error::new(format!("create run directory in {home:?}: too many runs of process {pid}")))
+        Err(Error::new(format!("create run directory in {}: too many runs of process {pid}", home.display())))
     }
 
     /// The directory.
@@ -66,7 +70,7 @@ impl Run {
     /// Writes a file into the directory.
     pub fn write(&self, name: &str, text: &str) -> Result<()> {
         let path = self.path.join(name);
-        fs::write(&path, text).with_context(|| format!("write {path:?}"))
+        fs::write(&path, text).with_context(|| format!("write {}", path.display()))
     }
 
     /// Gives an open namespace of this process a name: a link into `/proc`, which dies with the process.
@@ -74,13 +78,13 @@ impl Run {
         use std::os::fd::AsRawFd;
         let target = format!("/proc/{}/fd/{}", std::process::id(), namespace.as_fd().as_raw_fd());
         let link = self.path.join(kind).join(name);
-        std::os::unix::fs::symlink(target, &link).with_context(|| format!("name namespace {link:?}"))
+        std::os::unix::fs::symlink(target, &link).with_context(|| format!("name namespace {}", link.display()))
     }
 
     /// Takes a name away.
     pub fn forget(&self, kind: &str, name: &str) -> Result<()> {
         let link = self.path.join(kind).join(name);
-        fs::remove_file(&link).with_context(|| format!("remove {link:?}"))
+        fs::remove_file(&link).with_context(|| format!("remove {}", link.display()))
     }
 }
 
@@ -97,12 +101,12 @@ impl Drop for Run {
 fn runs(home: &Path) -> Result<Vec<(PathBuf, u32, bool)>> {
     let entries = match fs::read_dir(home) {
         Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(Error::from(error).context(format!("list {home:?}"))),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(Error::from(error).context(format!("list {}", home.display()))),
     };
     let mut runs = Vec::new();
     for entry in entries {
-        let path = entry.with_context(|| format!("list {home:?}"))?.path();
+        let path = entry.with_context(|| format!("list {}", home.display()))?.path();
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or("");
         // Anything else in there is not ours.
         let Ok(pid) = name.split('-').next().unwrap_or("").parse::<u32>() else { continue };
@@ -120,8 +124,14 @@ pub fn sweep(home: &Path) -> Result<usize> {
     let mut errors = List::new();
     let mut swept = 0;
     for (path, ..) in runs(home)?.into_iter().filter(|(.., alive)| !alive) {
-        swept +=
-            usize::from(errors.note(fs::remove_dir_all(&path).with_context(|| format!("remove {path:?}"))).is_some());
+        match fs::remove_dir_all(&path) {
+            Ok(()) => swept += 1,
+            // Another run sweeps at the same time.
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => {
+                errors.note::<()>(Err(Error::from(error).context(format!("remove {}", path.display()))));
+            }
+        }
     }
     errors.into_result()?;
     Ok(swept)
@@ -133,13 +143,14 @@ pub fn down(home: &Path) -> Result<usize> {
     let living = runs(home)?.into_iter().filter(|(_, pid, alive)| *alive && *pid != own).collect::<Vec<_>>();
     let mut errors = List::new();
     for (path, pid, _) in &living {
-        errors.note(sys::signal(*pid, libc::SIGTERM).with_context(|| format!("end run {path:?}")));
+        errors.note(sys::signal(*pid, libc::SIGTERM).with_context(|| format!("end run {}", path.display())));
     }
     let deadline = clock::instant() + END_TIMEOUT;
     for (path, pid, _) in &living {
         while runs(home)?.iter().any(|(other, _, alive)| other == path && *alive) {
             if clock::instant() > deadline {
-                errors.note::<()>(Err(Error::new(format!("run {path:?} does not end; its process is {pid}"))));
+                errors
+                    .note::<()>(Err(Error::new(format!("run {} does not end; its process is {pid}", path.display()))));
                 break;
             }
             std::thread::sleep(Duration::from_millis(50));

@@ -66,8 +66,6 @@ impl Topology {
             // Redirects would teach nodes shortcuts that EC2 does not know.
             ("net/ipv4/conf/all/send_redirects", "0"),
             ("net/ipv4/conf/default/send_redirects", "0"),
-            // Answers for others are otherwise held back for up to 0.8 s (arp(7), proxy_delay).
-            ("net/ipv4/neigh/default/proxy_delay", "0"),
             ("net/ipv6/conf/default/disable_ipv6", "1"),
         ])?;
         let socket = router.socket()?;
@@ -152,6 +150,9 @@ impl Topology {
         let what = || format!("plug {name} into {}", place.name);
         self.socket.run(&[link::create_veth(&veth)]).with_context(what)?;
         let made = link::by_name(&mut self.socket, name).with_context(what)?;
+        // Answers for others are otherwise held back for up to 0.8 s (arp(7)). Only the first namespace of a machine has
+        // a default for it (`lookup_neigh_parms` in net/core/neighbour.c), so it is set for each link.
+        self.router.sysctls(&[(&format!("net/ipv4/neigh/{name}/proxy_delay"), "0")])?;
         made.map(|link| link.index).ok_or_else(|| Error::new("it is gone").context(what()))
     }
 
@@ -217,8 +218,8 @@ impl Topology {
 
     fn plug_eni(&mut self, wire: &Wire, node: &Node, gateway: Ipv4Addr) -> Result<Port> {
         let taken = node.place.links()?.into_iter().map(|link| link.name).collect::<BTreeSet<_>>();
-        let inner = (0..).map(|number: u32| format!("eth{number}")).find(|name| !taken.contains(name));
-        let inner = inner.unwrap_or_else(|| "eth".into());
+        let mut names = (0..=taken.len()).map(|number| format!("eth{number}"));
+        let inner = names.find(|name| !taken.contains(name)).ok_or_else(|| Error::new("no free name"))?;
         // Eleven digits of the id tell ENIs apart.
         let digits = wire.eni.as_str();
         let name = format!("eni-{}", &digits[digits.len().saturating_sub(11)..]);

@@ -1,0 +1,136 @@
+//! `enibox sandbox` as a user runs it: the real daemon and plugin, every flow, and nothing left of it.
+
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+
+fn sandbox(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_enibox"));
+    command.arg("sandbox").args(args);
+    command
+}
+
+fn json(output: &Output) -> Value {
+    let text = String::from_utf8_lossy(&output.stdout);
+    serde_json::from_str(&text).unwrap_or_else(|_| panic!("{text}\n{}", String::from_utf8_lossy(&output.stderr)))
+}
+
+fn failed(report: &Value) -> Vec<&Value> {
+    report["flows"].as_array().unwrap().iter().filter(|flow| flow["ok"] != true).collect()
+}
+
+fn started(pid: u32) -> bool {
+    Path::new(&format!("/run/enibox-sandbox/{pid}")).exists()
+}
+
+#[test]
+fn every_flow_is_as_it_should_be() {
+    let child = sandbox(&["--nodes", "2", "--pods", "10", "--json"]);
+    let output = { child }.output().unwrap();
+    let report = json(&output);
+    assert_eq!(failed(&report), Vec::<&Value>::new());
+    assert_eq!((report["problems"].clone(), report["ok"].clone()), (Value::Array(vec![]), Value::Bool(true)));
+    assert!(output.status.success());
+    assert!(report["flows"].as_array().unwrap().len() > 400);
+    let pods = report["pods"].as_array().unwrap();
+    let addresses = pods.iter().map(|pod| pod["ip"].as_str().unwrap()).collect::<BTreeSet<_>>();
+    let enis = pods.iter().map(|pod| pod["eni"].as_str().unwrap()).collect::<BTreeSet<_>>();
+    assert_eq!(addresses.len(), 20);
+    assert!(enis.len() >= 4, "ten pods do not fit on one ENI of an m5.large: {enis:?}");
+    let internet = report["flows"].as_array().unwrap().iter().find(|flow| flow["to"] == "internet").unwrap();
+    assert!(!addresses.contains(internet["seen"].as_str().unwrap()), "seen as the node");
+}
+
+#[test]
+fn without_snat_a_pod_is_seen_as_itself() {
+    let output = sandbox(&["--nodes", "1", "--pods", "2", "--json", "--env", "AWS_VPC_K8S_CNI_EXTERNALSNAT=true"]);
+    let report = json(&{ output }.output().unwrap());
+    assert_eq!(failed(&report), Vec::<&Value>::new());
+    let flow = report["flows"].as_array().unwrap().iter().find(|flow| flow["to"] == "internet").unwrap();
+    assert!(report["pods"].as_array().unwrap().iter().any(|pod| pod["ip"] == flow["seen"]), "{flow}");
+}
+
+#[test]
+fn a_wrong_network_is_found_out() {
+    // Without node-port support the answer of a pod on a secondary ENI leaves by that ENI, with an address that is not
+    // the ENI's: the router drops it.
+    let args = ["--nodes", "1", "--pods", "10", "--json", "--env", "AWS_VPC_CNI_NODE_PORT_SUPPORT=false"];
+    let output = sandbox(&args).output().unwrap();
+    let report = json(&output);
+    assert_eq!((output.status.code(), &report["ok"]), (Some(1), &Value::Bool(false)));
+    let failed = failed(&report);
+    assert!(!failed.is_empty());
+    assert!(failed.iter().all(|flow| flow["to"].as_str().unwrap().contains("pod-10")), "{failed:?}");
+}
+
+#[test]
+fn a_bad_command_line_is_told() {
+    for (args, code) in [
+        (["--nodes", "0"], 2),
+        (["--pods", "x"], 2),
+        (["--env", "nothing"], 2),
+        (["--instance-type", "m5.tiny"], 1),
+        (["--pods", "200"], 1),
+    ] {
+        assert_eq!(sandbox(&args).output().unwrap().status.code(), Some(code), "{args:?}");
+    }
+}
+
+// A run that is kept, once it stands.
+fn kept() -> Child {
+    let mut child = sandbox(&["--nodes", "1", "--pods", "1", "--keep"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let stands = lines.by_ref().map_while(Result::ok).any(|line| line.contains("It stands until"));
+    assert!(stands);
+    // Goes on reading, so that the run is not stopped by a full pipe.
+    std::thread::spawn(move || lines.count());
+    child
+}
+
+fn daemons_of(run: &str) -> usize {
+    let of = |entry: std::fs::DirEntry| std::fs::read(entry.path().join("environ")).ok();
+    let environments = std::fs::read_dir("/proc").unwrap().flatten().filter_map(of);
+    environments.filter(|text| String::from_utf8_lossy(text).contains(run)).count()
+}
+
+#[test]
+fn a_kept_run_is_entered_and_ended() {
+    let mut child = kept();
+    let pid = child.id();
+    let inside = Command::new("nsenter")
+        .arg(format!("--net=/run/enibox-sandbox/{pid}/netns/node-1"))
+        .arg(format!("--mount=/run/enibox-sandbox/{pid}/mnt/node-1"))
+        .args(["ls", "/run/aws-node", "/run/netns", "/sys/class/net"])
+        .output();
+    let listing = String::from_utf8(inside.unwrap().stdout).unwrap();
+    assert!(listing.contains("ipamd.sock") && listing.contains("cni-pod-1"), "{listing}");
+    enibox::sys::signal(pid, 15).unwrap();
+    assert!(child.wait().unwrap().success());
+    assert!(!started(pid));
+}
+
+#[test]
+fn a_killed_run_leaves_a_directory_that_the_next_one_removes() {
+    let mut child = kept();
+    let pid = child.id();
+    let run = format!("/run/enibox-sandbox/{pid}/");
+    assert_eq!(daemons_of(&run), 1);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let mut patience = 100;
+    while daemons_of(&run) > 0 && patience > 0 {
+        std::thread::sleep(Duration::from_millis(20));
+        patience -= 1;
+    }
+    assert_eq!(daemons_of(&run), 0, "the daemon ends with its sandbox");
+    // Its directory stays for the next run, which may be that of another test.
+    assert!(sandbox(&["--nodes", "1", "--pods", "1"]).output().unwrap().status.success());
+    assert!(!started(pid));
+}
