@@ -131,6 +131,8 @@ const WATCH: Duration = Duration::from_secs(30);
 /// Reconcile after this long without a pool action, and at least every [`RECONCILE_MAX`] (B39).
 const RECONCILE: Duration = Duration::from_mins(1);
 const RECONCILE_MAX: Duration = Duration::from_mins(5);
+/// A plugin needs less than this between the answer of the daemon and the end of its work on the host.
+const PLUGIN_MAX: Duration = Duration::from_secs(5);
 /// How often the host's links are compared with the allocations (B18).
 const LINK_CHECK: Duration = Duration::from_secs(150);
 
@@ -176,6 +178,8 @@ pub struct Core {
     wanted: BTreeMap<EniId, imds::Eni>,
     ready: BTreeSet<EniId>,
     gone: BTreeSet<IpAddr>,
+    // Addresses that were given back lately: what is left of them on the host is swept.
+    released: BTreeMap<IpAddr, Mono>,
     host_dirty: bool,
 
     // What is being done with EC2.
@@ -224,6 +228,7 @@ impl Core {
             wanted: BTreeMap::new(),
             ready: BTreeSet::new(),
             gone: BTreeSet::new(),
+            released: BTreeMap::new(),
             host_dirty: false,
             growth: None,
             growth_failures: 0,

@@ -2,7 +2,7 @@
 //! what EC2 told before stands in the checkpoint, and is checked as soon as EC2 answers (`spec/ipamd.md` 2, 5.3).
 
 use super::freeing::Free;
-use super::{Core, Effect, LINK_CHECK, Level, Op, Phase, Seen, Timer};
+use super::{Core, Effect, LINK_CHECK, Level, Op, PLUGIN_MAX, Phase, Seen, Timer};
 use crate::model::checkpoint::{Allocation, Checkpoint, Own};
 use crate::model::ids::{EniId, PodKey, PodName};
 use crate::model::imds::{self, Query};
@@ -12,7 +12,7 @@ use crate::model::time::Wall;
 use crate::plan::host::HostEni;
 use crate::plan::pool::{Eni, Kind, Owner, Refused};
 use ipnet::IpNet;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 impl Core {
@@ -187,7 +187,7 @@ impl Core {
         self.host_dirty = false;
         let mut intent = self.config.host.clone();
         intent.vpc_cidrs = vpc_cidrs;
-        let mut included = std::collections::BTreeSet::new();
+        let mut included = BTreeSet::new();
         for eni in self.wanted.values() {
             included.insert(eni.id.clone());
             if eni.id == self.config.identity.primary_eni {
@@ -206,10 +206,24 @@ impl Core {
                 trunk: self.kind(&eni.id) == Kind::Trunk,
             });
         }
-        intent.pods = self.pool.allocations().filter_map(|(ip, _, table)| table.map(|table| (ip, table))).collect();
-        intent.gone = self.gone.iter().copied().collect();
-        let op = self.begin(Op::Host { enis: included, gone: self.gone.clone() });
+        // What a plugin may still be working on is its own.
+        let settled = |owner: &Owner| self.now.wall.since(owner.since) > PLUGIN_MAX;
+        let pods = self.pool.allocations().filter(|(_, owner, _)| settled(owner));
+        intent.pods = pods.filter_map(|(ip, _, table)| table.map(|table| (ip, table))).collect();
+        let swept = self.to_sweep();
+        let gone: BTreeSet<IpAddr> = self.gone.iter().copied().chain(swept).collect();
+        intent.gone = gone.iter().copied().collect();
+        let op = self.begin(Op::Host { enis: included, gone });
         self.out.push(Effect::Kernel(op, Box::new(intent)));
+    }
+
+    // A rule that was put back while its pod was being deleted would lead the next owner of the address astray. Only
+    // addresses that nobody can get before the kernel has done its work: well inside their cooldown.
+    fn to_sweep(&mut self) -> Vec<IpAddr> {
+        let (now, rest) = (self.now.mono, self.pool.cooldown().saturating_sub(PLUGIN_MAX));
+        self.released.retain(|_, at| now.since(*at) < rest);
+        let due = self.released.extract_if(.., |_, at| now.since(*at) >= PLUGIN_MAX);
+        due.map(|(address, _)| address).collect()
     }
 
     pub(super) fn kernel_done(&mut self, op: super::OpId, result: Result<BTreeMap<EniId, String>, String>) {

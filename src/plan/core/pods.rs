@@ -1,7 +1,7 @@
 //! Requests of the plugins: an address for a pod, and back (`spec/ipamd.md` 10.2, 10.3).
 
 use super::saver::Undo;
-use super::{Answer, CallId, Core, Effect, Level, Phase, Seen};
+use super::{Answer, CallId, Core, Effect, Level, PLUGIN_MAX, Phase, Seen, Timer};
 use crate::model::ids::{PodKey, PodName};
 use crate::model::naming;
 use crate::model::spool::Record;
@@ -65,6 +65,7 @@ impl Core {
                 format!("assign {} to {} ({}) on {}", place.address, owner.pod, owner.key, place.eni),
             );
             self.gone.remove(&place.address);
+            self.released.remove(&place.address);
             self.changed();
             undo = Undo::Assign(owner.key.clone());
         }
@@ -149,6 +150,8 @@ impl Core {
             format!("release {} of {} ({key}): {}", released.address, released.owner.pod, request.reason),
         );
         self.changed();
+        self.released.insert(released.address, self.now.mono);
+        self.wake_for(Timer::Host, self.now.mono.plus(PLUGIN_MAX));
         let mut allocations = vec![IpAllocation::default()];
         if let Some(place) = &released.place {
             allocations = vec![allocation(place)];

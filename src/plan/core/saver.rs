@@ -91,7 +91,7 @@ impl Core {
                 Undo::Nothing => {}
                 Undo::Assign(key) => self.pool.undo_assign(&key),
                 Undo::Release(released) => {
-                    self.gone.remove(&released.address);
+                    self.released.remove(&released.address);
                     self.pool.undo_release(*released);
                 }
             }
