@@ -129,6 +129,7 @@ impl World {
     /// The process is killed: what was in flight is lost, what EC2 has done stands. Plugins that waited see a broken
     /// connection, and their runtime deletes the pod.
     fn crash(&mut self) {
+        self.log.push(format!("{} ms CRASH", self.nanos / 1_000_000));
         self.core = None;
         self.coming.clear();
         self.ready = false;
@@ -199,7 +200,13 @@ impl World {
                     }
                 }
                 let living = |ip: &IpAddr| self.pods.values().any(|held| held == ip);
-                assert!(!intent.gone.iter().any(living), "rules of a living pod are swept: {:?}", intent.gone);
+                assert!(
+                    !intent.gone.iter().any(living),
+                    "rules of a living pod are swept: {:?}, living {:?}, {:#?}",
+                    intent.gone,
+                    self.pods,
+                    self.log
+                );
                 self.swept.extend(intent.gone.iter().copied());
                 self.later(LATENCY, Event::Kernel(op, Ok(BTreeMap::new())));
             }
@@ -275,6 +282,7 @@ impl World {
         }
         self.serial += 1;
         let (call, key) = (self.serial, key(pod));
+        self.spool.retain(|record| record.key != key); // as the plugin does
         self.asked.insert(call, pod.into());
         let request = AddNetworkRequest {
             pod_name: pod.into(),
@@ -372,7 +380,7 @@ impl World {
             attached.flat_map(|i| i.secondary_ipv4s.iter().map(|ip| (i.id.clone(), IpAddr::V4(*ip)))).collect();
         assert_eq!(held, truth, "the pool and EC2");
         let orphans: Vec<_> = self.vpc.interfaces().filter(|i| i.attachment.is_none()).map(|i| &i.id).collect();
-        assert!(orphans.is_empty(), "leaked ENIs: {orphans:?}");
+        assert!(orphans.is_empty(), "leaked ENIs: {orphans:?}: {:#?}", self.log);
         let disk = enibox::model::checkpoint::Checkpoint::parse(self.disk.as_deref().unwrap()).unwrap();
         assert_eq!(disk.allocations.len(), self.pods.len(), "the checkpoint reproduces the pool");
         assert!(disk.enibox.unwrap().creating.is_empty(), "no intent is left");

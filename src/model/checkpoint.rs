@@ -6,6 +6,7 @@
 
 use super::ids::{AttachmentId, EniId, GroupId, SubnetId};
 use super::net::Mac;
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -104,6 +105,8 @@ pub struct Own {
     pub enis: BTreeMap<EniId, EniFacts>,
     /// Addresses in their cooldown: when they were released, in Unix nanoseconds.
     pub cooling: BTreeMap<IpAddr, i64>,
+    /// CIDRs that were given back lately, and when, in Unix nanoseconds: whoever still lists them is behind.
+    pub given_back: BTreeMap<IpNet, i64>,
     /// ENIs being created.
     pub creating: Vec<Creating>,
     /// ENIs being given back.
@@ -191,6 +194,7 @@ mod tests {
         let mut own = Own::default();
         own.enis.insert("eni-1".into(), EniFacts { managed: true, ..EniFacts::default() });
         own.cooling.insert("10.0.0.9".parse().unwrap(), 5);
+        own.given_back.insert("10.0.0.7/32".parse().unwrap(), 6);
         own.creating.push(Creating {
             token: "t".into(),
             count: 9,

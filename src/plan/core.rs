@@ -73,6 +73,8 @@ pub struct Config {
 /// What has to be looked at again at a certain time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Timer {
+    /// The start waits no longer for EC2.
+    Patience,
     /// IMDS: all ENIs.
     Scan,
     /// IMDS: CIDRs of the VPC.
@@ -131,6 +133,8 @@ const WATCH: Duration = Duration::from_secs(30);
 /// Reconcile after this long without a pool action, and at least every [`RECONCILE_MAX`] (B39).
 const RECONCILE: Duration = Duration::from_mins(1);
 const RECONCILE_MAX: Duration = Duration::from_mins(5);
+/// How long a start waits for EC2's word on what IMDS lists; living pods must not wait longer.
+const PATIENCE: Duration = Duration::from_millis(500);
 /// A plugin needs less than this between the answer of the daemon and the end of its work on the host.
 const PLUGIN_MAX: Duration = Duration::from_secs(5);
 /// How often the host's links are compared with the allocations (B18).
@@ -166,6 +170,8 @@ pub struct Core {
     scanned: bool,
     facts: BTreeMap<EniId, EniFacts>,
     described: Option<Mono>,
+    // What EC2 listed on each ENI when it was last asked.
+    listed: BTreeMap<EniId, BTreeSet<IpNet>>,
     conntrack: ConntrackTimeouts,
     vpc_cidrs: Option<Vec<IpNet>>,
     groups: Option<Vec<GroupId>>,
@@ -218,6 +224,7 @@ impl Core {
             scanned: false,
             facts: BTreeMap::new(),
             described: None,
+            listed: BTreeMap::new(),
             conntrack: ConntrackTimeouts::default(),
             vpc_cidrs: None,
             groups: None,
@@ -317,7 +324,7 @@ impl Core {
                     self.set_timer(Timer::Links, LINK_CHECK);
                 }
                 Timer::Growth => self.growth_timer(),
-                Timer::Save | Timer::Shrink | Timer::Freeing => {} // looked at in every step
+                Timer::Patience | Timer::Save | Timer::Shrink | Timer::Freeing => {} // looked at in every step
             }
         }
     }

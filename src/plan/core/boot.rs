@@ -2,7 +2,7 @@
 //! what EC2 told before stands in the checkpoint, and is checked as soon as EC2 answers (`spec/ipamd.md` 2, 5.3).
 
 use super::freeing::Free;
-use super::{Core, Effect, LINK_CHECK, Level, Op, PLUGIN_MAX, Phase, Seen, Timer};
+use super::{Core, Effect, LINK_CHECK, Level, Op, PATIENCE, PLUGIN_MAX, Phase, Seen, Timer};
 use crate::model::checkpoint::{Allocation, Checkpoint, Own};
 use crate::model::ids::{EniId, PodKey, PodName};
 use crate::model::imds::{self, Query};
@@ -41,6 +41,7 @@ impl Core {
         self.ask_imds(Op::VpcCidrs, Query::VpcCidrs { v6: self.config.v6 });
         self.ask_imds(Op::Groups, Query::SecurityGroups);
         self.describe();
+        self.set_timer(Timer::Patience, PATIENCE);
         self.set_timer(Timer::Links, LINK_CHECK);
     }
 
@@ -80,6 +81,10 @@ impl Core {
         for (address, freed) in own.cooling {
             let age = self.now.wall.since(Wall::from_unix_nanos(freed));
             self.cooling.entry(address).or_insert(self.now.mono.minus(age));
+        }
+        for (net, at) in own.given_back {
+            let age = self.now.wall.since(Wall::from_unix_nanos(at));
+            self.unassigned.insert(net, self.now.mono.minus(age));
         }
         self.facts = own.enis;
         self.resume = own.creating.into();
@@ -127,7 +132,9 @@ impl Core {
 
     /// Takes in attached ENIs that are ours to use: first on the host, then in the pool.
     pub(super) fn adopt(&mut self) {
-        if !self.scanned {
+        // IMDS may list what EC2 has taken away already, so EC2 is given a moment to speak first.
+        let heard = self.described.is_some() || !self.timers.contains_key(&Timer::Patience);
+        if !self.scanned || !heard {
             return;
         }
         let creating = self.growth.as_ref().and_then(|growth| growth.creating()).and_then(|c| c.eni.clone());
@@ -276,9 +283,13 @@ impl Core {
         }
         let singles = eni.ipv4s.iter().skip(1).map(|ip| IpNet::from(IpAddr::V4(*ip)));
         let prefixes = if self.config.v6 { eni.v6_prefixes.clone() } else { eni.v4_prefixes.clone() };
-        let cidrs: Vec<IpNet> = if self.config.v6 { prefixes } else { singles.chain(prefixes).collect() };
+        let told: BTreeSet<IpNet> =
+            if self.config.v6 { prefixes.into_iter().collect() } else { singles.chain(prefixes).collect() };
+        let cidrs = self.listed.get(id).filter(|_| !self.config.v6).cloned().unwrap_or(told);
         for net in cidrs {
-            self.add_cidr(id, net);
+            if !self.resting(&net) {
+                self.add_cidr(id, net);
+            }
         }
         self.acted();
         self.growth_enrolled();

@@ -3,7 +3,8 @@
 //! It is written down from the moment it leaves the pool until EC2 has deleted it. EC2 is asked once more before the
 //! detach: an ENI that is somebody else's by now is left alone.
 
-use super::{Core, Level, Op, Phase, Timer};
+use super::saver::Undo;
+use super::{Core, Effect, Level, Op, Phase, Timer};
 use crate::model::ec2::{Call, Failure, Interface, Reply};
 use crate::model::ids::{AttachmentId, EniId};
 use crate::model::time::Mono;
@@ -89,7 +90,7 @@ impl Core {
         let mut addresses = Vec::new();
         let mut prefixes = Vec::new();
         for net in &gone {
-            self.unassigned.insert(*net, self.now.mono.plus(UNASSIGNED));
+            self.unassigned.insert(*net, self.now.mono);
             match net {
                 IpNet::V4(net) if net.prefix_len() == 32 => addresses.push(net.addr()),
                 IpNet::V4(net) => prefixes.push(*net),
@@ -97,17 +98,25 @@ impl Core {
             }
         }
         self.log(Level::Info, format!("eni {eni}: give back {gone:?}"));
+        self.changed();
         let (single, whole): (Vec<IpNet>, Vec<IpNet>) = gone.into_iter().partition(|net| net.prefix_len() == 32);
         if !prefixes.is_empty() {
+            let op = self.begin(Op::Unassign(eni.clone(), whole));
             let call = Call::UnassignPrefixes { eni: eni.clone(), prefixes };
-            self.ask_ec2(Op::Unassign(eni.clone(), whole), call);
+            self.when_durable(Effect::Ec2(op, call), Undo::Nothing);
         }
         if !addresses.is_empty() {
+            let op = self.begin(Op::Unassign(eni.clone(), single));
             let call = Call::UnassignAddresses { eni: eni.clone(), addresses };
-            self.ask_ec2(Op::Unassign(eni.clone(), single), call);
+            self.when_durable(Effect::Ec2(op, call), Undo::Nothing);
         }
         self.last_shrink = Some(self.now.mono);
         self.acted();
+    }
+
+    /// Whether a CIDR was given back so lately that who lists it may be behind.
+    pub(super) fn resting(&self, net: &IpNet) -> bool {
+        self.unassigned.get(net).is_some_and(|at| self.now.mono.since(*at) < UNASSIGNED)
     }
 
     pub(super) fn unassign_done(&mut self, eni: &EniId, nets: &[IpNet], result: Result<Reply, Failure>) {
@@ -178,7 +187,6 @@ impl Core {
     fn free_inspected(&mut self, id: &EniId, found: Option<Interface>) {
         let ours = &self.config.identity.instance;
         match found.map(|interface| (interface.attachment, interface.status)) {
-            None => self.freed(id),
             Some((Some(attachment), status)) if attachment.instance == *ours => {
                 if status == "detaching" {
                     let until = self.now.mono.plus(AFTER_DETACH);
@@ -192,7 +200,8 @@ impl Core {
                 self.log(Level::Error, format!("eni {id} is attached to {} by now: left alone", attachment.instance));
                 self.freed(id);
             }
-            Some((None, _)) => {
+            // Not listed may only mean not yet: EC2 knows by the id.
+            Some((None, _)) | None => {
                 self.free_stage(id, Stage::Delete);
                 self.ask_ec2(Op::Free(id.clone()), Call::Delete(id.clone()));
             }

@@ -5,7 +5,7 @@
 //! show it and the host must be set up before a pod may have an address of it.
 
 use super::freeing::Free;
-use super::{Core, Level, Op, Phase, Timer};
+use super::{Core, Level, Op, Phase, Timer, cidrs_of};
 use crate::model::checkpoint::Creating;
 use crate::model::ec2::{Call, Count, Create, Failure, Interface, Reply, Subnet};
 use crate::model::ids::{AttachmentId, EniId, SubnetId};
@@ -347,6 +347,7 @@ impl Core {
         };
         self.log(Level::Info, format!("eni {}: created in {}", interface.id, interface.subnet));
         creating.eni = Some((interface.id.clone(), mac));
+        self.listed.insert(interface.id.clone(), cidrs_of(interface));
         self.changed();
         self.stage(Stage::Create, Some(creating));
         self.send_attach(BTreeSet::new());
@@ -404,13 +405,10 @@ impl Core {
                 self.stage(Stage::Create, creating);
                 self.send_attach(taken);
             }
-            (Some(_), failure) => {
+            // Not listed may only mean not yet: what becomes of it is found out by deleting it.
+            (_, failure) => {
                 self.stage(Stage::Create, creating);
                 self.abandon("it cannot be attached", failure.as_ref());
-            }
-            (None, failure) => {
-                self.changed();
-                self.growth_failed("the new ENI is gone", failure.as_ref());
             }
         }
     }

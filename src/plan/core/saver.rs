@@ -4,6 +4,7 @@
 
 use super::{Answer, Core, Effect, Level, Timer};
 use crate::model::checkpoint::{Allocation, Checkpoint, Freeing, Metadata, Own, VERSION};
+use crate::model::ec2::{Call, Failure};
 use crate::model::ids::PodKey;
 use crate::plan::pool::Released;
 use std::net::IpAddr;
@@ -43,6 +44,18 @@ impl Saver {
     }
 }
 
+// A call that had to wait for the disk, which failed.
+fn never_sent(call: &Call, error: &str) -> Failure {
+    Failure {
+        action: call.action(),
+        code: String::new(),
+        message: format!("not sent: write checkpoint: {error}"),
+        status: 0,
+        request_id: String::new(),
+        maybe_applied: false,
+    }
+}
+
 impl Core {
     /// Notes a change; the result is its generation.
     pub(super) fn changed(&mut self) -> u64 {
@@ -58,6 +71,7 @@ impl Core {
             self.out.push(effect);
         } else {
             self.saver.pending.push(Pending { generation, effect, undo });
+            self.timers.remove(&Timer::Save); // somebody waits: no pause before the next attempt
         }
     }
 
@@ -95,8 +109,12 @@ impl Core {
                     self.pool.undo_release(*released);
                 }
             }
-            if let Effect::Reply(call, _) = effect {
-                self.out.push(Effect::Reply(call, Answer::Error(format!("write checkpoint: {error}"))));
+            match effect {
+                Effect::Reply(call, _) => {
+                    self.out.push(Effect::Reply(call, Answer::Error(format!("write checkpoint: {error}"))));
+                }
+                Effect::Ec2(op, call) => self.ec2_done(op, Err(never_sent(&call, &error))),
+                _ => {} // comes again with its cause
             }
         }
         // Whether the failed write reached the disk is not known, so the undone state is written too.
@@ -129,6 +147,7 @@ impl Core {
             let age = i64::try_from(self.now.mono.since(freed).as_nanos()).unwrap_or(i64::MAX);
             self.now.wall.as_unix_nanos().saturating_sub(age)
         };
+        let given_back = self.unassigned.iter().map(|(net, at)| (*net, freed_at(*at)));
         let creating = self.growth.iter().filter_map(|growth| growth.creating().cloned());
         let freeing =
             self.freeing.iter().map(|(id, free)| (id.clone(), Freeing { attachment: free.attachment.clone() }));
@@ -138,6 +157,7 @@ impl Core {
             enibox: Some(Own {
                 enis: self.facts.clone(),
                 cooling: cooling.map(|(ip, freed)| (ip, freed_at(freed))).collect(),
+                given_back: given_back.collect(),
                 creating: creating.chain(self.resume.iter().cloned()).collect(),
                 freeing: freeing.collect(),
             }),

@@ -35,6 +35,7 @@ impl Core {
             return self.retry(Timer::Describe);
         }
         self.described = Some(self.now.mono);
+        self.listed = interfaces.iter().map(|interface| (interface.id.clone(), cidrs_of(interface))).collect();
         let before = self.facts.clone();
         for interface in interfaces {
             self.learn(interface);
@@ -140,11 +141,11 @@ impl Core {
             return;
         }
         let listed = cidrs_of(interface);
+        self.listed.insert(interface.id.clone(), listed.clone());
         let held: BTreeSet<IpNet> = eni.cidrs().map(|(net, _)| *net).collect();
         let id = &interface.id;
         for net in listed.difference(&held) {
-            let resting = self.unassigned.get(net).is_some_and(|until| *until > self.now.mono);
-            if !resting {
+            if !self.resting(net) {
                 self.unassigned.remove(net);
                 self.log(Level::Info, format!("eni {id}: EC2 lists {net}, taken in"));
                 self.add_cidr(id, *net);
@@ -216,7 +217,7 @@ impl Core {
             return;
         }
         self.last_reconcile = self.now.mono;
-        self.unassigned.retain(|_, until| self.now.mono.since(*until) < RECONCILE_MAX);
+        self.unassigned.retain(|_, at| self.now.mono.since(*at) < RECONCILE_MAX);
         if let Some(difference) = self.difference() {
             let text = format!("IMDS and pool differ ({difference}); asking EC2");
             self.log(Level::Info, text);
@@ -233,8 +234,7 @@ impl Core {
             let singles = eni.ipv4s.iter().skip(1).map(|ip| IpNet::from(IpAddr::V4(*ip)));
             let listed: BTreeSet<IpNet> = singles.chain(eni.v4_prefixes.iter().copied()).collect();
             let held: BTreeSet<IpNet> = entry.cidrs().map(|(net, _)| *net).collect();
-            let resting = |net: &IpNet| self.unassigned.get(net).is_some_and(|until| *until > self.now.mono);
-            let odd = listed.symmetric_difference(&held).find(|net| !resting(net));
+            let odd = listed.symmetric_difference(&held).find(|net| !self.resting(net));
             if let Some(net) = odd.filter(|_| !self.config.v6) {
                 return Some(format!("{net} on {id}"));
             }
