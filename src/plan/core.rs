@@ -95,6 +95,8 @@ enum Timer {
     Shrink,
     /// ENIs on their way out.
     Freeing,
+    /// EC2: ENIs that we made and do not know of.
+    Leaked,
 }
 
 /// An operation in progress: what its end means.
@@ -112,6 +114,7 @@ enum Op {
     Look,
     Modify,
     Free(EniId),
+    Leaked,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,6 +136,8 @@ const WATCH: Duration = Duration::from_secs(30);
 /// Reconcile after this long without a pool action, and at least every [`RECONCILE_MAX`] (B39).
 const RECONCILE: Duration = Duration::from_mins(1);
 const RECONCILE_MAX: Duration = Duration::from_mins(5);
+/// When to look for an ENI that a lost answer may have left behind: EC2 may list it late.
+const LEAK_CHECKS: [Duration; 2] = [Duration::from_secs(30), Duration::from_mins(5)];
 /// How long a start waits for EC2's word on what IMDS lists; living pods must not wait longer.
 const PATIENCE: Duration = Duration::from_millis(500);
 /// A plugin needs less than this between the answer of the daemon and the end of its work on the host.
@@ -154,6 +159,7 @@ pub struct Core {
     timers: BTreeMap<Timer, Mono>,
     attempts: BTreeMap<Timer, u32>,
     woken_for: Option<Mono>,
+    leak_checks: usize,
 
     pool: Pool,
     saver: saver::Saver,
@@ -214,6 +220,7 @@ impl Core {
             timers: BTreeMap::new(),
             attempts: BTreeMap::new(),
             woken_for: None,
+            leak_checks: 0,
             saver: saver::Saver::default(),
             waiting: VecDeque::new(),
             restarted: false,
@@ -324,6 +331,7 @@ impl Core {
                     self.set_timer(Timer::Links, LINK_CHECK);
                 }
                 Timer::Growth => self.growth_timer(),
+                Timer::Leaked => self.look_for_leaked(),
                 Timer::Patience | Timer::Save | Timer::Shrink | Timer::Freeing => {} // looked at in every step
             }
         }
@@ -406,6 +414,11 @@ impl Core {
             (Some(Op::Modify), result) => self.modify_done(result),
             (Some(Op::Free(eni)), result) => self.free_done(&eni, result),
             (Some(Op::Unassign(eni, nets)), result) => self.unassign_done(&eni, &nets, result),
+            (Some(Op::Leaked), Ok(Reply::Interfaces(found))) => self.take_leaked(&found),
+            (Some(Op::Leaked), Err(failure)) => {
+                self.log(Level::Warn, format!("look for leaked ENIs: {failure}"));
+                self.retry(Timer::Leaked);
+            }
             (Some(Op::Tags(eni) | Op::ModifyGroups(eni)), Err(failure)) => {
                 // Looked at again with the next description of the ENIs.
                 self.log(Level::Warn, format!("eni {eni}: {failure}"));

@@ -20,8 +20,9 @@ const UNASSIGNED: Duration = Duration::from_mins(1);
 const AFTER_DETACH: Duration = Duration::from_secs(2);
 /// Pauses between attempts to detach and to delete.
 const AGAIN: Backoff = Backoff { first: Duration::from_millis(500), cap: Duration::from_mins(1), jitter_percent: 15 };
-/// Attempts of each.
+/// Refusals after which EC2 is left alone for [`AGAIN_LATER`].
 const TRIES: u32 = 12;
+const AGAIN_LATER: Duration = Duration::from_mins(10);
 
 /// An ENI that left the pool.
 #[derive(Debug)]
@@ -126,6 +127,33 @@ impl Core {
         }
     }
 
+    /// Asks for detached ENIs of this instance's making. Those of other instances are left to them.
+    pub(super) fn look_for_leaked(&mut self) {
+        let own = ("node.k8s.amazonaws.com/instance_id".to_owned(), Some(self.config.identity.instance.0.clone()));
+        let call = Call::DescribeLeaked { vpc: self.config.identity.vpc.clone(), tags: vec![own] };
+        self.ask_ec2(Op::Leaked, call);
+    }
+
+    pub(super) fn take_leaked(&mut self, found: &[Interface]) {
+        self.succeeded(Timer::Leaked);
+        self.leak_checks += 1;
+        match super::LEAK_CHECKS.get(self.leak_checks) {
+            Some(after) => self.set_timer(Timer::Leaked, *after),
+            None => self.leak_checks = 0,
+        }
+        for interface in found {
+            let id = &interface.id;
+            let creating = self.growth.iter().filter_map(|growth| growth.creating()).chain(&self.resume);
+            let expected = creating.filter_map(|creating| creating.eni.as_ref()).any(|(eni, _)| eni == id);
+            let ours = interface.attachment.is_none() && interface.description.starts_with("aws-K8S-");
+            if ours && !expected && !self.freeing.contains_key(id) && self.pool.eni(id).is_none() {
+                self.log(Level::Warn, format!("eni {id}: made by us and forgotten; deleting it"));
+                self.freeing.insert(id.clone(), Free::resumed(None));
+                self.changed();
+            }
+        }
+    }
+
     fn free_eni(&mut self, id: &EniId) {
         if self.pool.remove_eni(id).is_err() {
             return;
@@ -210,17 +238,21 @@ impl Core {
 
     fn free_failed(&mut self, id: &EniId, failure: &Failure) {
         let Some(free) = self.freeing.get_mut(id) else { return };
-        free.tries += 1;
+        let refused = !failure.code.is_empty() && !failure.throttled();
+        free.tries = (free.tries + 1).min(if refused { TRIES } else { TRIES - 1 });
         let tries = free.tries;
-        self.log(Level::Warn, format!("eni {id}: give it back, attempt {tries}: {failure}"));
+        let mut pause = AGAIN.pause(tries - 1, &mut self.random);
         if tries >= TRIES {
+            // Not forgotten: nobody else would delete it. But EC2 has said no often enough for now.
+            free.tries = 0;
+            pause = AGAIN_LATER;
             self.log(
                 Level::Error,
-                format!("eni {id}: given up; it is taken in again if it is attached, else it is leaked"),
+                format!("eni {id}: cannot be given back: {failure}; again in {} s", pause.as_secs()),
             );
-            return self.freed(id);
+        } else {
+            self.log(Level::Warn, format!("eni {id}: give it back, attempt {tries}: {failure}"));
         }
-        let pause = AGAIN.pause(tries - 1, &mut self.random);
         let until = self.now.mono.plus(pause);
         self.free_stage(id, Stage::Pause(until));
     }

@@ -53,8 +53,8 @@ enum Stage {
     Subnets { count: u32 },
     /// The intent is being written down, at this generation.
     Journal(u64),
-    /// CreateNetworkInterface is out.
-    Create,
+    /// CreateNetworkInterface is out; `again`: an earlier attempt may have made the ENI already.
+    Create { again: bool },
     /// AttachNetworkInterface is out; indexes that turned out to be taken.
     Attach { taken: BTreeSet<u32>, device: u32 },
     /// The attach failed or its outcome is not known: is the ENI attached?
@@ -199,7 +199,7 @@ impl Core {
         }
     }
 
-    fn send_create(&mut self, creating: Creating) {
+    fn send_create(&mut self, creating: Creating, again: bool) {
         let create = Create {
             subnet: creating.subnet.clone(),
             description: format!("aws-K8S-{}", self.config.identity.instance),
@@ -209,7 +209,7 @@ impl Core {
             tags: creating.tags.clone(),
             client_token: creating.token.clone(),
         };
-        self.stage(Stage::Create, Some(creating));
+        self.stage(Stage::Create { again }, Some(creating));
         self.ask_ec2(Op::Growth, Call::Create(create));
     }
 
@@ -234,7 +234,7 @@ impl Core {
         match creating.eni.clone() {
             None => {
                 self.log(Level::Info, "go on with an ENI that was being created".into());
-                self.send_create(creating);
+                self.send_create(creating, true);
             }
             Some((eni, _)) => {
                 self.log(Level::Info, format!("eni {eni}: go on with its creation"));
@@ -251,7 +251,7 @@ impl Core {
             _ => false,
         };
         if durable && let Some(creating) = self.growth.take().and_then(|growth| growth.creating) {
-            self.send_create(creating);
+            self.send_create(creating, false);
         }
     }
 
@@ -277,8 +277,8 @@ impl Core {
                 self.subnets = None;
                 self.create(count);
             }
-            (Stage::Create, Ok(Reply::Created(interface))) => self.created(creating, &interface),
-            (Stage::Create, Err(failure)) => self.create_failed(creating, &failure),
+            (Stage::Create { .. }, Ok(Reply::Created(interface))) => self.created(creating, &interface),
+            (Stage::Create { again }, Err(failure)) => self.create_failed(creating, again, &failure),
             (Stage::Attach { .. }, Ok(Reply::Attached(attachment))) => self.settle(creating, attachment),
             (Stage::Attach { taken, device }, Err(failure)) => self.attach_failed(creating, taken, device, failure),
             (Stage::Attached { taken, failure }, Ok(Reply::Interfaces(found))) => {
@@ -349,19 +349,23 @@ impl Core {
         creating.eni = Some((interface.id.clone(), mac));
         self.listed.insert(interface.id.clone(), cidrs_of(interface));
         self.changed();
-        self.stage(Stage::Create, Some(creating));
+        self.stage(Stage::Create { again: false }, Some(creating));
         self.send_attach(BTreeSet::new());
     }
 
-    fn create_failed(&mut self, creating: Option<Creating>, failure: &Failure) {
+    fn create_failed(&mut self, creating: Option<Creating>, again: bool, failure: &Failure) {
         let elsewhere = matches!(failure.code.as_str(), "InvalidSubnetID.NotFound" | "InvalidParameterValue");
+        let subnet = creating.as_ref().map(|creating| creating.subnet.clone());
         if failure.maybe_applied || failure.code.is_empty() || failure.throttled() || failure.status >= 500 {
             // It may exist: only the same call with the same token finds out without making a second one.
             self.stage_lost(creating);
         } else {
             self.changed(); // the intent is void
+            if again {
+                self.set_timer(Timer::Leaked, super::LEAK_CHECKS[0]);
+            }
         }
-        match self.pending_subnet(failure, elsewhere) {
+        match subnet.filter(|_| failure.subnet_exhausted() || elsewhere) {
             Some(subnet) => {
                 self.exhaust(subnet, failure);
                 self.grown_once = true;
@@ -370,15 +374,10 @@ impl Core {
         }
     }
 
-    // The subnet to avoid after this failure of a creation.
-    fn pending_subnet(&self, failure: &Failure, elsewhere: bool) -> Option<SubnetId> {
-        (failure.subnet_exhausted() || elsewhere).then(|| self.choose_subnet()).flatten()
-    }
-
     fn attach_failed(&mut self, creating: Option<Creating>, mut taken: BTreeSet<u32>, device: u32, failure: Failure) {
         if failure.code == "InvalidParameterValue" && failure.message.contains("device index") {
             taken.insert(device);
-            self.stage(Stage::Create, creating);
+            self.stage(Stage::Create { again: false }, creating);
             return self.send_attach(taken);
         }
         let eni = creating.as_ref().and_then(|creating| creating.eni.as_ref()).map(|(id, _)| id.clone());
@@ -402,12 +401,12 @@ impl Core {
                 self.settle(creating, attachment.id);
             }
             (Some(None), None) => {
-                self.stage(Stage::Create, creating);
+                self.stage(Stage::Create { again: false }, creating);
                 self.send_attach(taken);
             }
             // Not listed may only mean not yet: what becomes of it is found out by deleting it.
             (_, failure) => {
-                self.stage(Stage::Create, creating);
+                self.stage(Stage::Create { again: false }, creating);
                 self.abandon("it cannot be attached", failure.as_ref());
             }
         }
