@@ -502,6 +502,17 @@ mod tests {
         check("GET / HTTP/1.1\r\na: 1\r\nb: 1\r\nc: 1\r\nd: 1\r\ne: 1", Err(431));
     }
 
+    proptest::proptest! {
+        #[test]
+        fn hostile_heads_never_panic(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
+            let _ = parse_head(&bytes, 4);
+            let line = [b"GET /", bytes.as_slice(), b" HTTP/1.1\r\n", bytes.as_slice()].concat();
+            if let Ok(head) = parse_head(&line, 4) {
+                proptest::prop_assert!(head.headers.len() <= 4 && !head.path.contains(['\r', '\n', '?', ' ']));
+            }
+        }
+    }
+
     fn server(limits: Limits) -> Server {
         let handler: Arc<Handler> = Arc::new(|request: &Request| match request.path.as_str() {
             "/lost" => Verdict::HangUp,

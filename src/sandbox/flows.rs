@@ -16,7 +16,7 @@ use std::time::Duration;
 const PATIENCE: Duration = Duration::from_secs(3);
 const IMPATIENCE: Duration = Duration::from_millis(300);
 /// Failures after which the run is taken for broken.
-const FAILURES: usize = 5;
+const FAILURES: usize = 2;
 
 /// The first of the node ports; each node has one for its first pod and one for its last, which sits on another ENI if
 /// the node has several.

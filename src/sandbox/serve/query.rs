@@ -391,6 +391,27 @@ mod tests {
         );
     }
 
+    proptest::proptest! {
+        #[test]
+        fn hostile_forms_never_panic(
+            action in proptest::sample::select(ACTIONS),
+            fields in proptest::collection::vec(("[A-Za-z.1-3]{0,20}", ".{0,12}"), 0..6),
+            tail in ".{0,40}",
+        ) {
+            let pairs = fields.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+            let sound = [("Action", action), ("Version", VERSION)];
+            let body = crate::aws::ec2::encode(sound.into_iter().chain(pairs));
+            let _ = read(&body);
+            let _ = read(&format!("{body}&{tail}"));
+        }
+
+        #[test]
+        fn what_is_escaped_comes_back(name in ".{1,20}", value in ".{0,40}") {
+            let body = crate::aws::ec2::encode([(name.as_str(), value.as_str())]);
+            proptest::prop_assert_eq!(decode_form(&body).unwrap(), BTreeMap::from([(name, value)]));
+        }
+    }
+
     #[test]
     fn tokens_come_back() {
         let eni = EniId::from("eni-0123");
