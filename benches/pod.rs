@@ -37,7 +37,7 @@ const MTU: u32 = 9001;
 /// Addresses that the daemon holds, so that no pod waits for EC2.
 const ADDRESSES: usize = 40;
 /// How long the daemon may take to get them.
-const POOL_TIMEOUT: Duration = Duration::from_secs(60);
+const POOL_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Times of ADDs and DELs.
 type Times = (Vec<Duration>, Vec<Duration>);
