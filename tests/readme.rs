@@ -16,7 +16,8 @@ fn settings_as_markdown() -> String {
             _ = write!(text, "\n### {group}\n\n| variable | default | |\n|---|---|---|\n");
         }
         let default = if doc.default.is_empty() { String::new() } else { format!("`{}`", doc.default) };
-        _ = writeln!(text, "| `{}` | {default} | {} |", doc.variable, doc.help);
+        let not_yet = if doc.not_yet { " *Not yet.*" } else { "" };
+        _ = writeln!(text, "| `{}` | {default} | {}{not_yet} |", doc.variable, doc.help);
     }
     text.push('\n');
     text
@@ -34,4 +35,28 @@ fn the_settings_in_the_readme_are_those_of_the_program() {
     } else {
         assert_eq!(listed, expected, "write it anew: UPDATE=1 cargo test --test readme");
     }
+}
+
+/// Variables that the AWS part looks up by name, against the table.
+#[test]
+fn what_is_looked_up_is_in_the_table() {
+    let known: Vec<&str> = Settings::docs().map(|doc| doc.variable).collect();
+    let mut folders = vec![std::path::PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/src/aws"))];
+    let mut seen = 0;
+    while let Some(folder) = folders.pop() {
+        for path in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let text = fs::read_to_string(&path).unwrap_or_default();
+            for word in text.split('"').filter(|word| word.starts_with("AWS_") || word.ends_with("_PROXY")) {
+                if word.bytes().all(|byte| byte.is_ascii_uppercase() || byte.is_ascii_digit() || byte == b'_') {
+                    assert!(known.contains(&word), "{}: {word} is in no row of the table", path.display());
+                    seen += 1;
+                }
+            }
+        }
+    }
+    assert!(seen > 20, "only {seen} variables found: this test no longer reads the sources as they are");
 }

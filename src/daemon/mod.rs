@@ -86,7 +86,11 @@ pub fn run() -> u8 {
     for complaint in &complaints {
         log::warn!("{complaint}");
     }
-    match serve(&settings) {
+    for line in settings.effective().filter(|line| !line.is_default) {
+        log::info!("setting {line}");
+    }
+    let fatal = complaints.iter().find(|complaint| complaint.fatal);
+    match fatal.map_or_else(|| serve(&settings), |complaint| Err(Error::new(complaint.to_string()))) {
         Ok(()) => exit::OK,
         Err(error) => {
             log::error!("{error}");

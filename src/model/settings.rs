@@ -15,7 +15,7 @@ use super::nft::SnatPorts;
 use ipnet::Ipv4Net;
 use std::collections::BTreeMap;
 use std::fmt;
-use table::{GROUPS, Kind, Row};
+use table::{GROUPS, Kind, NOT_YET, Row};
 
 /// The whole configuration. One field per variable of the table (`Settings::rows`), whose help line says what it means.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -189,6 +189,8 @@ pub struct Doc {
     pub default: &'static str,
     /// What it does.
     pub help: &'static str,
+    /// Read and checked, and without effect in this version.
+    pub not_yet: bool,
 }
 
 impl Default for Settings {
@@ -207,6 +209,7 @@ impl Settings {
                 variable: row.variable,
                 default: row.default,
                 help: row.help,
+                not_yet: NOT_YET.contains(&row.variable),
             })
         })
     }

@@ -86,6 +86,44 @@ const PLAIN: Kind = Kind::Inherited { secret: false };
 const SECRET: Kind = Kind::Inherited { secret: true };
 const NO_PROFILES: Kind = Kind::Ignored("shared configuration files of the SDKs are not supported");
 
+/// Read and checked, and without effect in this version: the daemon refuses those that it would have to act on, the others
+/// are for parts that do not exist yet.
+pub(super) const NOT_YET: &[&str] = &[
+    "ENABLE_IPv6",
+    "ENABLE_PREFIX_DELEGATION",
+    "ENABLE_MULTI_NIC",
+    "AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG",
+    "ENI_CONFIG_ANNOTATION_DEF",
+    "ENI_CONFIG_LABEL_DEF",
+    "WARM_PREFIX_TARGET",
+    "AWS_MANAGE_ENIS_NON_SCHEDULABLE",
+    "ENABLE_IMDS_ONLY_MODE",
+    "POD_MTU",
+    "DISABLE_POD_V6",
+    "ENABLE_BANDWIDTH_PLUGIN",
+    "ANNOTATE_POD_IP",
+    "ENABLE_POD_ENI",
+    "POD_SECURITY_GROUP_ENFORCING_MODE",
+    "DISABLE_TCP_EARLY_DEMUX",
+    "ENABLE_V4_EGRESS",
+    "ENABLE_V6_EGRESS",
+    "AWS_VPC_K8S_EGRESS_V4_PLUGIN_LOG_FILE",
+    "AWS_VPC_K8S_EGRESS_V6_PLUGIN_LOG_FILE",
+    "MY_NODE_NAME",
+    "MY_POD_NAME",
+    "CLUSTER_ENDPOINT",
+    "KUBERNETES_SERVICE_HOST",
+    "KUBERNETES_SERVICE_PORT",
+    "KUBECONFIG",
+    "AWS_VPC_K8S_PLUGIN_LOG_LEVEL",
+    "AWS_VPC_K8S_PLUGIN_LOG_FILE",
+    "INTROSPECTION_BIND_ADDRESS",
+    "DISABLE_INTROSPECTION",
+    "DISABLE_METRICS",
+    "HOST_CNI_BIN_PATH",
+    "HOST_CNI_CONFDIR_PATH",
+];
+
 #[rustfmt::skip] // one variable a line or two, however long: it is read as a table
 pub(super) const GROUPS: &[Group] = &[
     Group { title: "Address family and mode", rows: &[
@@ -177,7 +215,6 @@ pub(super) const GROUPS: &[Group] = &[
         row("AWS_ROLE_ARN", "", PLAIN, "Role for the web identity."),
         row("AWS_WEB_IDENTITY_TOKEN_FILE", "", PLAIN, "Token of the web identity; read again at each refresh."),
         row("AWS_ROLE_SESSION_NAME", "", PLAIN, "Session name of that role."),
-        row("AWS_STS_REGIONAL_ENDPOINTS", "", PLAIN, "legacy asks the global STS endpoint."),
         row("AWS_CONTAINER_CREDENTIALS_FULL_URI", "", PLAIN, "Credentials of the Pod Identity agent."),
         row("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "", PLAIN, "The same, relative to http://169.254.170.2."),
         row("AWS_CONTAINER_AUTHORIZATION_TOKEN", "", SECRET, "Its token."),
@@ -187,7 +224,6 @@ pub(super) const GROUPS: &[Group] = &[
         row("AWS_EC2_METADATA_SERVICE_ENDPOINT", "", PLAIN, "URL of IMDS."),
         row("AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE", "", PLAIN, "IPv4 or IPv6."),
         row("AWS_REGION", "", PLAIN, "Region of STS; EC2's region comes from IMDS."),
-        row("AWS_DEFAULT_REGION", "", PLAIN, "The same, when AWS_REGION is unset."),
         row("AWS_ENDPOINT_URL", "", PLAIN, "URL of every AWS service."),
         row("AWS_ENDPOINT_URL_EC2", "", PLAIN, "URL of the EC2 API."),
         row("AWS_ENDPOINT_URL_STS", "", PLAIN, "URL of STS."),
@@ -195,7 +231,6 @@ pub(super) const GROUPS: &[Group] = &[
         row("AWS_USE_DUALSTACK_ENDPOINT", "", PLAIN, "true: dual-stack endpoints."),
         row("AWS_USE_FIPS_ENDPOINT", "", PLAIN, "true: FIPS endpoints."),
         row("AWS_MAX_ATTEMPTS", "", PLAIN, "Attempts of one call; the SDKs' default is 3."),
-        row("AWS_RETRY_MODE", "", PLAIN, "standard; other modes count as standard."),
         row("AWS_CA_BUNDLE", "", PLAIN, "File of certificate authorities."),
         row("SSL_CERT_FILE", "", PLAIN, "The same."),
         row("SSL_CERT_DIR", "", PLAIN, "Folder of certificate authorities."),
