@@ -717,11 +717,15 @@ fn a_crash_at_any_effect_loses_and_leaks_nothing() {
     println!("{effects} crash points explored");
 }
 
+fn pick<T: Copy>(dice: &mut Random, from: &[T]) -> T {
+    from[usize::try_from(dice.below(from.len() as u64)).unwrap()]
+}
+
 /// A random life of a node: pods come and go, EC2 misbehaves, the process dies; then peace. `World` asserts all along that
 /// no address has two pods and that EC2 knows every one; at the end all must agree.
 fn random_life(seed: u64) {
     let mut dice = Random::new(seed);
-    let kind = ["t3.small", "m5.large", "t3.medium"][dice.below(3) as usize];
+    let kind = pick(&mut dice, &["t3.small", "m5.large", "t3.medium"]);
     let targets = match dice.below(3) {
         0 => DEFAULT,
         1 => Targets { warm_ip: 2, minimum_ip: 4, ..DEFAULT },
@@ -737,18 +741,20 @@ fn random_life(seed: u64) {
                 }
             }
             8..=11 => {
-                if let Some(pod) = world.pods.keys().nth(dice.below(12) as usize).cloned() {
+                if let Some(pod) =
+                    world.pods.keys().nth(pick(&mut dice, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11])).cloned()
+                {
                     world.del(&pod);
                 }
             }
             12 => world.crash_at = Some(world.effects + 1 + dice.below(40)),
             13 => {
-                let action = ACTIONS[dice.below(ACTIONS.len() as u64) as usize];
+                let action = pick(&mut dice, &ACTIONS);
                 let planned = match dice.below(3) {
                     0 => Planned::AnswerLost,
                     1 => Planned::RequestLost,
                     _ => {
-                        let code = CODES[dice.below(CODES.len() as u64) as usize];
+                        let code = pick(&mut dice, &CODES);
                         Planned::Refused { code: code.into(), message: "by chance".into(), status: 400 }
                     }
                 };

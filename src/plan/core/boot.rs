@@ -217,7 +217,7 @@ impl Core {
         let settled = |owner: &Owner| self.now.wall.since(owner.since) > PLUGIN_MAX;
         let pods = self.pool.allocations().filter(|(_, owner, _)| settled(owner));
         intent.pods = pods.filter_map(|(ip, _, table)| table.map(|table| (ip, table))).collect();
-        let swept = self.to_sweep();
+        let swept = self.sweepable();
         let gone: BTreeSet<IpAddr> = self.gone.iter().copied().chain(swept).collect();
         intent.gone = gone.iter().copied().collect();
         let op = self.begin(Op::Host { enis: included, gone });
@@ -226,7 +226,7 @@ impl Core {
 
     // A rule that was put back while its pod was being deleted would lead the next owner of the address astray. Only
     // addresses that nobody can get before the kernel has done its work: well inside their cooldown.
-    fn to_sweep(&mut self) -> Vec<IpAddr> {
+    fn sweepable(&mut self) -> Vec<IpAddr> {
         let (now, rest) = (self.now.mono, self.pool.cooldown().saturating_sub(PLUGIN_MAX));
         self.released.retain(|_, at| now.since(*at) < rest);
         let due = self.released.extract_if(.., |_, at| now.since(*at) >= PLUGIN_MAX);
