@@ -67,7 +67,7 @@ mod tests {
 
     #[test]
     fn pauses_double_up_to_the_cap() {
-        let backoff = Backoff { first: Duration::from_millis(100), cap: Duration::from_secs(60), jitter_percent: 15 };
+        let backoff = Backoff { first: Duration::from_millis(100), cap: Duration::from_mins(1), jitter_percent: 15 };
         let mut random = Random::new(7);
         for (attempt, least_ms) in [(0, 100), (1, 200), (9, 51_200), (10, 60_000), (40, 60_000)] {
             let pause = backoff.pause(attempt, &mut random);

@@ -147,7 +147,7 @@ const LINK_CHECK: Duration = Duration::from_secs(150);
 
 /// The state of the node.
 #[derive(Debug)]
-#[expect(clippy::struct_excessive_bools, reason = "four independent facts, not a state in disguise; that is `phase`")]
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, not a state in disguise; that is `phase`")]
 pub struct Core {
     config: Config,
     random: Random,
@@ -175,6 +175,7 @@ pub struct Core {
     attached: BTreeMap<EniId, imds::Eni>,
     scanned: bool,
     facts: BTreeMap<EniId, EniFacts>,
+    asked_ec2: bool,
     described: Option<Mono>,
     // What EC2 listed on each ENI when it was last asked.
     listed: BTreeMap<EniId, BTreeSet<IpNet>>,
@@ -230,6 +231,7 @@ impl Core {
             attached: BTreeMap::new(),
             scanned: false,
             facts: BTreeMap::new(),
+            asked_ec2: false,
             described: None,
             listed: BTreeMap::new(),
             conntrack: ConntrackTimeouts::default(),
@@ -298,6 +300,7 @@ impl Core {
         if self.phase != Phase::Starting {
             self.run_timers();
             self.adopt();
+            self.enrol_ready();
             self.serve_waiting();
             self.grow(); // knows now who still waits
             self.refuse_hopeless();

@@ -19,10 +19,12 @@ fn sizing(enis: usize, slots: usize, warm_eni: usize, warm_ip: usize, minimum_ip
     }
 }
 
+#[expect(clippy::unnecessary_wraps, reason = "compared with an Option")]
 fn assign(eni: usize, count: usize) -> Option<Growth> {
     Some(Growth::Assign { eni: EniId(format!("eni-{eni}")), count })
 }
 
+#[expect(clippy::unnecessary_wraps, reason = "compared with an Option")]
 fn new_eni(count: usize) -> Option<Growth> {
     Some(Growth::NewEni { count })
 }
@@ -98,6 +100,7 @@ fn an_excluded_primary_does_not_count() {
 
 #[test]
 fn which_enis_may_go() {
+    #[expect(clippy::type_complexity, reason = "a table row")]
     let cases: &[(u32, &[(usize, usize)], (usize, usize), &[usize])] = &[
         (37, &[(2, 2), (0, 2), (0, 1)], (3, 1), &[]),
         (37, &[(2, 2), (0, 2), (0, 1)], (1, 5), &[]),
@@ -229,7 +232,9 @@ fn settle(sizing: &Sizing, prefix_mode: bool, pods: usize) -> Vec<usize> {
             break;
         }
         for (id, nets) in surplus {
-            nets.iter().for_each(|net| pool.remove_cidr(&id, net).unwrap());
+            for net in nets {
+                pool.remove_cidr(&id, &net).unwrap();
+            }
         }
         if let Some(id) = sizing.spare_eni(&pool, now.mono) {
             pool.remove_eni(&id).unwrap();

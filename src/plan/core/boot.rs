@@ -40,9 +40,18 @@ impl Core {
         self.ask_imds(Op::Scan, Query::Scan);
         self.ask_imds(Op::VpcCidrs, Query::VpcCidrs { v6: self.config.v6 });
         self.ask_imds(Op::Groups, Query::SecurityGroups);
+        if self.restarted {
+            self.ask_ec2_first();
+        }
+        self.set_timer(Timer::Links, LINK_CHECK);
+    }
+
+    // On a fresh node the host comes first: its first SNAT rules switch connection tracking on, which then takes open
+    // connections for new ones and moves their ports; an answer of EC2 would be lost. On a restart the rules are there.
+    fn ask_ec2_first(&mut self) {
+        self.asked_ec2 = true;
         self.describe();
         self.set_timer(Timer::Patience, PATIENCE);
-        self.set_timer(Timer::Links, LINK_CHECK);
     }
 
     // Living pods keep their addresses, first without a place: their CIDRs are not known yet.
@@ -132,9 +141,7 @@ impl Core {
 
     /// Takes in attached ENIs that are ours to use: first on the host, then in the pool.
     pub(super) fn adopt(&mut self) {
-        // IMDS may list what EC2 has taken away already, so EC2 is given a moment to speak first.
-        let heard = self.described.is_some() || !self.timers.contains_key(&Timer::Patience);
-        if !self.scanned || !heard {
+        if !self.scanned {
             return;
         }
         let creating = self.growth.as_ref().and_then(|growth| growth.creating()).and_then(|c| c.eni.clone());
@@ -247,9 +254,12 @@ impl Core {
                     self.log(Level::Warn, format!("set up eni {eni}: {why}"));
                 }
                 for id in enis {
-                    if !failed.contains_key(&id) && self.wanted.contains_key(&id) && self.ready.insert(id.clone()) {
-                        self.enrol(&id);
+                    if !failed.contains_key(&id) && self.wanted.contains_key(&id) {
+                        self.ready.insert(id);
                     }
+                }
+                if !self.asked_ec2 {
+                    self.ask_ec2_first();
                 }
                 if failed.is_empty() {
                     self.succeeded(Timer::Host);
@@ -270,7 +280,19 @@ impl Core {
         }
     }
 
-    // The host is ready for the ENI: its addresses can be given to pods from now on.
+    /// Takes ENIs into the pool for which the host is ready. IMDS may list addresses that EC2 has taken away already, so
+    /// EC2 is given a moment to speak first.
+    pub(super) fn enrol_ready(&mut self) {
+        let heard = self.described.is_some() || (self.asked_ec2 && !self.timers.contains_key(&Timer::Patience));
+        if !heard {
+            return;
+        }
+        let new: Vec<EniId> = self.ready.iter().filter(|id| self.pool.eni(id).is_none()).cloned().collect();
+        for id in new {
+            self.enrol(&id);
+        }
+    }
+
     fn enrol(&mut self, id: &EniId) {
         let Some(eni) = self.wanted.get(id).cloned() else { return };
         let table = naming::table_of(eni.card, eni.device);
