@@ -1,0 +1,7 @@
+//! The core against a model of EC2, in virtual time: scenarios, one long scenario killed at every effect, random lives.
+
+#![cfg(feature = "sandbox")]
+
+mod lives;
+mod scenarios;
+mod world;

@@ -1,0 +1,292 @@
+//! What the specification and the budgets promise, one story each.
+
+use super::world::{DEFAULT, World, key};
+
+use enibox::model::ec2::{Call, Reply};
+use enibox::model::ids::PodName;
+use enibox::model::spool::Record;
+use enibox::plan::core::{Answer, Event};
+use enibox::plan::sizing::Targets;
+use enibox::sandbox::vpc::Planned;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+#[test]
+fn a_fresh_node_gets_addresses_and_then_serves() {
+    let mut world = World::new("t3.small", DEFAULT);
+    assert!(!world.ready, "nothing to hand out yet");
+    world.settle();
+    assert!(world.ready);
+    assert_eq!(world.enis(), [(0, 3)]);
+    assert!(world.add("a"));
+    world.settle();
+    assert_eq!(world.enis(), [(0, 3), (1, 3)], "a whole spare ENI");
+    world.check_at_rest();
+}
+
+#[test]
+fn a_new_eni_is_three_calls_and_idling_is_none() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.settle();
+    for n in 0..27 {
+        assert!(world.add(&format!("pod-{n}")), "pod {n}");
+    }
+    world.settle();
+    assert_eq!(world.enis(), [(0, 9), (1, 9), (2, 9)]);
+    let counts = [
+        ("CreateNetworkInterface", 2),
+        ("AttachNetworkInterface", 2),
+        ("ModifyNetworkInterfaceAttribute", 2),
+        ("AssignPrivateIpAddresses", 1),
+        ("DescribeSubnets", 1),
+        ("CreateTags", 1),
+        ("DescribeNetworkInterfaces", 1),
+    ];
+    for (action, count) in counts {
+        assert_eq!(world.calls(action), count, "{action}");
+    }
+    let before: u64 = world.vpc.journal().counts().values().sum();
+    world.pass(Duration::from_hours(3));
+    assert_eq!(world.vpc.journal().counts().values().sum::<u64>(), before, "idle");
+    world.check_at_rest();
+}
+
+#[test]
+fn thirty_pods_at_once_wait_for_the_addresses_that_are_on_their_way() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.settle();
+    let pods: Vec<String> = (0..27).map(|n| format!("pod-{n}")).collect();
+    for pod in &pods {
+        world.ask(pod);
+    }
+    world.pass(Duration::from_secs(6));
+    for pod in &pods {
+        assert!(world.wired(pod), "{pod}");
+    }
+    world.ask("one-too-many");
+    world.pass(Duration::from_secs(1));
+    assert!(!world.wired("one-too-many"), "refused, and at once: nothing is on its way");
+    world.settle();
+    world.check_at_rest();
+}
+
+#[test]
+fn spare_enis_go_back_when_the_pods_are_gone() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.settle();
+    for n in 0..20 {
+        assert!(world.add(&format!("pod-{n}")));
+    }
+    world.settle();
+    for n in 0..20 {
+        world.del(&format!("pod-{n}"));
+    }
+    world.pass(Duration::from_mins(10));
+    world.settle();
+    assert_eq!(world.enis(), [(0, 9)], "WARM_ENI_TARGET=1 is met by the primary ENI's nine");
+    assert_eq!((world.calls("DetachNetworkInterface"), world.calls("DeleteNetworkInterface")), (2, 2));
+    world.check_at_rest();
+}
+
+#[test]
+fn single_addresses_go_back_under_ip_targets() {
+    let mut world = World::new("m5.large", Targets { warm_ip: 2, minimum_ip: 5, ..DEFAULT });
+    world.settle();
+    assert_eq!(world.enis(), [(0, 5)]);
+    for n in 0..8 {
+        assert!(world.add(&format!("pod-{n}")));
+    }
+    world.settle();
+    assert_eq!(world.enis().iter().map(|(_, n)| n).sum::<usize>(), 10, "eight pods and two to spare");
+    for n in 0..8 {
+        world.del(&format!("pod-{n}"));
+    }
+    world.pass(Duration::from_mins(10));
+    world.settle();
+    assert_eq!(world.enis(), [(0, 5)]);
+    world.check_at_rest();
+}
+
+#[test]
+fn a_restart_serves_living_pods_at_once_with_ec2_away() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.settle();
+    for n in 0..12 {
+        assert!(world.add(&format!("pod-{n}")));
+    }
+    world.settle();
+    let pods = world.pods.clone();
+    world.crash();
+    world.ec2_down = true;
+    world.start();
+    world.pass(Duration::from_secs(1));
+    assert!(world.ready, "ready within a second");
+    assert!(world.add("pod-3"), "the same key again");
+    assert_eq!(world.pods, pods, "and the same address");
+    world.del("pod-4");
+    assert!(world.add("new"), "addresses of known ENIs are good without EC2");
+    world.ec2_down = false;
+    world.pass(Duration::from_mins(2));
+    world.settle();
+    world.check_at_rest();
+}
+
+#[test]
+fn a_restart_is_one_call() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.settle();
+    for n in 0..20 {
+        assert!(world.add(&format!("pod-{n}")));
+    }
+    world.settle();
+    let before: u64 = world.vpc.journal().counts().values().sum();
+    world.crash();
+    world.start();
+    world.settle();
+    assert_eq!(world.vpc.journal().counts().values().sum::<u64>() - before, 1);
+    world.check_at_rest();
+}
+
+#[test]
+fn a_del_that_met_no_daemon_comes_back_through_the_spool() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.settle();
+    assert!(world.add("a") && world.add("b"));
+    world.settle();
+    world.crash();
+    world.del("a");
+    assert_eq!(world.spool.len(), 1);
+    world.start();
+    world.settle();
+    assert!(world.spool.is_empty());
+    world.check_at_rest();
+}
+
+#[test]
+fn what_a_deleted_pod_left_on_the_host_is_swept() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.settle();
+    assert!(world.add("a") && world.add("b"));
+    let address = world.pods["a"];
+    world.del("a");
+    world.pass(Duration::from_secs(10));
+    assert_eq!(world.swept, BTreeSet::from([address]));
+}
+
+#[test]
+fn an_old_record_does_not_touch_a_later_pod() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.settle();
+    let time = world.now().wall;
+    world.pass(Duration::from_secs(10));
+    assert!(world.add("a"));
+    world.spool.push(Record { key: key("a"), pod: PodName::default(), uid: String::new(), time });
+    let spool = world.spool.clone();
+    world.happen(Event::Spool(spool));
+    world.settle();
+    assert!(world.spool.is_empty());
+    world.check_at_rest();
+}
+
+#[test]
+fn a_full_disk_gives_nothing_away_and_loses_nothing() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.settle();
+    assert!(world.add("a"));
+    let before = world.pods["a"];
+    world.disk_full = true;
+    world.ask("b");
+    world.pass(Duration::from_secs(2));
+    assert!(matches!(world.answers["b"].front(), Some(Answer::Error(text)) if text.contains("no space")));
+    world.answers.clear();
+    world.disk_full = false;
+    world.pass(Duration::from_mins(1));
+    assert!(world.add("b"));
+    assert_ne!(world.pods["b"], before);
+    world.settle();
+    world.check_at_rest();
+}
+
+#[test]
+fn an_unreadable_checkpoint_keeps_the_addresses_that_rules_lead_to() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.settle();
+    assert!(world.add("a") && world.add("b"));
+    world.settle();
+    world.crash();
+    world.disk = Some("{torn".into());
+    world.start();
+    world.settle();
+    for n in 0..8 {
+        assert!(world.add(&format!("new-{n}")), "none of them gets an address of a or b: `wired` checks");
+    }
+    world.del("a");
+    world.pass(Duration::from_mins(10));
+    let held = world.core.as_ref().unwrap().pool().allocations().count();
+    assert_eq!(held, 9, "b is still reserved, a is free again");
+}
+
+#[test]
+fn an_exhausted_subnet_is_left_alone_for_a_while() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.vpc.knobs.refuse_next("AssignPrivateIpAddresses", "InsufficientFreeAddressesInSubnet", 400);
+    world.vpc.knobs.refuse_next("AssignPrivateIpAddresses", "InsufficientFreeAddressesInSubnet", 400);
+    world.pass(Duration::from_secs(100));
+    assert_eq!(world.calls("AssignPrivateIpAddresses"), 2, "nine, then one, then peace");
+    assert!(!world.add("a"), "an ADD is refused, not left hanging");
+    world.pass(Duration::from_mins(1));
+    world.settle();
+    assert!(world.add("a"));
+    world.settle();
+    world.check_at_rest();
+}
+
+#[test]
+fn a_lost_answer_to_a_creation_makes_no_second_eni() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.settle();
+    world.vpc.knobs.action("CreateNetworkInterface").next.push_back(Planned::AnswerLost);
+    assert!(world.add("a"));
+    world.pass(Duration::from_mins(1));
+    world.settle();
+    assert_eq!(world.enis(), [(0, 9), (1, 9)]);
+    world.check_at_rest();
+}
+
+#[test]
+fn a_lost_answer_to_an_assign_is_looked_up_and_not_repeated() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.vpc.knobs.action("AssignPrivateIpAddresses").next.push_back(Planned::AnswerLost);
+    world.settle();
+    assert_eq!(world.calls("AssignPrivateIpAddresses"), 1);
+    assert_eq!(world.enis(), [(0, 9)]);
+    world.check_at_rest();
+}
+
+#[test]
+fn an_attach_that_fails_leaves_no_eni_behind() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.settle();
+    world.vpc.knobs.refuse_next("AttachNetworkInterface", "AttachmentLimitExceeded", 400);
+    assert!(world.add("a"));
+    world.pass(Duration::from_mins(2));
+    world.settle();
+    assert_eq!(world.enis(), [(0, 9), (1, 9)], "tried again after a pause");
+    world.check_at_rest();
+}
+
+#[test]
+fn an_eni_that_somebody_else_attached_is_taken_in() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.settle();
+    let subnet = world.vpc.identity(&world.instance).unwrap().subnet;
+    let now = world.now();
+    let eni = world.vpc.add_interface(now, &subnet, "by hand", &BTreeMap::new()).unwrap();
+    let instance = world.instance.clone();
+    let call = Call::Attach { eni: eni.clone(), instance, device: 1, card: 0 };
+    assert!(matches!(world.vpc.execute(now, &call).result, Ok(Reply::Attached(_))));
+    world.pass(Duration::from_mins(5));
+    world.settle();
+    assert!(world.core.as_ref().unwrap().pool().eni(&eni).is_some());
+    world.check_at_rest();
+}

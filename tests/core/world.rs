@@ -1,0 +1,387 @@
+//! A node in a VPC, in virtual time: the core, its disk, its kernel, its pods, and a runtime that asks.
+
+use enibox::model::ids::{EniId, InstanceId, PodKey, PodName};
+use enibox::model::imds::{Answer as Told, Query};
+use enibox::model::naming;
+use enibox::model::spool::Record;
+use enibox::model::time::{Mono, Now, Wall};
+use enibox::model::wire::{AddNetworkRequest, DelNetworkRequest, UNKNOWN_POD};
+use enibox::plan::core::{Answer, CallId, Config, Core, Effect, Event, Seen};
+use enibox::plan::host::Intent;
+use enibox::plan::sizing::Targets;
+use enibox::sandbox::vpc::Vpc;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::IpAddr;
+use std::time::Duration;
+
+const LATENCY: Duration = Duration::from_millis(50);
+
+/// A node in a VPC: the core, its disk, its kernel and its pods. Only the core and what is in flight dies in a crash.
+pub struct World {
+    pub vpc: Vpc,
+    pub instance: InstanceId,
+    pub targets: Targets,
+    pub nanos: u64,
+    pub core: Option<Core>,
+    pub ready: bool,
+    pub wake_at: Option<Mono>,
+    pub coming: BTreeMap<(u64, u64), Event>,
+    pub serial: u64,
+    pub disk: Option<String>,
+    pub disk_full: bool,
+    pub spool: Vec<Record>,
+    pub pods: BTreeMap<String, IpAddr>,
+    pub asked: BTreeMap<CallId, String>,
+    pub answers: BTreeMap<String, VecDeque<Answer>>,
+    pub links: BTreeSet<String>,
+    pub swept: BTreeSet<IpAddr>,
+    pub effects: u64,
+    pub crash_at: Option<u64>,
+    pub ec2_down: bool,
+    pub log: Vec<String>,
+}
+
+pub fn key(pod: &str) -> PodKey {
+    PodKey { network: "aws-cni".into(), container: format!("sandbox-of-{pod}"), ifname: "eth0".into() }
+}
+
+impl World {
+    pub fn new(kind: &str, targets: Targets) -> World {
+        let mut vpc = Vpc::new("eu-west-1", vec!["10.20.0.0/16".parse().unwrap()], 7);
+        let group = vpc.add_group();
+        let subnet = vpc.add_subnet("eu-west-1a", "10.20.0.0/22".parse().unwrap(), None, &[]);
+        let start = World::moment(0);
+        let instance = vpc.launch(start, kind, &subnet, &[group]).unwrap();
+        let mut world = World {
+            vpc,
+            instance,
+            targets,
+            nanos: 0,
+            core: None,
+            ready: false,
+            wake_at: None,
+            coming: BTreeMap::new(),
+            serial: 0,
+            disk: None,
+            disk_full: false,
+            spool: Vec::new(),
+            pods: BTreeMap::new(),
+            asked: BTreeMap::new(),
+            answers: BTreeMap::new(),
+            links: BTreeSet::new(),
+            swept: BTreeSet::new(),
+            effects: 0,
+            crash_at: None,
+            ec2_down: false,
+            log: Vec::new(),
+        };
+        world.start();
+        world
+    }
+
+    pub fn moment(nanos: u64) -> Now {
+        let wall = 1_785_571_200_000_000_000 + i64::try_from(nanos).unwrap();
+        Now { mono: Mono::from_nanos(1_000_000_000_000 + nanos), wall: Wall::from_unix_nanos(wall) }
+    }
+
+    pub fn now(&self) -> Now {
+        World::moment(self.nanos)
+    }
+
+    pub fn seen(&self) -> Seen {
+        Seen { links: self.links.iter().cloned().collect(), routed: self.pods.values().copied().collect() }
+    }
+
+    /// The process starts: with the disk, and without a memory.
+    pub fn start(&mut self) {
+        let identity = self.vpc.identity(&self.instance).unwrap();
+        let limits = enibox::model::limits::of(&identity.instance_type).unwrap();
+        let config = Config {
+            identity,
+            v6: false,
+            prefix_mode: false,
+            targets: self.targets,
+            slots: limits.slots_per_eni() as usize,
+            eni_limit: limits.enis as usize,
+            max_pods: limits.max_pods() as usize,
+            ip_cooldown: Duration::from_secs(30),
+            add_wait: Duration::from_secs(3),
+            provisioning: true,
+            subnet_discovery: true,
+            manage_untagged: true,
+            cluster_name: "test".into(),
+            additional_tags: BTreeMap::new(),
+            network_policy_mode: String::new(),
+            host: Intent::default(),
+            seed: 42 + self.effects,
+        };
+        self.core = Some(Core::new(config));
+        self.ready = false;
+        self.wake_at = None;
+        let spool = self.spool.clone();
+        self.happen(Event::Started { checkpoint: self.disk.clone(), seen: self.seen(), spool });
+    }
+
+    /// The process is killed: what was in flight is lost, what EC2 has done stands. Plugins that waited see a broken
+    /// connection, and their runtime deletes the pod.
+    pub fn crash(&mut self) {
+        self.log.push(format!("{} ms CRASH", self.nanos / 1_000_000));
+        self.core = None;
+        self.coming.clear();
+        self.ready = false;
+        self.crash_at = None;
+        for (_, pod) in std::mem::take(&mut self.asked) {
+            self.answers.entry(pod).or_default().push_back(Answer::Error("connection lost".into()));
+        }
+    }
+
+    pub fn later(&mut self, after: Duration, event: Event) {
+        self.serial += 1;
+        let at = self.nanos + u64::try_from(after.as_nanos()).unwrap();
+        self.coming.insert((at, self.serial), event);
+    }
+
+    pub fn happen(&mut self, event: Event) {
+        let now = self.now();
+        let Some(core) = &mut self.core else { return };
+        let effects = core.step(now, event);
+        for effect in effects {
+            self.effects += 1;
+            if self.crash_at.is_some_and(|at| self.effects >= at) {
+                return self.crash();
+            }
+            self.carry_out(effect);
+        }
+    }
+
+    pub fn carry_out(&mut self, effect: Effect) {
+        let now = self.now();
+        match effect {
+            Effect::Reply(call, answer) => {
+                if let Some(pod) = self.asked.remove(&call) {
+                    self.answers.entry(pod).or_default().push_back(answer);
+                }
+            }
+            Effect::Ec2(op, call) => {
+                if self.ec2_down {
+                    let failure = enibox::model::ec2::Failure {
+                        action: call.action(),
+                        code: String::new(),
+                        message: "timed out".into(),
+                        status: 0,
+                        request_id: String::new(),
+                        maybe_applied: false,
+                    };
+                    return self.later(LATENCY, Event::Ec2(op, Err(failure)));
+                }
+                let result = self.vpc.execute(now, &call).result;
+                self.later(LATENCY, Event::Ec2(op, result));
+            }
+            Effect::Imds(op, query) => {
+                let enis: Vec<_> =
+                    self.vpc.imds(now, &self.instance.clone()).unwrap().into_iter().map(|seen| seen.eni).collect();
+                let told = match query {
+                    Query::Scan => Told::Enis(enis),
+                    Query::Eni(mac) => Told::Eni(enis.into_iter().find(|eni| eni.mac == mac)),
+                    Query::VpcCidrs { .. } => Told::Cidrs(self.vpc.cidrs().iter().map(|net| (*net).into()).collect()),
+                    Query::SecurityGroups => Told::Groups(self.primary_groups()),
+                };
+                self.later(LATENCY, Event::Imds(op, Ok(told)));
+            }
+            Effect::Kernel(op, intent) => {
+                // Every pod's table must be that of the ENI that EC2 has its address on.
+                for (address, table) in &intent.pods {
+                    if let Some(device) = self.device_of(*address) {
+                        assert_eq!(*table, naming::table_of(0, device).unwrap(), "table of {address}");
+                    }
+                }
+                let living = |ip: &IpAddr| self.pods.values().any(|held| held == ip);
+                assert!(
+                    !intent.gone.iter().any(living),
+                    "rules of a living pod are swept: {:?}, living {:?}, {:#?}",
+                    intent.gone,
+                    self.pods,
+                    self.log
+                );
+                self.swept.extend(intent.gone.iter().copied());
+                self.later(LATENCY, Event::Kernel(op, Ok(BTreeMap::new())));
+            }
+            Effect::Save(generation, content) => {
+                if self.disk_full {
+                    return self.later(LATENCY, Event::Saved(generation, Err("no space left on device".into())));
+                }
+                self.disk = Some(content);
+                self.later(LATENCY, Event::Saved(generation, Ok(())));
+            }
+            Effect::SetAside(_) => self.disk = None,
+            Effect::ListLinks => {
+                let seen = self.seen();
+                self.later(LATENCY, Event::Seen(Ok(seen)));
+            }
+            Effect::SpoolDone(keys) => self.spool.retain(|record| !keys.contains(&record.key)),
+            Effect::WakeAt(at) => self.wake_at = Some(at),
+            Effect::Ready => self.ready = true,
+            Effect::Log(level, text) => self.log.push(format!("{} ms {level:?} {text}", self.nanos / 1_000_000)),
+        }
+    }
+
+    pub fn primary_groups(&self) -> Vec<enibox::model::ids::GroupId> {
+        let primary = self.vpc.identity(&self.instance).unwrap().primary_eni;
+        self.vpc.interfaces().find(|interface| interface.id == primary).unwrap().groups.clone()
+    }
+
+    pub fn device_of(&self, address: IpAddr) -> Option<u32> {
+        let IpAddr::V4(address) = address else { return None };
+        let holds = |i: &&enibox::model::ec2::Interface| i.secondary_ipv4s.contains(&address);
+        self.vpc.interfaces().find(holds)?.attachment.as_ref().map(|attachment| attachment.device)
+    }
+
+    /// Lets virtual time pass.
+    pub fn pass(&mut self, time: Duration) {
+        let end = self.nanos + u64::try_from(time.as_nanos()).unwrap();
+        for _ in 0..1_000_000 {
+            let event_at = self.coming.keys().next().map(|(at, _)| *at);
+            let base = World::moment(0).mono;
+            let wake_at = self.wake_at.map(|at| u64::try_from(at.since(base).as_nanos()).unwrap());
+            let next = event_at.into_iter().chain(wake_at.filter(|_| self.core.is_some())).min();
+            let Some(at) = next.filter(|at| *at <= end) else {
+                self.nanos = end;
+                return;
+            };
+            self.nanos = self.nanos.max(at);
+            if event_at == Some(at) {
+                let (_, event) = self.coming.pop_first().unwrap();
+                self.happen(event);
+            } else {
+                self.wake_at = None;
+                self.happen(Event::Tick);
+            }
+        }
+        panic!("the core is busy for ever");
+    }
+
+    pub fn settle(&mut self) {
+        for _ in 0..600 {
+            if self.core.as_ref().is_some_and(Core::quiet) && self.coming.is_empty() {
+                return;
+            }
+            self.pass(Duration::from_secs(1));
+        }
+        panic!("the core does not come to rest: {:#?}", self.log);
+    }
+
+    /// What the runtime and the plugin do for a new pod, without waiting for the answer.
+    pub fn ask(&mut self, pod: &str) {
+        if self.core.is_none() || !self.ready {
+            self.answers.entry(pod.into()).or_default().push_back(Answer::Error("no daemon".into()));
+            return;
+        }
+        self.serial += 1;
+        let (call, key) = (self.serial, key(pod));
+        self.spool.retain(|record| record.key != key); // as the plugin does
+        self.asked.insert(call, pod.into());
+        let request = AddNetworkRequest {
+            pod_name: pod.into(),
+            pod_namespace: "default".into(),
+            network_name: key.network,
+            container_id: key.container,
+            if_name: key.ifname,
+            ..AddNetworkRequest::default()
+        };
+        self.happen(Event::Add(call, request));
+    }
+
+    /// The end of an ADD: the pod lives, or the runtime cleans up.
+    pub fn wired(&mut self, pod: &str) -> bool {
+        match self.answers.get_mut(pod).and_then(VecDeque::pop_front) {
+            Some(Answer::Add(reply)) if reply.success => {
+                let address: IpAddr = reply.allocations[0].ipv4.parse().unwrap();
+                if let Some((other, _)) = self.pods.iter().find(|(other, held)| **held == address && *other != pod) {
+                    panic!("{address} is given to {other} and to {pod}");
+                }
+                assert!(self.device_of(address).is_some(), "EC2 does not know {address}");
+                self.pods.insert(pod.into(), address);
+                self.links.insert(naming::host_veth("eni", "default", pod, 0).unwrap());
+                true
+            }
+            Some(_) => {
+                self.del(pod);
+                false
+            }
+            None => panic!("no answer for {pod}"),
+        }
+    }
+
+    pub fn add(&mut self, pod: &str) -> bool {
+        self.ask(pod);
+        self.pass(Duration::from_secs(5));
+        self.wired(pod)
+    }
+
+    /// DEL: through the daemon, or into the spool when it is away. The kernel's part is done in any case.
+    pub fn del(&mut self, pod: &str) {
+        self.pods.remove(pod);
+        self.links.remove(&naming::host_veth("eni", "default", pod, 0).unwrap());
+        let key = key(pod);
+        if self.core.is_some() && self.ready {
+            self.serial += 1;
+            self.asked.insert(self.serial, pod.into());
+            let request = DelNetworkRequest {
+                network_name: key.network.clone(),
+                container_id: key.container.clone(),
+                if_name: key.ifname.clone(),
+                reason: "PodDeleted".into(),
+                ..DelNetworkRequest::default()
+            };
+            self.happen(Event::Del(self.serial, request));
+            self.pass(Duration::from_secs(1));
+            match self.answers.get_mut(pod).and_then(VecDeque::pop_front) {
+                Some(Answer::Del(reply)) => return assert!(reply.success),
+                Some(Answer::Error(text)) if text == UNKNOWN_POD => return,
+                _ => {} // the daemon died meanwhile
+            }
+        }
+        let time = self.now().wall;
+        self.spool.retain(|record| record.key != key);
+        self.spool.push(Record { key, pod: PodName::default(), uid: String::new(), time });
+    }
+
+    pub fn enis(&self) -> Vec<(u32, usize)> {
+        let attached = self
+            .vpc
+            .interfaces()
+            .filter_map(|i| i.attachment.as_ref().map(|attachment| (attachment.device, i.secondary_ipv4s.len())));
+        let mut enis: Vec<_> = attached.collect();
+        enis.sort_unstable();
+        enis
+    }
+
+    pub fn calls(&self, action: &str) -> u64 {
+        self.vpc.journal().counts().get(action).copied().unwrap_or(0)
+    }
+
+    /// What must hold whenever the core is at rest.
+    pub fn check_at_rest(&self) {
+        let core = self.core.as_ref().unwrap();
+        let given: BTreeMap<PodKey, IpAddr> =
+            core.pool().allocations().map(|(ip, owner, _)| (owner.key.clone(), ip)).collect();
+        let living: BTreeMap<PodKey, IpAddr> = self.pods.iter().map(|(pod, ip)| (key(pod), *ip)).collect();
+        assert_eq!(given, living, "the pool and the living pods");
+        let mut held: BTreeSet<(EniId, IpAddr)> = BTreeSet::new();
+        for (id, eni) in core.pool().enis() {
+            held.extend(eni.cidrs().map(|(net, _)| (id.clone(), net.addr())));
+        }
+        let attached = self.vpc.interfaces().filter(|i| i.attachment.is_some());
+        let truth: BTreeSet<(EniId, IpAddr)> =
+            attached.flat_map(|i| i.secondary_ipv4s.iter().map(|ip| (i.id.clone(), IpAddr::V4(*ip)))).collect();
+        assert_eq!(held, truth, "the pool and EC2");
+        let orphans: Vec<_> = self.vpc.interfaces().filter(|i| i.attachment.is_none()).map(|i| &i.id).collect();
+        assert!(orphans.is_empty(), "leaked ENIs: {orphans:?}: {:#?}", self.log);
+        let disk = enibox::model::checkpoint::Checkpoint::parse(self.disk.as_deref().unwrap()).unwrap();
+        assert_eq!(disk.allocations.len(), self.pods.len(), "the checkpoint reproduces the pool");
+        assert!(disk.enibox.unwrap().creating.is_empty(), "no intent is left");
+    }
+}
+
+/// The targets of the default settings.
+pub const DEFAULT: Targets = Targets { warm_eni: 1, warm_ip: 0, minimum_ip: 0, warm_prefix: 0 };
