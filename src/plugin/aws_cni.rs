@@ -182,19 +182,14 @@ fn take_down(pod: &Pod) -> Result<()> {
         addresses: interfaces.clone().map(|i| RemovedAddress { address: i.address, table: i.table }).collect(),
         veths: interfaces.map(|i| (i.host_veth.clone(), i.ifname.clone())).collect(),
     };
-    clear(&removal, &pod.netns)
+    let namespace = Namespace::open(&pod.netns)?;
+    Host::open()?.del_pod(&removal, Some(&namespace))
 }
 
-/// Removes what the host holds of a pod; `netns` may be empty or gone.
-pub(super) fn clear(removal: &Removal, netns: &str) -> Result<()> {
-    let namespace = match Namespace::open(netns) {
-        Ok(namespace) => Some(namespace),
-        Err(error) => {
-            log::debug!("the pod's namespace cannot be looked at any more: {error}");
-            None
-        }
-    };
-    Host::open()?.del_pod(removal, namespace.as_ref())
+/// Removes what the host holds of a deleted pod. Its veth goes with its namespace, which the runtime removes next: deleting
+/// it here would wait some 15 ms for the kernel, under a lock that all pods of the node share (`spec/plugin.md` 10).
+pub(super) fn clear(removal: &Removal) -> Result<()> {
+    Host::open()?.del_pod(removal, None)
 }
 
 /// Gives the addresses of a failed ADD back. The runtime's DEL would do it too, but runtimes have been seen not to call it.

@@ -112,7 +112,7 @@ fn release(network: &str, veth_prefix: &str, allocation: &Allocation) -> Result<
     };
     let removal = Removal::from_reply(&reply, &request)?;
     log::info!("collected {network}/{}/{}", allocation.container, allocation.ifname);
-    aws_cni::clear(&removal, "")
+    aws_cni::clear(&removal)
 }
 
 #[cfg(test)]

@@ -46,7 +46,7 @@ fn released(context: &Context, reply: &DelNetworkReply) -> Result<(), CniError> 
     if removal.addresses.is_empty() {
         log::warn!("{} had no address", context.key);
     }
-    aws_cni::clear(&removal, &context.pod.netns).map_err(failed)?;
+    aws_cni::clear(&removal).map_err(failed)?;
     log::info!("deleted {}", context.key);
     if !reply.network_policy_mode.is_empty() && calls::has_policy_agent() {
         let request = DeleteNpRequest {
@@ -75,7 +75,7 @@ fn without_allocation(context: &Context) -> Result<()> {
     let Ok(mut removal) = from_cache(context) else { return Ok(()) };
     let Some(allocations) = local::Allocations::load()? else { return Ok(()) };
     allocations.spare_others(&mut removal, &context.key);
-    aws_cni::clear(&removal, &context.pod.netns)
+    aws_cni::clear(&removal)
 }
 
 fn without_daemon(context: &Context) -> Result<()> {
@@ -94,7 +94,7 @@ fn without_daemon(context: &Context) -> Result<()> {
     if let Some(allocations) = &allocations {
         allocations.spare_others(&mut removal, &context.key);
     }
-    aws_cni::clear(&removal, &context.pod.netns)
+    aws_cni::clear(&removal)
 }
 
 /// What the checkpoint says is to be removed. It does not hold the route table: rules to any table go.

@@ -9,10 +9,11 @@ use enibox::model::wire::{
     AddNetworkReply, AddNetworkRequest, DelNetworkReply, DelNetworkRequest, DeleteNpRequest, EnforceNpRequest,
     IpAllocation,
 };
+use enibox::netlink::{Socket, link};
 use enibox::rpc::grpc::{BindOptions, Code, Server, Status};
 use enibox::rpc::proto::{HealthCheckResponse, Message, NpReply, path};
 use enibox::rpc::stop::Stop;
-use enibox::sys;
+use enibox::{clock, sys};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
@@ -41,10 +42,26 @@ pub fn on_a_node<T: Send>(body: impl FnOnce(&Node) -> T + Send) -> T {
             let node = Node { directory: "/run/node".into() };
             fs::create_dir_all(node.directory.join("bin")).unwrap();
             std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_enibox"), node.plugin()).unwrap();
-            body(&node)
+            let result = body(&node);
+            pods_leave_no_link();
+            result
         });
         worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
+}
+
+/// The host ends of the pods' veths go with the pods' namespaces, soon after these are gone.
+fn pods_leave_no_link() {
+    let end = clock::instant() + Duration::from_secs(10);
+    loop {
+        let links = link::list(&mut Socket::route().unwrap()).unwrap();
+        let left: Vec<_> = links.into_iter().map(|link| link.name).filter(|name| name.starts_with("eni")).collect();
+        if left.is_empty() {
+            return;
+        }
+        assert!(clock::instant() < end, "links of pods that are gone: {left:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 impl Node {
