@@ -5,7 +5,7 @@ use super::agents::{Agent, Runtime, WiredPod};
 use super::flows;
 use super::report::{NodeLine, PodLine, Report};
 use super::runs;
-use super::topology::Node;
+use super::topology::{Node, Place};
 use super::world::{Plan, World};
 use crate::clock;
 use crate::error::{Context, Error, List, Result, exit};
@@ -13,9 +13,13 @@ use crate::model::limits;
 use crate::model::settings::Settings;
 use crate::sys;
 use std::io::Write;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+
+/// How long the kernel may take to remove the links of namespaces that are gone.
+const TEARDOWN_MAX: Duration = Duration::from_secs(5);
 
 /// What the sandbox is asked to do.
 #[derive(Clone, Debug, clap::Args)]
@@ -279,7 +283,7 @@ impl Stage {
             for pod in pods {
                 errors.note(runtime.delete(pod));
             }
-            let traces = errors.note(node.place.traces("eni", &addresses)).unwrap_or_default();
+            let traces = errors.note(traces_that_stay(&node.place, &addresses)).unwrap_or_default();
             report.problems.extend(traces.into_iter().map(|trace| format!("left over on {trace}")));
         }
         for agent in self.agents.drain(..) {
@@ -308,5 +312,17 @@ impl Stage {
             ));
         }
         say(&format!("  nsenter --net={run}/netns/router sh   # the VPC's router\n  ls {run}/log"));
+    }
+}
+
+/// What is left of pods once the kernel had time to take down their namespaces, and with them their veths.
+fn traces_that_stay(node: &Place, addresses: &[Ipv4Addr]) -> Result<Vec<String>> {
+    let end = clock::instant() + TEARDOWN_MAX;
+    loop {
+        let traces = node.traces("eni", addresses)?;
+        if traces.is_empty() || clock::instant() > end {
+            return Ok(traces);
+        }
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
