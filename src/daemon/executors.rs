@@ -1,5 +1,6 @@
 //! The threads that carry out effects. Each owns what it talks to and sends the outcome back as an event.
 
+use super::metrics::Metrics;
 use super::{End, files, spawn};
 use crate::apply;
 use crate::aws::{ec2, imds};
@@ -46,6 +47,7 @@ impl Executors {
         ended: &SyncSender<End>,
         imds: &Arc<imds::Client>,
         ec2: &Arc<ec2::Client>,
+        metrics: &Arc<Metrics>,
         store: PathBuf,
     ) -> Result<Executors> {
         let (ec2_queue, calls) = sync_channel(QUEUE_MAX);
@@ -58,8 +60,8 @@ impl Executors {
         let (sender, client) = (events.clone(), Arc::clone(imds));
         spawn("imds", ended, move || imds_loop(&client, &queries, &sender))?;
         let (kernel_queue, work) = sync_channel(QUEUE_MAX);
-        let sender = events.clone();
-        spawn("kernel", ended, move || kernel_loop(&work, &sender))?;
+        let (sender, metrics) = (events.clone(), Arc::clone(metrics));
+        spawn("kernel", ended, move || kernel_loop(&work, &sender, &metrics))?;
         let (disk_queue, work) = sync_channel(QUEUE_MAX);
         let sender = events.clone();
         spawn("disk", ended, move || disk_loop(&store, &work, &sender))?;
@@ -101,7 +103,7 @@ impl Executors {
                 self.disk.try_send(Disk::SpoolDone(keys)).ok(); // they are read again, and done with then
                 None
             }
-            Effect::Reply(..) | Effect::WakeAt(_) | Effect::Ready | Effect::Log(..) => None, // the core's thread's own
+            Effect::Reply(..) | Effect::WakeAt(_) | Effect::Ready | Effect::Log(..) | Effect::Tally(_) => None, // the core's thread's own
         }
     }
 }
@@ -131,7 +133,7 @@ fn imds_loop(client: &imds::Client, queries: &Receiver<(OpId, Query)>, events: &
     Ok(())
 }
 
-fn kernel_loop(work: &Receiver<Host>, events: &SyncSender<Event>) -> Result<()> {
+fn kernel_loop(work: &Receiver<Host>, events: &SyncSender<Event>, metrics: &Metrics) -> Result<()> {
     let mut host = apply::Host::open().context("open the host's netlink sockets")?;
     while let Ok(work) = work.recv() {
         let event = match work {
@@ -148,6 +150,7 @@ fn kernel_loop(work: &Receiver<Host>, events: &SyncSender<Event>) -> Result<()> 
                     let failed = report.enis.into_iter();
                     Ok(failed.filter_map(|(id, result)| result.err().map(|error| (id, error.to_string()))).collect())
                 });
+                metrics.rules(result.is_ok());
                 Event::Kernel(op, result.map_err(|error| error.to_string()))
             }
             Host::List => Event::Seen(files::look_at_host().map_err(|error| error.to_string())),

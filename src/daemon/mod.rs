@@ -1,11 +1,13 @@
 //! The node daemon: threads and wiring around the core (`design.md` 5).
 //!
 //! One thread owns the core and blocks on one bounded channel. What takes time is done by others, which send the outcome
-//! back as an event: `ec2-N`, `imds`, `kernel`, `disk`, `rpc` and its connections. Nothing is decided here. A thread that
+//! back as an event: `ec2-N`, `imds`, `kernel`, `disk`, `rpc` and its connections; `http` shows a copy. Nothing is decided here. A thread that
 //! ends unexpectedly ends the process: the state is on disk, and the kubelet starts us again.
 
 mod executors;
 mod files;
+mod introspect;
+mod metrics;
 mod rpc_server;
 
 use crate::aws::{creds, ec2, imds};
@@ -17,6 +19,7 @@ use crate::model::imds::Identity;
 use crate::model::limits::{self, Limits};
 use crate::model::naming;
 use crate::model::settings::{Mode, Settings, Valid};
+use crate::model::time::Mono;
 use crate::model::wire::NetworkPolicyAgentConfig;
 use crate::plan::core::{Answer, CallId, Config, Core, Effect, Event, Level};
 use crate::plan::host::Intent;
@@ -24,7 +27,9 @@ use crate::plan::sizing::Targets;
 use crate::rpc::stop::Stop;
 use crate::sys;
 use executors::Executors;
+use introspect::{Board, View};
 use ipnet::IpNet;
+use metrics::Metrics;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -38,6 +43,9 @@ const EVENTS_MAX: usize = 1024;
 const ADD_WAIT: Duration = Duration::from_secs(3);
 /// How long the process waits for its threads at the end.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
+/// What operators see is renewed when nothing has happened for so long, and so often when something happens all the time.
+const PUBLISH_AFTER: Duration = Duration::from_millis(50);
+const PUBLISH_EVERY: Duration = Duration::from_secs(1);
 /// The core looks at the clock at least so often, whatever it is waiting for.
 const SLEEP_MAX: Duration = Duration::from_mins(1);
 
@@ -108,10 +116,15 @@ fn serve(settings: &Settings) -> Result<()> {
     let env = |name: &str| std::env::var(name).ok();
     settings.check().map_err(Error::new).context("settings")?;
 
-    let imds = Arc::new(imds::Client::new(imds::Config::from_env(env))?);
+    let metrics = Arc::new(Metrics::new());
+    let counted = Arc::clone(&metrics);
+    let imds = imds::Client::new(imds::Config::from_env(env))?.observed_by(move |seen| counted.imds(seen));
+    let imds = Arc::new(imds);
     let identity = imds.identity(settings.enable_ipv6).context("read the instance's identity")?;
     let creds = Arc::new(creds::Chain::from_env(env, Arc::clone(&imds))?);
-    let ec2 = Arc::new(ec2::Client::new(ec2::Config::from_env(env, &identity.region), creds)?);
+    let counted = Arc::clone(&metrics);
+    let ec2 = ec2::Client::new(ec2::Config::from_env(env, &identity.region), creds)?;
+    let ec2 = Arc::new(ec2.observed_by(move |seen| counted.ec2(seen)));
     let limits = instance_limits(&identity, &ec2)?;
     let valid = settings.validate(&limits).map_err(Error::new).context("settings")?;
     for warning in &valid.warnings {
@@ -132,7 +145,9 @@ fn serve(settings: &Settings) -> Result<()> {
     let stop = Stop::new();
     let store = PathBuf::from(&settings.backing_store);
     let started = files::read_start(&store, config.v6)?;
-    let executors = Executors::start(&events, &ended, &imds, &ec2, store)?;
+    let board = Board::default();
+    introspect::start(settings, board.clone(), &metrics, &ended)?;
+    let executors = Executors::start(&events, &ended, &imds, &ec2, &metrics, store)?;
     let calls = Calls::default();
     let (open, closed) = sync_channel::<()>(0); // `open` goes when the last request is served
     let rpc = {
@@ -140,7 +155,8 @@ fn serve(settings: &Settings) -> Result<()> {
         move || rpc_server::start(Path::new(naming::DAEMON_SOCKET), events, calls, policy, stop, &ended, open)
     };
     events.send(started).context("start the core")?;
-    spawn("core", &ended, move || core_loop(Core::new(config), &inbox, &executors, &calls, rpc))?;
+    let hands = Hands { executors, calls, metrics, board };
+    spawn("core", &ended, move || core_loop(Core::new(config), &inbox, &hands, rpc))?;
     spawn("signal", &ended.clone(), move || wait_for_signal(&ended))?;
 
     let result = match ends.recv().context("wait for the end")? {
@@ -256,23 +272,43 @@ fn configure(settings: &Settings, valid: &Valid, limits: &Limits, identity: &Ide
     })
 }
 
-fn core_loop(
-    mut core: Core,
-    inbox: &Receiver<Event>,
-    executors: &Executors,
-    calls: &Calls,
-    rpc: impl FnOnce() -> Result<()>,
-) -> Result<()> {
+/// What the core's thread acts with.
+struct Hands {
+    executors: Executors,
+    calls: Calls,
+    metrics: Arc<Metrics>,
+    board: Board,
+}
+
+impl Hands {
+    fn publish(&self, core: &Core) {
+        let (eni_limit, slots) = core.room();
+        self.board.publish(View { pool: core.pool().clone(), at: clock::now(), eni_limit, slots });
+    }
+}
+
+fn core_loop(mut core: Core, inbox: &Receiver<Event>, hands: &Hands, rpc: impl FnOnce() -> Result<()>) -> Result<()> {
     let mut rpc = Some(rpc);
     let mut wake_at = None;
+    let mut stale = true; // the published view is older than the core
+    let mut published = clock::now().mono;
     loop {
-        let sleep =
-            wake_at.map_or(SLEEP_MAX, |at: crate::model::time::Mono| at.since(clock::now().mono).min(SLEEP_MAX));
-        let event = match inbox.recv_timeout(sleep) {
+        let sleep = wake_at.map_or(SLEEP_MAX, |at: Mono| at.since(clock::now().mono));
+        let event = match inbox.recv_timeout(sleep.min(if stale { PUBLISH_AFTER } else { SLEEP_MAX })) {
             Ok(event) => event,
+            Err(RecvTimeoutError::Timeout) if stale && sleep > PUBLISH_AFTER => {
+                hands.publish(&core);
+                stale = false;
+                continue;
+            }
             Err(RecvTimeoutError::Timeout) => Event::Tick,
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         };
+        stale = true;
+        if clock::now().mono.since(published) > PUBLISH_EVERY {
+            hands.publish(&core);
+            published = clock::now().mono;
+        }
         if matches!(event, Event::Stop) {
             rpc = None;
         }
@@ -281,15 +317,16 @@ fn core_loop(
         while let Some(event) = next.pop_front() {
             for effect in core.step(clock::now(), event) {
                 match effect {
-                    Effect::Reply(call, answer) => calls.answer(call, answer),
+                    Effect::Reply(call, answer) => hands.calls.answer(call, answer),
                     Effect::WakeAt(at) => wake_at = Some(at),
                     Effect::Log(level, text) => log::log!(log_level(level), "{text}"),
+                    Effect::Tally(tally) => hands.metrics.count(tally),
                     Effect::Ready => {
                         if let Some(rpc) = rpc.take() {
                             rpc().context("serve the plugins")?;
                         }
                     }
-                    effect => next.extend(executors.carry_out(effect)),
+                    effect => next.extend(hands.executors.carry_out(effect)),
                 }
             }
         }

@@ -14,7 +14,7 @@ mod pods;
 mod saver;
 mod upkeep;
 
-pub use event::{Answer, CallId, Effect, Event, Level, OpId, Seen};
+pub use event::{Answer, CallId, Effect, Event, Level, OpId, Seen, Tally};
 
 use super::backoff::{Backoff, Random};
 use super::host::Intent;
@@ -285,6 +285,11 @@ impl Core {
         &self.pool
     }
 
+    /// ENIs that the node may hold, and addresses of each.
+    pub fn room(&self) -> (usize, usize) {
+        (self.sizing().eni_limit, self.config.slots)
+    }
+
     /// Whether nothing is in progress and nobody waits: the state to which the core always comes back.
     pub fn quiet(&self) -> bool {
         self.phase == Phase::Ready
@@ -381,6 +386,10 @@ impl Core {
         self.out.push(Effect::Ec2(id, call));
     }
 
+    fn tally(&mut self, tally: Tally) {
+        self.out.push(Effect::Tally(tally));
+    }
+
     fn log(&mut self, level: Level, text: String) {
         self.out.push(Effect::Log(level, text));
     }
@@ -411,6 +420,7 @@ impl Core {
             (Some(Op::Describe), Ok(Reply::Interfaces(interfaces))) => self.describe_done(&interfaces),
             (Some(Op::Describe), Err(failure)) => {
                 self.log(Level::Warn, format!("describe the instance's ENIs: {failure}"));
+                self.tally(Tally::Error("reconcileFailedGetENIs"));
                 self.retry(Timer::Describe);
             }
             (Some(Op::Growth), result) => self.growth_done(result),

@@ -221,6 +221,7 @@ impl World {
             Effect::SpoolDone(keys) => self.spool.retain(|record| !keys.contains(&record.key)),
             Effect::WakeAt(at) => self.wake_at = Some(at),
             Effect::Ready => self.ready = true,
+            Effect::Tally(_) => {}
             Effect::Log(level, text) => self.log.push(format!("{} ms {level:?} {text}", self.nanos / 1_000_000)),
         }
     }

@@ -79,6 +79,21 @@ pub enum Level {
     Error,
 }
 
+/// Something that is counted for the metrics (`spec/ipamd.md` 12).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Tally {
+    /// A request for an address.
+    Add,
+    /// A request to give one back, by its reason.
+    Del(String),
+    /// A request found no address.
+    NoAddress,
+    /// Something failed, by the original's name for the place.
+    Error(&'static str),
+    /// The reconciliation changed something, by the original's name for it.
+    Reconcile(&'static str),
+}
+
 /// Something is to be done.
 #[derive(Clone, Debug)]
 pub enum Effect {
@@ -104,4 +119,6 @@ pub enum Effect {
     Ready,
     /// A line for the log.
     Log(Level, String),
+    /// One more of these.
+    Tally(Tally),
 }

@@ -4,7 +4,7 @@
 //! detach: an ENI that is somebody else's by now is left alone.
 
 use super::saver::Undo;
-use super::{Core, Effect, Level, Op, Phase, Timer};
+use super::{Core, Effect, Level, Op, Phase, Tally, Timer};
 use crate::model::ec2::{Call, Failure, Interface, Reply};
 use crate::model::ids::{AttachmentId, EniId};
 use crate::model::time::Mono;
@@ -124,6 +124,7 @@ impl Core {
         if let Err(failure) = result {
             // Still there, as far as is known: the reconciliation takes them in again after the cooldown.
             self.log(Level::Warn, format!("eni {eni}: give back {nets:?}: {failure}"));
+            self.tally(Tally::Error("decreaseIPPool"));
         }
     }
 
@@ -246,6 +247,7 @@ impl Core {
             // Not forgotten: nobody else would delete it. But EC2 has said no often enough for now.
             free.tries = 0;
             pause = AGAIN_LATER;
+            self.tally(Tally::Error("decreaseIPPoolFreeENIFailed"));
             self.log(
                 Level::Error,
                 format!("eni {id}: cannot be given back: {failure}; again in {} s", pause.as_secs()),

@@ -5,7 +5,7 @@
 //! show it and the host must be set up before a pod may have an address of it.
 
 use super::freeing::Free;
-use super::{Core, Level, Op, Phase, Timer, cidrs_of};
+use super::{Core, Level, Op, Phase, Tally, Timer, cidrs_of};
 use crate::model::checkpoint::Creating;
 use crate::model::ec2::{Call, Count, Create, Failure, Interface, Reply, Subnet};
 use crate::model::ids::{AttachmentId, EniId, SubnetId};
@@ -330,6 +330,7 @@ impl Core {
             self.grown_once = true;
             return;
         }
+        self.tally(Tally::Error("increaseIPPoolAllocIPAddressesFailed"));
         self.growth_failed(&format!("eni {eni}: assign"), Some(failure));
     }
 
@@ -372,6 +373,7 @@ impl Core {
             }
             None => self.growth_failed("create an ENI", Some(failure)),
         }
+        self.tally(Tally::Error("increaseIPPoolAllocENI"));
     }
 
     fn attach_failed(&mut self, creating: Option<Creating>, mut taken: BTreeSet<u32>, device: u32, failure: Failure) {
@@ -419,6 +421,7 @@ impl Core {
         }
         self.growth = None;
         self.changed();
+        self.tally(Tally::Error("increaseIPPoolAllocENI"));
         self.growth_failed(&format!("attach the new ENI: {why}"), failure);
     }
 
@@ -515,6 +518,7 @@ impl Core {
         if now.since(since) >= SETTLE_MAX {
             self.growth = None;
             self.changed();
+            self.tally(Tally::Error("increaseIPPoolwaitENIAttachedFailed"));
             self.growth_failed("the new ENI does not show up; it is taken in when it does", None);
         } else if settling {
             self.look();

@@ -1,7 +1,7 @@
 //! Requests of the plugins: an address for a pod, and back (`spec/ipamd.md` 10.2, 10.3).
 
 use super::saver::Undo;
-use super::{Answer, CallId, Core, Effect, Level, PLUGIN_MAX, Phase, Seen, Timer};
+use super::{Answer, CallId, Core, Effect, Level, PLUGIN_MAX, Phase, Seen, Tally, Timer};
 use crate::model::ids::{PodKey, PodName};
 use crate::model::naming;
 use crate::model::spool::Record;
@@ -31,6 +31,7 @@ pub(super) struct Waiting {
 
 impl Core {
     pub(super) fn add(&mut self, call: CallId, request: AddNetworkRequest) {
+        self.tally(Tally::Add);
         let key = PodKey { network: request.network_name, container: request.container_id, ifname: request.if_name };
         if matches!(self.phase, Phase::Starting | Phase::Booting) {
             return self.out.push(Effect::Reply(call, Answer::Error("the daemon is starting".into())));
@@ -122,6 +123,7 @@ impl Core {
                 self.pool.enis().count(),
                 self.config.eni_limit
             );
+            self.tally(Tally::NoAddress);
             self.refuse(call, &owner.key, &why);
         }
     }
@@ -133,6 +135,7 @@ impl Core {
     }
 
     pub(super) fn del(&mut self, call: CallId, request: &DelNetworkRequest) {
+        self.tally(Tally::Del(request.reason.clone()));
         if self.phase == Phase::Starting {
             return self.out.push(Effect::Reply(call, Answer::Error("the daemon is starting".into())));
         }

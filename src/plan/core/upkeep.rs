@@ -4,7 +4,7 @@
 //! lacks is taken in. What the pool has and EC2 does not list must be missing twice, well apart, before it is dropped, and
 //! is never dropped while a pod uses it.
 
-use super::{Core, Level, Op, Phase, RECONCILE, RECONCILE_MAX, Timer, WATCH, cidrs_of};
+use super::{Core, Level, Op, Phase, RECONCILE, RECONCILE_MAX, Tally, Timer, WATCH, cidrs_of};
 use crate::model::checkpoint::EniFacts;
 use crate::model::ec2::{Call, Interface};
 use crate::model::ids::{EniId, GroupId};
@@ -114,6 +114,7 @@ impl Core {
                 self.pool.set_excluded(&id, true);
             } else if self.pool.remove_eni(&id).is_ok() {
                 self.log(Level::Warn, format!("eni {id}: detached by somebody else, dropped"));
+                self.tally(Tally::Reconcile("eniReconcileDel"));
                 self.absent.retain(|(eni, _), _| *eni != id);
                 self.wanted.remove(&id);
                 self.ready.remove(&id);
@@ -148,6 +149,7 @@ impl Core {
             if !self.resting(net) {
                 self.unassigned.remove(net);
                 self.log(Level::Info, format!("eni {id}: EC2 lists {net}, taken in"));
+                self.tally(Tally::Reconcile("eniDataStorePoolReconcileAdd"));
                 self.add_cidr(id, *net);
             }
         }
@@ -163,6 +165,7 @@ impl Core {
             }
             if self.pool.remove_cidr(id, net).is_ok() {
                 self.log(Level::Warn, format!("eni {id}: EC2 does not list {net} any more, dropped"));
+                self.tally(Tally::Reconcile("eniIPPoolReconcileDel"));
                 self.absent.remove(&key);
             } else {
                 self.log(Level::Error, format!("eni {id}: EC2 does not list {net}, which a pod uses"));
