@@ -129,6 +129,15 @@ enum Phase {
     Stopping,
 }
 
+/// Something of the pool that EC2 did not list: an ENI, or a CIDR on it.
+#[derive(Clone, Copy, Debug)]
+struct Absent {
+    /// When that was first seen.
+    since: Mono,
+    /// Seen twice, well apart, and kept all the same because pods use it.
+    confirmed: bool,
+}
+
 /// Pauses between attempts to reach IMDS, EC2, the kernel or the disk again.
 const RETRY: Backoff = Backoff { first: Duration::from_millis(500), cap: Duration::from_secs(30), jitter_percent: 20 };
 /// How often VPC CIDRs, security groups and the host's rules are looked at (`spec/ipamd.md` 9).
@@ -184,7 +193,7 @@ pub struct Core {
     groups: Option<Vec<GroupId>>,
     subnets: Option<(Mono, Vec<Subnet>)>,
     exhausted: BTreeMap<SubnetId, Mono>,
-    absent: BTreeMap<(EniId, Option<IpNet>), Mono>,
+    absent: BTreeMap<(EniId, Option<IpNet>), Absent>,
     unassigned: BTreeMap<IpNet, Mono>,
 
     // The host's network: what it should hold, and what it holds.
@@ -306,6 +315,7 @@ impl Core {
             self.run_timers();
             self.adopt();
             self.enrol_ready();
+            self.drop_absent();
             self.serve_waiting();
             self.grow(); // knows now who still waits
             self.refuse_hopeless();

@@ -9,6 +9,7 @@ use enibox::plan::core::{Answer, Event};
 use enibox::plan::sizing::Targets;
 use enibox::sandbox::vpc::Planned;
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::time::Duration;
 
 #[test]
@@ -288,5 +289,36 @@ fn an_eni_that_somebody_else_attached_is_taken_in() {
     world.pass(Duration::from_mins(5));
     world.settle();
     assert!(world.core.as_ref().unwrap().pool().eni(&eni).is_some());
+    world.check_at_rest();
+}
+
+#[test]
+fn an_address_that_somebody_took_away_is_given_up_or_kept_and_ec2_left_in_peace() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.settle();
+    assert!(world.add("a"));
+    world.settle();
+    let address = world.pods["a"];
+    let IpAddr::V4(used) = address else { panic!("{address}") };
+    let primary = world.vpc.identity(&world.instance).unwrap().primary_eni;
+    let eni = world.vpc.interfaces().find(|interface| interface.id == primary).unwrap().clone();
+    let free = eni.secondary_ipv4s.iter().copied().find(|ip| *ip != used).unwrap();
+    let now = world.now();
+    let call = Call::UnassignAddresses { eni: primary.clone(), addresses: vec![used, free] };
+    assert_eq!(world.vpc.execute(now, &call).result, Ok(Reply::Done));
+    world.pass(Duration::from_mins(10));
+    let pool = world.core.as_ref().unwrap().pool();
+    let held: BTreeSet<IpAddr> = pool.eni(&primary).unwrap().cidrs().map(|(net, _)| net.addr()).collect();
+    assert!(held.contains(&address), "a living pod keeps its address");
+    assert!(!held.contains(&IpAddr::V4(free)), "the free one is dropped");
+    let before: u64 = world.vpc.journal().counts().values().sum();
+    world.pass(Duration::from_hours(2));
+    assert_eq!(world.vpc.journal().counts().values().sum::<u64>(), before, "nothing new, no call");
+    world.del("a");
+    world.pass(Duration::from_mins(5));
+    for n in 0..9 {
+        assert!(world.add(&format!("pod-{n}")), "`wired` checks that EC2 knows every address");
+    }
+    world.settle();
     world.check_at_rest();
 }

@@ -57,7 +57,8 @@ impl Core {
     /// Gives back what is too much: single CIDRs at most every 30 s, then a whole ENI.
     pub(super) fn shrink(&mut self) {
         let idle = self.phase == Phase::Ready && self.growth.is_none() && self.freeing.is_empty();
-        let allowed = self.config.provisioning && !self.config.v6 && self.described.is_some() && self.absent.is_empty();
+        let settled = self.absent.values().all(|absent| absent.confirmed);
+        let allowed = self.config.provisioning && !self.config.v6 && self.described.is_some() && settled;
         if !idle || !allowed || !self.waiting.is_empty() || self.ops.values().any(|op| matches!(op, Op::Unassign(..))) {
             return;
         }

@@ -4,11 +4,12 @@
 //! lacks is taken in. What the pool has and EC2 does not list must be missing twice, well apart, before it is dropped, and
 //! is never dropped while a pod uses it.
 
-use super::{Core, Level, Op, Phase, RECONCILE, RECONCILE_MAX, Tally, Timer, WATCH, cidrs_of};
+use super::{Absent, Core, Level, Op, Phase, RECONCILE, RECONCILE_MAX, Tally, Timer, WATCH, cidrs_of};
 use crate::model::checkpoint::EniFacts;
 use crate::model::ec2::{Call, Interface};
 use crate::model::ids::{EniId, GroupId};
 use ipnet::IpNet;
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
@@ -65,7 +66,12 @@ impl Core {
         if unseen && self.growth.is_none() {
             self.set_timer(Timer::Scan, SCAN_AGAIN);
         }
-        if !self.absent.is_empty() {
+        // What we gave back ourselves is no riddle.
+        self.absent.retain(|(id, net), _| {
+            let eni = self.pool.eni(id);
+            eni.is_some_and(|eni| net.is_none_or(|net| eni.cidrs().any(|(held, _)| *held == net)))
+        });
+        if self.absent.values().any(|absent| !absent.confirmed) {
             self.set_timer(Timer::Describe, OBSERVE_AGAIN.saturating_add(Duration::from_secs(1)));
         }
     }
@@ -108,23 +114,15 @@ impl Core {
                 self.absent.remove(&key);
                 continue;
             }
-            let since = *self.absent.entry(key.clone()).or_insert(self.now.mono);
-            if self.now.mono.since(since) < OBSERVE_AGAIN {
+            let Some(again) = self.miss(key) else { continue };
+            if !again {
                 self.log(Level::Warn, format!("eni {id}: EC2 does not list it"));
                 self.pool.set_excluded(&id, true);
-            } else if self.pool.remove_eni(&id).is_ok() {
+            } else if self.drop_eni(&id) {
                 self.log(Level::Warn, format!("eni {id}: detached by somebody else, dropped"));
                 self.tally(Tally::Reconcile("eniReconcileDel"));
-                self.absent.retain(|(eni, _), _| *eni != id);
-                self.wanted.remove(&id);
-                self.ready.remove(&id);
-                self.facts.remove(&id);
-                self.attached.remove(&id);
-                self.host_dirty = true;
-                self.changed();
             } else {
                 self.log(Level::Error, format!("eni {id}: detached by somebody else while pods use it"));
-                self.absent.insert(key, self.now.mono);
             }
         }
         for id in listed {
@@ -159,8 +157,7 @@ impl Core {
                 self.absent.remove(&key);
                 continue;
             }
-            let since = *self.absent.entry(key.clone()).or_insert(self.now.mono);
-            if self.now.mono.since(since) < OBSERVE_AGAIN {
+            if self.miss(key.clone()) != Some(true) {
                 continue;
             }
             if self.pool.remove_cidr(id, net).is_ok() {
@@ -169,7 +166,57 @@ impl Core {
                 self.absent.remove(&key);
             } else {
                 self.log(Level::Error, format!("eni {id}: EC2 does not list {net}, which a pod uses"));
-                self.absent.insert(key, self.now.mono);
+            }
+        }
+    }
+
+    /// What EC2 took away goes as soon as the last pod has let it go, before anybody else can get it.
+    pub(super) fn drop_absent(&mut self) {
+        let confirmed = self.absent.iter().filter(|(_, absent)| absent.confirmed).map(|(key, _)| key.clone());
+        for (id, net) in confirmed.collect::<Vec<_>>() {
+            let dropped = match net {
+                Some(net) => self.pool.remove_cidr(&id, &net).is_ok(),
+                None => self.drop_eni(&id),
+            };
+            if dropped {
+                self.log(
+                    Level::Warn,
+                    format!("eni {id}: {} dropped", net.map_or("the ENI".into(), |net| net.to_string())),
+                );
+                self.absent.remove(&(id, net));
+            }
+        }
+    }
+
+    fn drop_eni(&mut self, id: &EniId) -> bool {
+        let dropped = self.pool.remove_eni(id).is_ok();
+        if dropped {
+            self.absent.retain(|(eni, _), _| eni != id);
+            self.wanted.remove(id);
+            self.ready.remove(id);
+            self.facts.remove(id);
+            self.attached.remove(id);
+            self.host_dirty = true;
+            self.changed();
+        }
+        dropped
+    }
+
+    // One more observation that something is missing: `Some(false)` the first, `Some(true)` when it counts as confirmed, and
+    // `None` in between and after that, when there is nothing new to do.
+    fn miss(&mut self, key: (EniId, Option<IpNet>)) -> Option<bool> {
+        let now = self.now.mono;
+        match self.absent.entry(key) {
+            Entry::Vacant(entry) => {
+                entry.insert(Absent { since: now, confirmed: false });
+                Some(false)
+            }
+            Entry::Occupied(mut entry) => {
+                let again = !entry.get().confirmed && now.since(entry.get().since) >= OBSERVE_AGAIN;
+                again.then(|| {
+                    entry.get_mut().confirmed = true;
+                    true
+                })
             }
         }
     }
@@ -237,12 +284,16 @@ impl Core {
             let singles = eni.ipv4s.iter().skip(1).map(|ip| IpNet::from(IpAddr::V4(*ip)));
             let listed: BTreeSet<IpNet> = singles.chain(eni.v4_prefixes.iter().copied()).collect();
             let held: BTreeSet<IpNet> = entry.cidrs().map(|(net, _)| *net).collect();
-            let odd = listed.symmetric_difference(&held).find(|net| !self.resting(net));
+            let known = |net: &IpNet| self.absent.contains_key(&(id.clone(), Some(*net)));
+            let odd = listed.symmetric_difference(&held).find(|net| !self.resting(net) && !known(net));
             if let Some(net) = odd.filter(|_| !self.config.v6) {
                 return Some(format!("{net} on {id}"));
             }
         }
-        let missing = self.pool.enis().find(|(id, _)| !self.attached.contains_key(*id));
+        let missing = self
+            .pool
+            .enis()
+            .find(|(id, _)| !self.attached.contains_key(*id) && !self.absent.contains_key(&((*id).clone(), None)));
         missing.map(|(id, _)| format!("{id} is missing"))
     }
 }
