@@ -367,7 +367,7 @@ impl World {
         let given: BTreeMap<PodKey, IpAddr> =
             core.pool().allocations().map(|(ip, owner, _)| (owner.key.clone(), ip)).collect();
         let living: BTreeMap<PodKey, IpAddr> = self.pods.iter().map(|(pod, ip)| (key(pod), *ip)).collect();
-        assert_eq!(given, living, "the pool and the living pods");
+        assert_eq!(given, living, "the pool and the living pods: {:#?}", self.log);
         let mut held: BTreeSet<(EniId, IpAddr)> = BTreeSet::new();
         for (id, eni) in core.pool().enis() {
             held.extend(eni.cidrs().map(|(net, _)| (id.clone(), net.addr())));

@@ -59,6 +59,7 @@ impl Core {
     // Gives an address if there is one; the reply leaves when it is durable.
     fn try_assign(&mut self, call: CallId, owner: &Owner) -> bool {
         let Ok((place, fresh)) = self.pool.assign(self.now, owner.clone()) else { return false };
+        self.missing_veth.remove(&owner.key); // a look at the links that is under way may be older than this ADD
         let mut undo = Undo::Nothing;
         if fresh {
             self.log(
