@@ -6,11 +6,11 @@ use crate::apply;
 use crate::aws::{ec2, imds};
 use crate::error::{Context, List, Result};
 use crate::model::ec2::{Call, Failure};
-use crate::model::ids::PodKey;
 use crate::model::imds::Query;
+use crate::model::spool::{self, Record};
 use crate::plan::core::{Effect, Event, OpId};
 use crate::plan::host::Intent;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -30,7 +30,7 @@ enum Host {
 enum Disk {
     Save(u64, String),
     SetAside,
-    SpoolDone(Vec<PodKey>),
+    SpoolDone(Vec<Record>),
 }
 
 /// The queues of the executors.
@@ -99,8 +99,8 @@ impl Executors {
                 self.disk.try_send(Disk::SetAside).ok();
                 None
             }
-            Effect::SpoolDone(keys) => {
-                self.disk.try_send(Disk::SpoolDone(keys)).ok(); // they are read again, and done with then
+            Effect::SpoolDone(records) => {
+                self.disk.try_send(Disk::SpoolDone(records)).ok(); // they are read again, and done with then
                 None
             }
             Effect::Reply(..) | Effect::WakeAt(_) | Effect::Ready | Effect::Log(..) | Effect::Tally(_) => None, // the core's thread's own
@@ -160,7 +160,7 @@ fn kernel_loop(work: &Receiver<Host>, events: &SyncSender<Event>, metrics: &Metr
     Ok(())
 }
 
-fn disk_loop(store: &std::path::Path, work: &Receiver<Disk>, events: &SyncSender<Event>) -> Result<()> {
+fn disk_loop(store: &Path, work: &Receiver<Disk>, events: &SyncSender<Event>) -> Result<()> {
     loop {
         match work.recv_timeout(SPOOL_EVERY) {
             Ok(Disk::Save(generation, content)) => {
@@ -172,7 +172,10 @@ fn disk_loop(store: &std::path::Path, work: &Receiver<Disk>, events: &SyncSender
                     log::error!("keep the unreadable checkpoint: {error}");
                 }
             }
-            Ok(Disk::SpoolDone(keys)) => keys.iter().for_each(files::remove_record),
+            Ok(Disk::SpoolDone(records)) => {
+                let folder = Path::new(spool::DIRECTORY);
+                records.iter().for_each(|record| files::remove_record(folder, record));
+            }
             Err(RecvTimeoutError::Timeout) => {
                 let records = files::read_spool();
                 if !records.is_empty() {

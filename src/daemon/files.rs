@@ -2,7 +2,6 @@
 
 use crate::clock;
 use crate::error::{Context, Error, Result};
-use crate::model::ids::PodKey;
 use crate::model::naming;
 use crate::model::net::Family;
 use crate::model::spool::{self, Record};
@@ -112,9 +111,12 @@ fn read_record(path: &Path) -> Result<Record> {
     Record::parse(&bytes).map_err(Error::new).with_context(what)
 }
 
-/// A record is done with.
-pub(super) fn remove_record(key: &PodKey) {
-    let path = Path::new(spool::DIRECTORY).join(Record::file_name(key));
+/// A record is done with. One that a later DEL has put in its place stays: it tells of a later allocation.
+pub(super) fn remove_record(folder: &Path, record: &Record) {
+    let path = folder.join(Record::file_name(&record.key));
+    if read_record(&path).is_ok_and(|found| found.time != record.time) {
+        return;
+    }
     if let Err(error) = fs::remove_file(&path)
         && error.kind() != ErrorKind::NotFound
     {
@@ -142,6 +144,29 @@ fn look_at_family(family: Family) -> Result<Seen> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::ids::{PodKey, PodName};
+    use crate::model::time::Wall;
+
+    #[test]
+    fn a_newer_record_under_the_same_key_stays() {
+        let folder = std::env::temp_dir().join(format!("enibox-records-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let key = PodKey { network: "aws-cni".into(), container: "6f2c".into(), ifname: "eth0".into() };
+        let path = folder.join(Record::file_name(&key));
+        let at = |time| Record {
+            key: key.clone(),
+            pod: PodName::default(),
+            uid: String::new(),
+            time: Wall::from_unix_seconds(time),
+        };
+        fs::write(&path, at(6).to_bytes()).unwrap();
+        remove_record(&folder, &at(5));
+        assert_eq!(read_record(&path).unwrap(), at(6));
+        remove_record(&folder, &at(6));
+        assert!(!path.exists());
+        remove_record(&folder, &at(6));
+        fs::remove_dir(&folder).unwrap();
+    }
 
     #[test]
     fn a_checkpoint_is_replaced_whole_and_leaves_no_temporary() {

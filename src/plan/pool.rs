@@ -428,7 +428,9 @@ impl Pool {
             .place
             .filter(|place| self.enis.get(&place.eni).is_some_and(|eni| eni.cidrs.contains_key(&place.cidr)))
         else {
-            self.orphans.insert(key, (released.address, released.owner));
+            // Its CIDR may have been seen meanwhile. Nobody else has the address: it rests.
+            let restored = self.restore(released.address, released.owner);
+            debug_assert!(restored.is_ok(), "{key}: {restored:?}");
             return;
         };
         self.index.insert(key, (place.eni.clone(), place.cidr, place.address));

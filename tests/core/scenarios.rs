@@ -164,6 +164,30 @@ fn a_del_that_met_no_daemon_comes_back_through_the_spool() {
 }
 
 #[test]
+fn an_address_released_before_its_cidr_is_seen_rests_all_the_same() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.settle();
+    assert!(world.add("a") && world.add("b"));
+    world.settle();
+    let address = world.pods["a"];
+    world.crash();
+    world.del("a");
+    world.start(); // the spool is drained before IMDS has answered
+    world.pass(Duration::from_millis(120));
+    for restart in 0..3 {
+        world.settle();
+        let now = world.now().mono;
+        let cooling: Vec<_> = world.core.as_ref().unwrap().pool().cooling(now).map(|(ip, _)| ip).collect();
+        assert_eq!(cooling, [address], "after {restart} more restarts");
+        world.crash();
+        world.start();
+    }
+    world.pass(Duration::from_secs(40));
+    let now = world.now().mono;
+    assert_eq!(world.core.as_ref().unwrap().pool().cooling(now).count(), 0);
+}
+
+#[test]
 fn what_a_deleted_pod_left_on_the_host_is_swept() {
     let mut world = World::new("m5.large", DEFAULT);
     world.settle();

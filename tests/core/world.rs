@@ -218,7 +218,7 @@ impl World {
                 let seen = self.seen();
                 self.later(LATENCY, Event::Seen(Ok(seen)));
             }
-            Effect::SpoolDone(keys) => self.spool.retain(|record| !keys.contains(&record.key)),
+            Effect::SpoolDone(done) => self.spool.retain(|record| !done.contains(record)),
             Effect::WakeAt(at) => self.wake_at = Some(at),
             Effect::Ready => self.ready = true,
             Effect::Tally(_) => {}

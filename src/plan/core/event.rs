@@ -1,7 +1,7 @@
 //! What the core is told and what it wants done.
 
 use crate::model::ec2::{Call, Failure, Reply};
-use crate::model::ids::{EniId, PodKey};
+use crate::model::ids::EniId;
 use crate::model::imds::{self, Query};
 use crate::model::spool::Record;
 use crate::model::time::Mono;
@@ -111,8 +111,8 @@ pub enum Effect {
     SetAside(String),
     /// Look at the host's links and rules.
     ListLinks,
-    /// The records of these keys are done with.
-    SpoolDone(Vec<PodKey>),
+    /// These records are done with; one that was written since under the same key is not.
+    SpoolDone(Vec<Record>),
     /// Send [`Event::Tick`] at this time; replaces the former wish.
     WakeAt(Mono),
     /// Requests can be served from now on.

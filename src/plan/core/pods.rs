@@ -9,7 +9,7 @@ use crate::model::time::Mono;
 use crate::model::wire::{
     AddNetworkReply, AddNetworkRequest, DelNetworkReply, DelNetworkRequest, IpAllocation, UNKNOWN_POD,
 };
-use crate::plan::pool::{Owner, Place};
+use crate::plan::pool::{Owner, Place, Released};
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
@@ -146,7 +146,7 @@ impl Core {
             ifname: request.if_name.clone(),
         };
         self.cancel_waiting(&key);
-        let Some(released) = self.pool.release(self.now, &key) else {
+        let Some(released) = self.take_back(&key) else {
             return self.out.push(Effect::Reply(call, Answer::Error(UNKNOWN_POD.into())));
         };
         self.log(
@@ -172,6 +172,15 @@ impl Core {
         self.when_durable(Effect::Reply(call, Answer::Del(reply)), Undo::Release(Box::new(released)));
     }
 
+    // Takes the address of a key back. Where its CIDR has not been seen yet, its cooldown is kept here until it has.
+    fn take_back(&mut self, key: &PodKey) -> Option<Released> {
+        let released = self.pool.release(self.now, key)?;
+        if released.place.is_none() {
+            self.cooling.insert(released.address, self.now.mono);
+        }
+        Some(released)
+    }
+
     // The runtime has given up the ADD that still waits.
     fn cancel_waiting(&mut self, key: &PodKey) {
         let (given_up, rest): (Vec<Waiting>, Vec<Waiting>) =
@@ -186,18 +195,18 @@ impl Core {
     /// that is younger than the DEL belongs to a later ADD and stays.
     pub(super) fn drain_spool(&mut self, records: Vec<Record>) {
         let mut done = Vec::new();
-        for Record { key, time, .. } in records {
-            let meant = self.pool.owner(&key).is_some_and(|owner| owner.since <= time);
-            if meant && let Some(released) = self.pool.release(self.now, &key) {
+        for record in records {
+            let meant = self.pool.owner(&record.key).is_some_and(|owner| owner.since <= record.time);
+            if meant && let Some(released) = self.take_back(&record.key) {
                 self.log(
                     Level::Info,
-                    format!("release {} of {key}: deleted while the daemon was away", released.address),
+                    format!("release {} of {}: deleted while the daemon was away", released.address, record.key),
                 );
                 self.gone.insert(released.address);
                 self.host_dirty = true;
                 self.changed();
             }
-            done.push(key);
+            done.push(record);
         }
         // A record that went too early would be lost with a crash; one that stays is harmless, since its key is unknown
         // the second time.
@@ -240,7 +249,7 @@ impl Core {
             dead.push(key);
         }
         for key in dead {
-            if let Some(released) = self.pool.release(self.now, &key) {
+            if let Some(released) = self.take_back(&key) {
                 self.log(
                     Level::Warn,
                     format!("release {} of {key}: its pod is gone and no DEL came", released.address),

@@ -106,6 +106,7 @@ impl Core {
                 Undo::Assign(key) => self.pool.undo_assign(&key),
                 Undo::Release(released) => {
                     self.released.remove(&released.address);
+                    self.cooling.remove(&released.address);
                     self.pool.undo_release(*released);
                 }
             }
@@ -142,7 +143,9 @@ impl Core {
                 },
             }
         });
-        let cooling = self.pool.cooling(self.now.mono).chain(self.cooling.iter().map(|(ip, freed)| (*ip, *freed)));
+        let unseen = self.cooling.iter().map(|(ip, freed)| (*ip, *freed));
+        let unseen = unseen.filter(|(_, freed)| self.now.mono.since(*freed) < self.pool.cooldown());
+        let cooling = self.pool.cooling(self.now.mono).chain(unseen);
         let freed_at = |freed| {
             let age = i64::try_from(self.now.mono.since(freed).as_nanos()).unwrap_or(i64::MAX);
             self.now.wall.as_unix_nanos().saturating_sub(age)
