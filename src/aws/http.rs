@@ -10,6 +10,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use ureq::http::Uri;
@@ -88,6 +89,8 @@ pub struct Broken {
     pub timed_out: bool,
     /// Trying again may help (`spec/aws.md` 6.4).
     pub retry: bool,
+    /// The other side, or what is in between, ended the connection before the response's headers were there.
+    pub severed: bool,
     /// Text for people.
     pub text: String,
 }
@@ -102,7 +105,7 @@ impl std::error::Error for Broken {}
 
 impl Broken {
     fn unsent(text: impl Into<String>) -> Broken {
-        Broken { sent: false, timed_out: false, retry: false, text: text.into() }
+        Broken { sent: false, timed_out: false, retry: false, severed: false, text: text.into() }
     }
 }
 
@@ -113,6 +116,8 @@ pub struct Agent {
     options: Options,
     proxy: Option<ureq::Proxy>,
     connections: Mutex<Option<ureq::Agent>>,
+    // The last request went well, so the next one probably goes over the same connection. The library does not tell.
+    kept: AtomicBool,
 }
 
 impl fmt::Debug for Agent {
@@ -133,7 +138,7 @@ impl Agent {
         }
         let proxy = options.proxies.for_target(&uri)?;
         let base = endpoint.split(['?', '#']).next().unwrap_or(endpoint).trim_end_matches('/').to_owned();
-        Ok(Agent { endpoint: uri, base, options, proxy, connections: Mutex::new(None) })
+        Ok(Agent { endpoint: uri, base, options, proxy, connections: Mutex::new(None), kept: AtomicBool::new(false) })
     }
 
     /// The value of the `Host` header: name and, if it is given, port.
@@ -152,7 +157,33 @@ impl Agent {
     }
 
     /// Sends a request and reads the whole response. `path` starts with a slash.
+    ///
+    /// A kept connection may have been closed by the other side, or cut off by a change of the address translation in
+    /// between, which shows only when it is used. A request that may be repeated is then sent once more at once, on a
+    /// fresh connection; all other failures are the caller's to repeat.
     pub fn send(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> std::result::Result<Response, Broken> {
+        let kept = self.kept.swap(false, Ordering::Relaxed);
+        let mut result = self.send_once(method, path, headers, body);
+        if let Err(broken) = &result
+            && kept
+            && broken.severed
+            && matches!(method, "GET" | "PUT")
+        {
+            log::debug!("{method} {path}: {broken}; again on a fresh connection");
+            *self.connections.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            result = self.send_once(method, path, headers, body);
+        }
+        self.kept.store(result.is_ok(), Ordering::Relaxed);
+        result
+    }
+
+    fn send_once(
         &self,
         method: &str,
         path: &str,
@@ -280,7 +311,13 @@ fn literal(uri: &Uri) -> Option<IpAddr> {
 fn broken(error: &ureq::Error, sent: bool) -> Broken {
     use std::io::ErrorKind;
     let text = error.to_string();
-    let at = |sent: bool, timed_out: bool, retry: bool| Broken { sent, timed_out, retry, text: text.clone() };
+    let at = |sent: bool, timed_out: bool, retry: bool| Broken {
+        sent,
+        timed_out,
+        retry,
+        severed: false,
+        text: text.clone(),
+    };
     match error {
         ureq::Error::Timeout(ureq::Timeout::Resolve | ureq::Timeout::Connect) => at(sent, true, true),
         ureq::Error::Timeout(_) => at(true, true, true),
@@ -307,6 +344,10 @@ fn broken(error: &ureq::Error, sent: bool) -> Broken {
             ErrorKind::InvalidData if refused_certificate(io) => at(sent, false, false),
             // getaddrinfo's failures carry no kind; the text of EAI_AGAIN begins so in every C library.
             _ if text.contains("failed to lookup address") => at(sent, false, text.contains("emporary failure")),
+            ErrorKind::ConnectionReset
+            | ErrorKind::ConnectionAborted
+            | ErrorKind::BrokenPipe
+            | ErrorKind::UnexpectedEof => Broken { severed: !sent, ..at(true, false, true) },
             _ => at(true, false, true),
         },
         _ => at(true, false, true),

@@ -71,6 +71,30 @@ fn connections_are_kept() {
 }
 
 #[test]
+fn a_kept_connection_that_breaks_is_replaced_at_once() {
+    let check = |method: &str, steps: Vec<Step>, want: &[Option<u16>], connections: &[usize]| {
+        let server = Server::queue(steps);
+        let agent = Agent::new(&server.url(), options()).unwrap();
+        let got: Vec<_> = want.iter().map(|_| agent.send(method, "/", &[], &[]).ok().map(|r| r.status)).collect();
+        assert_eq!(got, want, "{method}");
+        let seen: Vec<_> = server.seen().iter().map(|request| request.connection).collect();
+        assert_eq!(seen, connections, "{method}");
+    };
+    let (ok, cut) = (|| answer(200, "ok"), || Step::Close(Vec::new()));
+    for method in ["GET", "PUT"] {
+        check(method, vec![ok(), cut(), ok(), ok()], &[Some(200), Some(200), Some(200)], &[1, 1, 2, 2]);
+        // Once, and only what was kept.
+        check(method, vec![ok(), cut(), cut(), ok()], &[Some(200), None, Some(200)], &[1, 1, 2, 3]);
+        check(method, vec![cut(), ok()], &[None, Some(200)], &[1, 2]);
+        // Half an answer is an answer.
+        let half = Step::Close(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf".to_vec());
+        check(method, vec![ok(), half, ok()], &[Some(200), None, Some(200)], &[1, 1, 2]);
+    }
+    // A call that may have been carried out is not repeated here.
+    check("POST", vec![ok(), cut(), ok()], &[Some(200), None, Some(200)], &[1, 1, 2]);
+}
+
+#[test]
 fn a_path_of_the_endpoint_stays_and_its_port_is_in_the_host() {
     let agent = Agent::new("http://[::1]:8080/base/?x", options()).unwrap();
     assert_eq!(agent.host(), "[::1]:8080");
