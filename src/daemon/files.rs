@@ -3,9 +3,9 @@
 use crate::clock;
 use crate::error::{Context, Error, Result};
 use crate::model::naming;
-use crate::model::net::Family;
+use crate::model::net::{Family, TABLE_MAIN};
 use crate::model::spool::{self, Record};
-use crate::netlink::{link, rule, socket::Socket};
+use crate::netlink::{link, route, rule, socket::Socket};
 use crate::plan::core::{Event, Seen};
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
@@ -124,10 +124,12 @@ pub(super) fn remove_record(folder: &Path, record: &Record) {
     }
 }
 
-/// Links and pod rules of the host, in either family.
+/// Links, pod rules and routes of the host, in either family.
 pub(super) fn look_at_host() -> Result<Seen> {
     let mut seen = look_at_family(Family::V4)?;
-    seen.routed.extend(look_at_family(Family::V6)?.routed);
+    let v6 = look_at_family(Family::V6)?;
+    seen.routed.extend(v6.routed);
+    seen.linked.extend(v6.linked);
     Ok(seen)
 }
 
@@ -138,7 +140,9 @@ fn look_at_family(family: Family) -> Result<Seen> {
     let to_pod = rules.into_iter().filter(|rule| rule.priority == naming::priority::TO_POD && !rule.foreign);
     let host = |net: ipnet::IpNet| (net.prefix_len() == net.max_prefix_len()).then(|| net.addr());
     let routed: std::collections::BTreeSet<IpAddr> = to_pod.filter_map(|rule| rule.dst.and_then(host)).collect();
-    Ok(Seen { links, routed })
+    let routes = route::list(&mut socket, family, Some(TABLE_MAIN))?;
+    let linked = routes.into_iter().filter_map(|route| host(route.dst)).collect();
+    Ok(Seen { links, routed, linked })
 }
 
 #[cfg(test)]

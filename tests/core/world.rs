@@ -35,6 +35,8 @@ pub struct World {
     pub answers: BTreeMap<String, VecDeque<Answer>>,
     pub links: BTreeSet<String>,
     pub swept: BTreeSet<IpAddr>,
+    /// Rules of pods that are gone.
+    pub stale_rules: BTreeSet<IpAddr>,
     pub effects: u64,
     pub crash_at: Option<u64>,
     pub ec2_down: bool,
@@ -70,6 +72,7 @@ impl World {
             answers: BTreeMap::new(),
             links: BTreeSet::new(),
             swept: BTreeSet::new(),
+            stale_rules: BTreeSet::new(),
             effects: 0,
             crash_at: None,
             ec2_down: false,
@@ -89,7 +92,9 @@ impl World {
     }
 
     pub fn seen(&self) -> Seen {
-        Seen { links: self.links.iter().cloned().collect(), routed: self.pods.values().copied().collect() }
+        let linked: BTreeSet<IpAddr> = self.pods.values().copied().collect();
+        let routed = linked.union(&self.stale_rules).copied().collect();
+        Seen { links: self.links.iter().cloned().collect(), routed, linked }
     }
 
     /// The process starts: with the disk, and without a memory.

@@ -15,6 +15,11 @@ use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+// The key of a living pod of which only the address is known.
+fn nameless(address: IpAddr) -> PodKey {
+    PodKey { network: "unknown".into(), container: address.to_string(), ifname: "unknown".into() }
+}
+
 impl Core {
     pub(super) fn started(&mut self, checkpoint: Option<&str>, seen: &Seen, spool: Vec<Record>) {
         self.phase = Phase::Booting;
@@ -74,7 +79,8 @@ impl Core {
                 interfaces: entry.metadata.interfaces.max(1),
                 since: Wall::from_unix_nanos(entry.timestamp),
             };
-            if self.gone_at_restart(&owner, seen) {
+            let nameless = owner.key == nameless(address);
+            if self.gone_at_restart(&owner, seen) || (nameless && !seen.linked.contains(&address)) {
                 self.log(Level::Info, format!("release {address} of {}: its pod is gone", owner.pod));
                 self.gone.insert(address);
                 self.cooling.insert(address, self.now.mono);
@@ -82,6 +88,8 @@ impl Core {
                 // The one that came first stays; the other pod keeps its packets until it is deleted.
                 let text = format!("checkpoint: {address} is given to {other} and to {}", owner.key);
                 self.log(Level::Error, text);
+            } else if nameless {
+                self.reserved.insert(address, owner.key);
             }
         }
     }
@@ -103,7 +111,7 @@ impl Core {
     // The checkpoint is unreadable: whatever address a rule leads to belongs to a living pod that we cannot name (B19).
     fn reserve(&mut self, seen: &Seen) {
         for address in &seen.routed {
-            let key = PodKey { network: "unknown".into(), container: address.to_string(), ifname: "unknown".into() };
+            let key = nameless(*address);
             let owner = Owner { key: key.clone(), pod: PodName::default(), interfaces: 1, since: self.now.wall };
             if self.pool.restore(*address, owner).is_ok() {
                 self.reserved.insert(*address, key);

@@ -22,6 +22,8 @@ pub struct Seen {
     pub links: Vec<String>,
     /// Addresses with a rule "to address, priority 512": pods as the routing sees them.
     pub routed: BTreeSet<IpAddr>,
+    /// Addresses with a route of their own. The kernel removes it with the pod's veth, while the rules stay.
+    pub linked: BTreeSet<IpAddr>,
 }
 
 /// Something happened.

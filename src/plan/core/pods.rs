@@ -231,7 +231,7 @@ impl Core {
     }
 
     /// Releases addresses of pods whose veth is missing in two scans in a row (B18), and those that were reserved without
-    /// a known owner once no rule leads to them (B19).
+    /// a known owner once the veth that led to them is gone (B19).
     pub(super) fn check_links(&mut self, seen: &Seen) {
         let old = |owner: &Owner| self.now.wall.since(owner.since) > VETH_GRACE;
         let missing: BTreeSet<PodKey> = self
@@ -242,9 +242,10 @@ impl Core {
             .collect();
         let mut dead: Vec<PodKey> = missing.intersection(&self.missing_veth).cloned().collect();
         self.missing_veth = missing;
-        let unrouted = self.reserved.iter().filter(|(address, _)| !seen.routed.contains(address));
-        let unrouted: Vec<(IpAddr, PodKey)> = unrouted.map(|(address, key)| (*address, key.clone())).collect();
-        for (address, key) in unrouted {
+        // A DEL takes only the veth of such a pod: its rules might be somebody else's, as far as the plugin knows.
+        let unlinked = self.reserved.iter().filter(|(address, _)| !seen.linked.contains(address));
+        let unlinked: Vec<(IpAddr, PodKey)> = unlinked.map(|(address, key)| (*address, key.clone())).collect();
+        for (address, key) in unlinked {
             self.reserved.remove(&address);
             dead.push(key);
         }
