@@ -31,6 +31,7 @@ use introspect::{Board, View};
 use ipnet::IpNet;
 use metrics::Metrics;
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
@@ -103,7 +104,8 @@ pub fn run() -> u8 {
         Err(error) => {
             log::error!("{error}");
             if !matches!(settings.log_file.to_ascii_lowercase().as_str(), "" | "stderr" | "stdout") {
-                eprintln!("aws-k8s-agent: {error}");
+                // Whoever started us may have closed it; the log has it in any case.
+                let _ = writeln!(std::io::stderr(), "aws-k8s-agent: {error}");
             }
             exit::FAILURE
         }
