@@ -3,7 +3,7 @@
 use super::runs::Run;
 use super::serve::{Cloud, Seat};
 use super::topology::{EC2, IMDS, Node, Topology};
-use super::vpc::Vpc;
+use super::vpc::{Vpc, Wire};
 use crate::clock;
 use crate::error::{Context, Error, Result};
 use crate::model::ids::InstanceId;
@@ -125,6 +125,16 @@ impl World {
     pub fn node(&self, index: usize) -> Result<Arc<Node>> {
         let node = self.nodes.get(index).and_then(|node| self.topology().node(&node.instance).cloned());
         node.ok_or_else(|| Error::new(format!("there is no node {index}")))
+    }
+
+    /// From now on only wires that `pass` likes are there, asked after every change and at [`Cloud::tick`]: links that
+    /// appear late, or never.
+    pub fn pass_wires(&self, mut pass: impl FnMut(&Wire) -> bool + Send + 'static) {
+        let wired = Arc::clone(&self.topology);
+        self.cloud.watch(Box::new(move |wires| {
+            let passed = wires.iter().filter(|wire| pass(wire)).cloned().collect::<Vec<_>>();
+            hold(&wired).apply(&passed)
+        }));
     }
 
     /// The network. EC2's changing calls wait while it is held.

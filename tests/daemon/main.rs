@@ -1,0 +1,12 @@
+//! The whole node under restarts and failures: the real daemon, the real plugin and real packets, in the sandbox.
+
+#![cfg(feature = "sandbox")]
+
+mod kills;
+mod restarts;
+mod stage;
+#[path = "../support/mod.rs"]
+mod support;
+mod takeover;
+mod talk;
+mod trouble;

@@ -1,0 +1,81 @@
+//! Checkpoints that we have not written ourselves: the original's, and torn ones.
+
+use crate::stage::{CHECKPOINT, Stage, Subject, eventually};
+use crate::talk::Talk;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+fn pods(stage: &Stage, prefix: &str, count: usize) -> Vec<Subject> {
+    (0..count).map(|number| stage.add(&format!("{prefix}-{number}"))).collect()
+}
+
+fn addresses(pods: &[Subject]) -> BTreeSet<Ipv4Addr> {
+    pods.iter().map(Subject::address).collect()
+}
+
+#[test]
+fn a_checkpoint_of_the_original_is_taken_over_with_running_pods() {
+    let stage = Stage::ready("m5.large", 21, &[]);
+    let mut living = pods(&stage, "pod", 12);
+    let talk = Talk::start(&stage, &living[7..]);
+    stage.kill();
+    let mut theirs = stage.checkpoint();
+    theirs.enibox = None;
+    stage.write(CHECKPOINT, &theirs.to_text());
+    stage.start();
+    stage.wait_ready();
+    let had = living[10].address();
+    assert_eq!(stage.try_add(&mut living[10]).unwrap(), had);
+    let held: BTreeMap<String, Ipv4Addr> = living.iter().map(|pod| (pod.container.clone(), pod.address())).collect();
+    assert_eq!(stage.allocations(), held);
+    living.extend(pods(&stage, "new", 10));
+    assert_eq!(addresses(&living).len(), living.len());
+    let gone = living.remove(0);
+    let was = gone.address();
+    stage.delete(gone);
+    living.iter().for_each(|pod| stage.probe(pod));
+    stage.assert_clean(&[was], &living.iter().collect::<Vec<_>>());
+    talk.finish();
+    stage.assert_no_complaints();
+}
+
+#[test]
+fn a_torn_checkpoint_is_set_aside_and_no_living_address_is_given_out() {
+    let stage = Stage::ready("m5.large", 22, &[("IP_COOLDOWN_PERIOD", "1")]);
+    let mut living = pods(&stage, "pod", 12);
+    let talk = Talk::start(&stage, &living[7..]);
+    stage.kill();
+    let text = stage.read(CHECKPOINT);
+    stage.write(CHECKPOINT, &text[..text.len() / 2]);
+    stage.start();
+    stage.wait_ready();
+    eventually(Duration::from_secs(2), "the torn file is kept", || {
+        let names = stage.list("/run/aws-node");
+        if names.iter().any(|name| name.starts_with("ipam.json.corrupt-")) { Ok(()) } else { Err(names) }
+    });
+    // All that is left is given out: nothing of it is a living pod's.
+    let new = pods(&stage, "new", 27 - living.len());
+    assert!(addresses(&new).is_disjoint(&addresses(&living)));
+    assert_eq!(addresses(&new).len(), new.len());
+    new.iter().chain(&living).for_each(|pod| stage.probe(pod));
+    // Nobody knows any more whose they are: a DEL takes the veth, and the daemon then sees that the address is free.
+    let gone = living.remove(0);
+    let was = gone.address();
+    stage.delete(gone);
+    let rest: Vec<&Subject> = new.iter().chain(&living).collect();
+    rest.iter().for_each(|pod| stage.probe(pod));
+    assert!(stage.allocations().values().any(|address| *address == was));
+    stage.stop();
+    stage.start();
+    stage.wait_ready();
+    eventually(Duration::from_secs(5), "the deleted pod's rules are swept", || {
+        let ruled = stage.ruled();
+        if ruled.contains(&was) { Err(ruled) } else { Ok(()) }
+    });
+    stage.assert_clean(&[was], &rest);
+    assert!(stage.allocations().values().all(|address| *address != was));
+    rest.iter().for_each(|pod| stage.probe(pod));
+    talk.finish();
+    stage.assert_no_complaints();
+}
