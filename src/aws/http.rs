@@ -82,6 +82,7 @@ impl Response {
 
 /// A request that got no usable response.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "four independent facts, each asked for by itself")]
 pub struct Broken {
     /// It may have reached the other side and been carried out. Only `false` is certain.
     pub sent: bool,
