@@ -174,7 +174,9 @@ fn disk_loop(store: &Path, work: &Receiver<Disk>, events: &SyncSender<Event>) ->
             }
             Ok(Disk::SpoolDone(records)) => {
                 let folder = Path::new(spool::DIRECTORY);
-                records.iter().for_each(|record| files::remove_record(folder, record));
+                for record in &records {
+                    files::remove_record(folder, record);
+                }
             }
             Err(RecvTimeoutError::Timeout) => {
                 let records = files::read_spool();

@@ -247,7 +247,7 @@ fn an_unreadable_checkpoint_keeps_the_addresses_that_rules_lead_to() {
     }
     let held = |world: &World| world.core.as_ref().unwrap().pool().allocations().count();
     // The plugin cannot know whose the rules are, and leaves them.
-    let mut deleted = |world: &mut World, pod: &str| {
+    let deleted = |world: &mut World, pod: &str| {
         let address = world.pods[pod];
         world.stale_rules.insert(address);
         world.del(pod);

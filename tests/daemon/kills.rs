@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 const KILLS: u32 = 20;
@@ -123,13 +124,13 @@ fn agree(stage: &Stage, living: &[&Subject]) {
         let owner = stage.world.cloud.vpc().owner(*address);
         assert_eq!(owner.as_ref(), Some(&stage.world.nodes[0].instance), "{container} has {address}");
     }
-    eventually(Duration::from_secs(60), "no ENI is on its way or leaked", || {
+    eventually(Duration::from_mins(1), "no ENI is on its way or leaked", || {
         let own = stage.checkpoint().enibox.unwrap();
         let (attached, stray) = stage.enis();
         let known: BTreeSet<_> = own.enis.keys().cloned().collect();
         let wired: BTreeSet<_> = attached.keys().cloned().collect();
         let quiet = own.creating.is_empty() && own.freeing.is_empty() && stray.is_empty();
-        if quiet && known == wired { Ok(()) } else { Err((own, attached, stray)) }
+        if quiet && known == wired { Ok(()) } else { Err(format!("{own:?} {attached:?} {stray:?}")) }
     });
 }
 
@@ -155,18 +156,22 @@ fn no_pod_suffers_from_twenty_kills() {
     stage.slow_down(EC2_DELAY, IMDS_LAG);
     let old: Vec<Subject> = (0..OLD).map(|number| stage.add(&format!("old-{number}"))).collect();
     let ledger = Ledger::default();
-    old.iter().for_each(|subject| ledger.born(&subject.name, subject.address()));
+    for subject in &old {
+        ledger.born(&subject.name, subject.address());
+    }
     let talk = Talk::start(&stage, &old);
     let (new, probes) = kill_while_pods_come_and_go(&stage, &ledger, &old, &talk, &mut random);
     let said = talk.finish();
     let all: Vec<&Subject> = old.iter().chain(&new).collect();
     agree(&stage, &all);
-    all.iter().for_each(|subject| stage.probe(subject));
+    stage.probe_all(all.iter().copied());
 
     // Half of them go.
     let (gone, stay): (Vec<_>, Vec<_>) = old.into_iter().chain(new).enumerate().partition(|(n, _)| n % 2 == 0);
     let deleted: Vec<Ipv4Addr> = gone.iter().map(|(_, subject)| subject.address()).collect();
-    gone.into_iter().for_each(|(_, subject)| stage.delete(subject));
+    for (_, subject) in gone {
+        stage.delete(subject);
+    }
     let stay: Vec<&Subject> = stay.iter().map(|(_, subject)| subject).collect();
     agree(&stage, &stay);
     let earlier: Vec<Ipv4Addr> = ledger.deleted.lock().unwrap().keys().copied().collect();
@@ -174,7 +179,7 @@ fn no_pod_suffers_from_twenty_kills() {
     let dead = deleted.into_iter().chain(earlier).filter(|address| !living.contains(address));
     stage.assert_clean(&dead.collect::<Vec<_>>(), &stay);
     pool_is_that_of_ec2(&stage, stay.len());
-    stay.iter().for_each(|subject| stage.probe(subject));
+    stage.probe_all(stay.iter().copied());
     stage.assert_no_complaints();
     let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     println!(
@@ -208,7 +213,7 @@ fn kill_while_pods_come_and_go(
             std::thread::sleep(Duration::from_millis(random.below(LIFE_MAX_MS)));
             stage.kill();
             stage.start();
-            let failed = talk.broken() || prober.is_finished() || workers.iter().any(|worker| worker.is_finished());
+            let failed = talk.broken() || prober.is_finished() || workers.iter().any(ScopedJoinHandle::is_finished);
             if failed {
                 break;
             }

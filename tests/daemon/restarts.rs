@@ -102,7 +102,7 @@ fn existing_pods_are_served_within_a_second_while_ec2_does_not_answer() {
         assert!(living.iter().all(|pod| pod.address() != new.address()));
         stage.probe(&new);
         stage.delete(living.remove(0));
-        living.iter().for_each(|pod| stage.probe(pod));
+        stage.probe_all(living.iter());
 
         // EC2 is back: the daemon asks until it hears something.
         let failures = stage.world.cloud.vpc().journal().failures();
@@ -149,9 +149,9 @@ fn calls_to_ec2_are_few_and_a_restart_is_one() {
     for kill in [true, false] {
         let before = stage.calls();
         if kill {
-            stage.kill()
+            stage.kill();
         } else {
-            stage.stop()
+            stage.stop();
         }
         stage.start();
         let took = stage.wait_ready();
@@ -161,7 +161,7 @@ fn calls_to_ec2_are_few_and_a_restart_is_one() {
     }
     let again = living[20].address();
     assert_eq!(stage.try_add(&mut living[20]).unwrap(), again);
-    living.iter().for_each(|pod| stage.probe(pod));
+    stage.probe_all(living.iter());
     stage.assert_no_complaints();
 }
 
@@ -195,12 +195,12 @@ fn running_requests_are_finished_at_a_sigterm() {
     let served = living.iter().chain(&new).filter(|subject| subject.result.is_some());
     let told: BTreeMap<String, Ipv4Addr> = served.map(|pod| (pod.container.clone(), pod.address())).collect();
     assert_eq!(stage.allocations(), told);
-    new.iter().chain(&living).filter(|subject| subject.result.is_some()).for_each(|subject| stage.probe(subject));
+    stage.probe_all(new.iter().chain(&living).filter(|subject| subject.result.is_some()));
     talk.finish();
     assert!(!stage.read(CHECKPOINT).is_empty());
     stage.slow_down(Duration::ZERO, Duration::ZERO);
     stage.start();
     stage.wait_ready();
-    living.iter().for_each(|subject| stage.probe(subject));
+    stage.probe_all(living.iter());
     stage.assert_no_complaints();
 }

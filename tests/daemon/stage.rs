@@ -230,14 +230,18 @@ impl Stage {
     /// From now on every call of EC2 takes `delay`, and IMDS tells of changes after `lag`.
     pub fn slow_down(&self, delay: Duration, lag: Duration) {
         let mut vpc = self.world.cloud.vpc();
-        ACTIONS.iter().for_each(|action| vpc.knobs.action(action).delay = delay);
+        for action in ACTIONS {
+            vpc.knobs.action(action).delay = delay;
+        }
         vpc.knobs.imds_lag = lag;
     }
 
     /// EC2's calls by action since `before`, another answer of this.
     pub fn calls_since(&self, before: &BTreeMap<&'static str, u64>) -> BTreeMap<&'static str, u64> {
         let mut counts = self.calls();
-        counts.iter_mut().for_each(|(action, count)| *count -= before.get(action).copied().unwrap_or(0));
+        for (action, count) in &mut counts {
+            *count -= before.get(action).copied().unwrap_or(0);
+        }
         counts.retain(|_, count| *count > 0);
         counts
     }
@@ -263,6 +267,12 @@ impl Stage {
     pub fn probe(&self, subject: &Subject) {
         for proto in [Proto::Udp, Proto::Tcp] {
             self.probe_with(subject, proto);
+        }
+    }
+
+    pub fn probe_all<'a>(&self, pods: impl IntoIterator<Item = &'a Subject>) {
+        for pod in pods {
+            self.probe(pod);
         }
     }
 

@@ -34,7 +34,7 @@ fn a_checkpoint_of_the_original_is_taken_over_with_running_pods() {
     let gone = living.remove(0);
     let was = gone.address();
     stage.delete(gone);
-    living.iter().for_each(|pod| stage.probe(pod));
+    stage.probe_all(living.iter());
     stage.assert_clean(&[was], &living.iter().collect::<Vec<_>>());
     talk.finish();
     stage.assert_no_complaints();
@@ -58,13 +58,13 @@ fn a_torn_checkpoint_is_set_aside_and_no_living_address_is_given_out() {
     let new = pods(&stage, "new", 27 - living.len());
     assert!(addresses(&new).is_disjoint(&addresses(&living)));
     assert_eq!(addresses(&new).len(), new.len());
-    new.iter().chain(&living).for_each(|pod| stage.probe(pod));
+    stage.probe_all(new.iter().chain(&living));
     // Nobody knows any more whose they are: a DEL takes the veth, and the daemon then sees that the address is free.
     let gone = living.remove(0);
     let was = gone.address();
     stage.delete(gone);
     let rest: Vec<&Subject> = new.iter().chain(&living).collect();
-    rest.iter().for_each(|pod| stage.probe(pod));
+    stage.probe_all(rest.iter().copied());
     assert!(stage.allocations().values().any(|address| *address == was));
     stage.stop();
     stage.start();
@@ -75,7 +75,7 @@ fn a_torn_checkpoint_is_set_aside_and_no_living_address_is_given_out() {
     });
     stage.assert_clean(&[was], &rest);
     assert!(stage.allocations().values().all(|address| *address != was));
-    rest.iter().for_each(|pod| stage.probe(pod));
+    stage.probe_all(rest.iter().copied());
     talk.finish();
     stage.assert_no_complaints();
 }

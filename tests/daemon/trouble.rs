@@ -33,7 +33,7 @@ fn fill_primary(stage: &Stage) -> Vec<Subject> {
 fn check(stage: &Stage, living: &[Subject]) {
     let addresses: BTreeSet<_> = living.iter().map(Subject::address).collect();
     assert_eq!(addresses.len(), living.len());
-    living.iter().for_each(|pod| stage.probe(pod));
+    stage.probe_all(living.iter());
     stage.assert_clean(&[], &living.iter().collect::<Vec<_>>());
     eventually(Duration::from_secs(10), "the checkpoint holds the living pods", || {
         let held: BTreeSet<_> = stage.allocations().into_values().collect();
@@ -87,7 +87,7 @@ fn throttled_calls_are_repeated() {
     }
     check(&stage, &living);
     println!("{:?}, {} failed", stage.calls(), stage.world.cloud.vpc().journal().failures());
-    eventually(Duration::from_secs(60), "no ENI is left lying about", || match stage.enis().1 {
+    eventually(Duration::from_mins(1), "no ENI is left lying about", || match stage.enis().1 {
         stray if stray.is_empty() => Ok(()),
         stray => Err(stray),
     });
