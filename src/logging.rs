@@ -7,6 +7,7 @@
 //! already. Logging never fails its caller: what cannot go to the file goes to stderr.
 
 use crate::error::{Context, Error, Result};
+use crate::model::order;
 use crate::model::time::Wall;
 use crate::{VERSION, clock};
 use log::{Level, LevelFilter, Record};
@@ -254,7 +255,7 @@ fn prune(path: &Path, now: Wall) -> Result<()> {
             backups.push((time, entry.path()));
         }
     }
-    backups.sort();
+    order::sort(&mut backups);
     backups.reverse(); // the newest first
     for (rank, (time, backup)) in backups.iter().enumerate() {
         if rank >= BACKUPS_MAX || now.since(*time) > BACKUP_AGE_MAX {

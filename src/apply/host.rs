@@ -7,6 +7,7 @@ use crate::model::ids::EniId;
 use crate::model::naming::NFT_TABLE;
 use crate::model::net::Family;
 use crate::model::nft::Table;
+use crate::model::order::Gather as _;
 use crate::netlink::{Request, addr, link, nft, route, rule};
 use crate::plan::host::{Action, Intent, Step, diff};
 use crate::plan::ruleset;
@@ -70,7 +71,7 @@ impl Host {
             let mut failed = refused.enis;
             failed.extend(plan.failed.into_iter().map(|(eni, why)| (eni, Error::new(why))));
             report.enis =
-                intent.enis.iter().map(|eni| (eni.id.clone(), failed.remove(&eni.id).map_or(Ok(()), Err))).collect();
+                intent.enis.iter().map(|eni| (eni.id.clone(), failed.remove(&eni.id).map_or(Ok(()), Err))).gather();
             report.errors = refused.node;
             if !plan.steps.iter().any(|step| matches!(step.action, Action::DeleteAddress(_))) {
                 break;

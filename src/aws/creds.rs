@@ -274,7 +274,7 @@ struct Document {
 
 impl Document {
     fn credentials(text: &str) -> Result<Credentials> {
-        let document: Document = serde_json::from_str(text).map_err(|error| {
+        let document: Document = serde_json::from_slice(text.as_bytes()).map_err(|error| {
             // The position is told, the text is not: it may hold half a secret.
             Error::new(format!("parse credentials: line {} column {}", error.line(), error.column()))
         })?;
@@ -405,7 +405,7 @@ impl Container {
         let response = insist(self.pace, send, |response| response.status >= 500)?;
         let text = response.text();
         if response.status != 200 {
-            let error: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+            let error: serde_json::Value = serde_json::from_slice(text.as_bytes()).unwrap_or_default();
             let told = |name: &str| error.get(name).and_then(serde_json::Value::as_str).unwrap_or_default().to_owned();
             return Err(Error::new(format!("HTTP {}: {}: {}", response.status, told("code"), told("message"))));
         }

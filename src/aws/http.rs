@@ -6,6 +6,7 @@
 //! by [`Broken`], which knows whether the request may have reached the other side. It must not retry.
 
 use crate::error::{Context, Error, Result};
+use crate::model::order;
 use std::borrow::Cow;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -428,7 +429,7 @@ fn read_roots(file: &Path, roots: &mut Vec<ureq::tls::Certificate<'static>>) -> 
 fn read_root_dir(dir: &Path, roots: &mut Vec<ureq::tls::Certificate<'static>>) -> Result<()> {
     let entries = std::fs::read_dir(dir).with_context(|| format!("read {}", dir.display()))?;
     let mut files: Vec<PathBuf> = entries.filter_map(|entry| entry.ok().map(|entry| entry.path())).collect();
-    files.sort();
+    order::sort(&mut files);
     for file in files.iter().filter(|file| file.is_file()).take(ROOT_FILES_LIMIT) {
         // A directory of roots may hold anything; one file that is no PEM does not take the others away.
         if let Err(error) = read_roots(file, roots) {

@@ -11,6 +11,7 @@ use crate::clock;
 use crate::error::{Context, Error, Result};
 use crate::model::imds::{Answer, Eni, Identity, Query};
 use crate::model::net::Mac;
+use crate::model::order;
 use crate::model::time::Mono;
 use std::fmt;
 use std::str::FromStr;
@@ -341,7 +342,7 @@ impl Client {
     fn region_of_document(&self) -> Result<String> {
         let text = self.scalar(IDENTITY_DOCUMENT)?;
         let document: serde_json::Value =
-            serde_json::from_str(&text).with_context(|| format!("parse imds {IDENTITY_DOCUMENT}"))?;
+            serde_json::from_slice(text.as_bytes()).with_context(|| format!("parse imds {IDENTITY_DOCUMENT}"))?;
         let region = document.get("region").and_then(serde_json::Value::as_str).unwrap_or_default();
         if region.is_empty() {
             return Err(unreadable(IDENTITY_DOCUMENT, "no region").into());
@@ -394,7 +395,7 @@ impl Client {
             Query::SecurityGroups => {
                 let path = format!("{MACS}/{}/security-group-ids", self.primary_mac()?);
                 let mut groups: Vec<_> = self.scalar(&path)?.split_whitespace().map(Into::into).collect();
-                groups.sort();
+                order::sort(&mut groups);
                 Ok(Answer::Groups(groups))
             }
         }

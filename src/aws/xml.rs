@@ -4,6 +4,7 @@
 use crate::error::{Context, Error, Result};
 use crate::model::ec2::{Attachment, Call, ConntrackTimeouts, InstanceType, Interface, Reply, Subnet};
 use crate::model::ids::GroupId;
+use crate::model::order::{self, Gather as _};
 use ipnet::IpNet;
 use roxmltree::{Document, Node, ParsingOptions};
 use std::collections::BTreeMap;
@@ -86,7 +87,7 @@ fn parse_page(call: &Call, text: &str) -> Result<Page> {
 
 /// Most free addresses first; equals keep their order (`spec/aws.md` 7.12).
 pub(super) fn most_free_first(subnets: &mut [Subnet]) {
-    subnets.sort_by_key(|subnet| std::cmp::Reverse(subnet.free));
+    order::sort_by_key(subnets, |subnet| std::cmp::Reverse(subnet.free));
 }
 
 /// Reads the body of an answer with another status; `None` if it is not an error as EC2 or STS tells it.
@@ -169,7 +170,7 @@ fn list<T: FromStr>(node: Node<'_, '_>, set: &str, name: &str) -> Result<Vec<T>>
 fn tags(node: Node<'_, '_>) -> BTreeMap<String, String> {
     items(node, "tagSet")
         .filter_map(|item| text_of(item, "key").map(|key| (key.to_owned(), raw(item, "value"))))
-        .collect()
+        .gather()
 }
 
 /// The text of a child as it stands: a tag's value may begin or end with a space.

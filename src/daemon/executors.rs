@@ -7,6 +7,7 @@ use crate::aws::{ec2, imds};
 use crate::error::{Context, List, Result};
 use crate::model::ec2::{Call, Failure};
 use crate::model::imds::Query;
+use crate::model::order::Gather as _;
 use crate::model::spool::{self, Record};
 use crate::plan::core::{Effect, Event, OpId};
 use crate::plan::host::Intent;
@@ -148,7 +149,7 @@ fn kernel_loop(work: &Receiver<Host>, events: &SyncSender<Event>, metrics: &Metr
                     }
                     errors.into_result()?;
                     let failed = report.enis.into_iter();
-                    Ok(failed.filter_map(|(id, result)| result.err().map(|error| (id, error.to_string()))).collect())
+                    Ok(failed.filter_map(|(id, result)| result.err().map(|error| (id, error.to_string()))).gather())
                 });
                 metrics.rules(result.is_ok());
                 Event::Kernel(op, result.map_err(|error| error.to_string()))

@@ -154,7 +154,7 @@ pub struct Freeing {
 impl Checkpoint {
     /// Reads the file. The error says what is wrong and where.
     pub fn parse(text: &str) -> Result<Checkpoint, String> {
-        let checkpoint: Checkpoint = serde_json::from_str(text).map_err(|error| error.to_string())?;
+        let checkpoint: Checkpoint = serde_json::from_slice(text.as_bytes()).map_err(|error| error.to_string())?;
         if checkpoint.version == VERSION {
             Ok(checkpoint)
         } else {

@@ -10,6 +10,7 @@ pub mod limits;
 pub mod naming;
 pub mod net;
 pub mod nft;
+pub mod order;
 pub mod settings;
 pub mod spool;
 pub mod time;

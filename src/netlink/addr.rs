@@ -5,6 +5,7 @@ use super::socket::{CREATE_EXCL, Message, Request, Socket};
 use super::{family_byte, family_of};
 use crate::error::Result;
 use crate::model::net::{Address, Family};
+use crate::model::order;
 use ipnet::{IpNet, Ipv4Net};
 use neli::consts::rtnl::{Ifa, Rtm};
 
@@ -55,7 +56,7 @@ pub fn list(socket: &mut Socket, family: Option<Family>) -> Result<Vec<Address>>
     let request = Request::new(Rtm::Getaddr, 0, header.to_vec(), "list addresses".into());
     let listed = |address: &Address| family.is_none_or(|family| family == Family::of(address.addr.addr()));
     let mut addresses = socket.dump(&request, |message: &Message<'_>| decode(message.body).filter(listed))?;
-    addresses.sort_unstable();
+    order::sort(&mut addresses);
     Ok(addresses)
 }
 

@@ -7,6 +7,7 @@ use super::attr::{Attrs, Writer};
 use super::socket::{CREATE_EXCL, KernelError, Message, Request, Socket};
 use crate::error::Result;
 use crate::model::net::{Link, Mac};
+use crate::model::order;
 use neli::consts::rtnl::{Ifla, IflaInfo, IflaVlan, Rtm};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -203,7 +204,7 @@ pub fn list(socket: &mut Socket) -> Result<Vec<Link>> {
     writer.u32(Ifla::ExtMask, SKIP_STATS);
     let request = Request::new(Rtm::Getlink, 0, writer.finish(), "list links".into());
     let mut links = socket.dump(&request, |message: &Message<'_>| decode(message.body))?;
-    links.sort_by_key(|link| link.index);
+    order::sort_by_key(&mut links, |link| link.index);
     Ok(links)
 }
 

@@ -5,6 +5,7 @@ use super::socket::{CREATE_EXCL, CREATE_REPLACE, Message, Request, Socket};
 use super::{family_byte, family_of};
 use crate::error::Result;
 use crate::model::net::{Family, Neighbour};
+use crate::model::order;
 use neli::consts::rtnl::{Nda, Rtm};
 use std::net::IpAddr;
 
@@ -67,7 +68,7 @@ pub fn list(socket: &mut Socket, family: Option<Family>) -> Result<Vec<Neighbour
     let request = Request::new(Rtm::Getneigh, 0, header.to_vec(), "list neighbours".into());
     let listed = |entry: &Neighbour| family.is_none_or(|family| family == Family::of(entry.addr));
     let mut entries = socket.dump(&request, |message: &Message<'_>| decode(message.body).filter(listed))?;
-    entries.sort_unstable();
+    order::sort(&mut entries);
     Ok(entries)
 }
 

@@ -24,6 +24,7 @@ use crate::model::checkpoint::{Creating, EniFacts};
 use crate::model::ec2::{Call, ConntrackTimeouts, Failure, Interface, Reply, Subnet};
 use crate::model::ids::{EniId, GroupId, PodKey, SubnetId};
 use crate::model::imds::{self, Identity, Query};
+use crate::model::order::Gather as _;
 use crate::model::time::{Mono, Now};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -484,5 +485,5 @@ impl Core {
 // What EC2 says an ENI carries besides its own address.
 fn cidrs_of(interface: &Interface) -> BTreeSet<IpNet> {
     let single = interface.secondary_ipv4s.iter().map(|ip| IpNet::from(IpAddr::V4(*ip)));
-    single.chain(interface.v4_prefixes.iter().map(|net| IpNet::V4(*net))).collect()
+    single.chain(interface.v4_prefixes.iter().map(|net| IpNet::V4(*net))).gather()
 }

@@ -11,6 +11,7 @@ use crate::model::ids::EniId;
 use crate::model::naming::{self, priority};
 use crate::model::net::{Address, Family, Link, Mac, Route, Rule, Scope, TABLE_LOCAL, TABLE_MAIN};
 use crate::model::nft::{SnatPorts, Table};
+use crate::model::order::Gather as _;
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
@@ -188,7 +189,7 @@ pub fn diff(intent: &Intent, seen: &Observation) -> Result<Plan> {
     let mut planner = Planner {
         intent,
         seen,
-        rules: seen.rules.iter().collect(),
+        rules: seen.rules.iter().gather(),
         planned: BTreeSet::new(),
         add: Vec::new(),
         delete: Vec::new(),
@@ -393,8 +394,8 @@ impl Planner<'_> {
     }
 
     fn gone(&mut self) {
-        let alive = self.intent.pods.iter().map(|(address, _)| *address).collect::<BTreeSet<_>>();
-        let gone = self.intent.gone.iter().filter(|address| !alive.contains(address)).copied().collect::<BTreeSet<_>>();
+        let alive = self.intent.pods.iter().map(|(address, _)| *address).gather::<BTreeSet<_>>();
+        let gone = self.intent.gone.iter().filter(|address| !alive.contains(address)).copied().gather::<BTreeSet<_>>();
         self.drop_rules(|rule| {
             let to = rule.dst.filter(|dst| *rule == Rule::to(*dst, priority::TO_POD, TABLE_MAIN));
             let from = rule.src.filter(|src| *rule == Rule::from(*src, priority::FROM_POD, rule.table));
@@ -405,7 +406,7 @@ impl Planner<'_> {
     fn external_services(&mut self) {
         let wanted = self.intent.external_service_cidrs.iter().filter(|net| net.addr().is_ipv4());
         let wanted =
-            wanted.map(|net| Rule::to(net.trunc(), priority::EXTERNAL_SERVICE, TABLE_MAIN)).collect::<BTreeSet<_>>();
+            wanted.map(|net| Rule::to(net.trunc(), priority::EXTERNAL_SERVICE, TABLE_MAIN)).gather::<BTreeSet<_>>();
         for rule in &wanted {
             self.want_rule(None, rule.clone());
         }
@@ -476,9 +477,9 @@ impl<'a> PodEntries<'a> {
             }
         }
         let veths = seen.links.iter().filter(|link| link.kind.as_deref() == Some("veth"));
-        let veths = veths.map(|link| link.index).collect::<BTreeSet<_>>();
+        let veths = veths.map(|link| link.index).gather::<BTreeSet<_>>();
         let routes = seen.routes.iter().filter(|route| route.table == TABLE_MAIN && route.gateway.is_none());
-        let wired = routes.filter(|route| veths.contains(&route.dev)).filter_map(|route| single(route.dst)).collect();
+        let wired = routes.filter(|route| veths.contains(&route.dev)).filter_map(|route| single(route.dst)).gather();
         PodEntries { rules, wired }
     }
 }

@@ -6,6 +6,7 @@
 
 use crate::model::ids::{EniId, PodKey, PodName, SubnetId};
 use crate::model::net::Mac;
+use crate::model::order;
 use crate::model::time::{Mono, Now, Wall};
 use ipnet::IpNet;
 use std::cmp::Reverse;
@@ -363,12 +364,12 @@ impl Pool {
     // rested longest, then the lowest never used; among single addresses the never used ones have rested longest.
     fn choose(&self, now: Mono) -> Option<(EniId, IpNet, IpAddr)> {
         let mut enis: Vec<_> = self.enis.iter().filter(|(_, eni)| !eni.excluded).collect();
-        enis.sort_by_key(|(_, eni)| (Reverse(eni.assigned()), eni.device));
+        order::sort_by_key(&mut enis, |(_, eni)| (Reverse(eni.assigned()), eni.device));
         for (id, eni) in enis {
             let cidrs = eni.cidrs.iter().filter(|(_, cidr)| cidr.prefix == self.prefix_mode);
             let found = if self.prefix_mode {
                 let mut cidrs: Vec<_> = cidrs.collect();
-                cidrs.sort_by_key(|(net, cidr)| (Reverse(cidr.assigned()), **net));
+                order::sort_by_key(&mut cidrs, |(net, cidr)| (Reverse(cidr.assigned()), **net));
                 cidrs.into_iter().find_map(|(net, cidr)| self.choose_in_prefix(net, cidr, now).map(|ip| (*net, ip)))
             } else {
                 cidrs

@@ -5,6 +5,7 @@
 
 use super::pool::{Kind, Pool, Stats};
 use crate::model::ids::EniId;
+use crate::model::order;
 use crate::model::time::Mono;
 use ipnet::IpNet;
 use std::cmp::Reverse;
@@ -152,7 +153,7 @@ impl Sizing {
                     && !skip(id)
             })
             .collect();
-        candidates.sort_by_key(|(_, eni)| eni.device);
+        order::sort_by_key(&mut candidates, |(_, eni)| eni.device);
         if let Some((id, eni)) = candidates.first() {
             let count = wanted.min(self.slots - eni.cidr_count());
             return Some(Growth::Assign { eni: (*id).clone(), count });
@@ -170,7 +171,7 @@ impl Sizing {
             (None, false) => 0,
         };
         let mut enis: Vec<_> = pool.enis().filter(|(_, eni)| !eni.excluded).collect();
-        enis.sort_by_key(|(_, eni)| (eni.assigned(), Reverse(eni.device)));
+        order::sort_by_key(&mut enis, |(_, eni)| (eni.assigned(), Reverse(eni.device)));
         let mut surplus = Vec::new();
         for (id, _) in enis {
             let mut idle = pool.idle_cidrs(id, now);
@@ -199,7 +200,7 @@ impl Sizing {
             return None;
         }
         let mut spare: Vec<_> = pool.enis().filter(|(id, _)| self.dispensable(pool, id, now)).collect();
-        spare.sort_by_key(|(_, eni)| Reverse(eni.device));
+        order::sort_by_key(&mut spare, |(_, eni)| Reverse(eni.device));
         spare.first().map(|(id, _)| (*id).clone())
     }
 

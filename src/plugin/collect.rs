@@ -11,6 +11,7 @@ use crate::error::{Context, Error, List, Result};
 use crate::model::checkpoint::Allocation;
 use crate::model::cni::{Attachment, CniError, code};
 use crate::model::naming;
+use crate::model::order::Gather as _;
 use crate::model::time::Wall;
 use crate::model::wire::{DelNetworkRequest, UNKNOWN_POD};
 use crate::netlink::{Socket, link};
@@ -50,7 +51,7 @@ pub fn gc(request: &Request) -> Result<(), CniError> {
 fn link_names() -> Result<BTreeSet<String>> {
     // Not from sysfs, which shows the interfaces of the namespace that it was mounted in.
     let links = link::list(&mut Socket::route()?).context("list interfaces")?;
-    Ok(links.into_iter().map(|link| link.name).collect())
+    Ok(links.into_iter().map(|link| link.name).gather())
 }
 
 type Dead<'a> = BTreeMap<(&'a str, &'a str), &'a Allocation>;

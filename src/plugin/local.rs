@@ -5,6 +5,7 @@ use crate::clock;
 use crate::error::{Context, Error, Result};
 use crate::model::checkpoint::{Allocation, Checkpoint};
 use crate::model::ids::{PodKey, PodName};
+use crate::model::order;
 use crate::model::spool::{self, Record};
 use crate::plan::pod::Removal;
 use std::fs::File;
@@ -44,7 +45,7 @@ impl Allocations {
         if paths.is_empty() {
             return Ok(None);
         }
-        paths.sort();
+        order::sort(&mut paths);
         let mut all = Vec::new();
         for path in paths {
             let read = read_checkpoint(&path).with_context(|| format!("read checkpoint {}", path.display()))?;

@@ -229,7 +229,7 @@ impl Runtime<'_> {
         let pod = self.node.create_pod(&format!("cni-{name}"))?;
         let (output, add) = self.call("ADD", &pod, name, &container, &self.config(None))?;
         let what = || format!("result of ADD of {name}");
-        let result: Value = serde_json::from_str(&output).with_context(what)?;
+        let result: Value = serde_json::from_slice(output.as_bytes()).with_context(what)?;
         let address = result["ips"][0]["address"].as_str().and_then(|text| text.split('/').next()?.parse().ok());
         let address = address.ok_or_else(|| Error::new(format!("no address in {output}")).context(what()))?;
         Ok(WiredPod { name: name.to_owned(), pod, address, add, container, result })

@@ -10,6 +10,7 @@ use super::world::{Plan, World};
 use crate::clock;
 use crate::error::{Context, Error, List, Result, exit};
 use crate::model::limits;
+use crate::model::order::Gather as _;
 use crate::model::settings::Settings;
 use crate::sys;
 use std::io::Write;
@@ -267,8 +268,7 @@ impl Stage {
                 });
             }
         }
-        report.ec2_calls =
-            vpc.journal().counts().iter().map(|(action, count)| ((*action).to_owned(), *count)).collect();
+        report.ec2_calls = vpc.journal().counts().iter().map(|(action, count)| ((*action).to_owned(), *count)).gather();
         report.imds_requests = self.world.cloud.imds_requests();
     }
 

@@ -1,6 +1,7 @@
 //! What a run has shown, for people and for programs.
 
 use super::flows::Outcome;
+use crate::model::order;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -60,7 +61,7 @@ pub struct Report {
 const SHOWN: usize = 10;
 
 fn middle(mut values: Vec<f64>) -> (f64, f64) {
-    values.sort_by(f64::total_cmp);
+    order::sort_by(&mut values, f64::total_cmp);
     let median = values.get(values.len() / 2).copied().unwrap_or(0.0);
     (median, values.last().copied().unwrap_or(0.0))
 }

@@ -3,6 +3,7 @@
 
 use crate::clock;
 use crate::error::{Context, Error, List, Result};
+use crate::model::order;
 use crate::sys;
 use std::fs;
 use std::io::ErrorKind;
@@ -115,7 +116,7 @@ fn runs(home: &Path) -> Result<Vec<(PathBuf, u32, bool)>> {
         let alive = started(pid).is_some_and(|now| then.is_none_or(|then| then == now));
         runs.push((path, pid, alive));
     }
-    runs.sort();
+    order::sort(&mut runs);
     Ok(runs)
 }
 

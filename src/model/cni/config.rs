@@ -166,13 +166,14 @@ fn annotations(fields: &Map<String, Value>) -> Result<BTreeMap<String, String>, 
     };
     match found {
         None | Some(Value::Null) => Ok(BTreeMap::new()),
-        Some(Value::Object(pairs)) => pairs
-            .iter()
-            .map(|(key, value)| match value {
-                Value::String(text) => Ok((key.clone(), text.clone())),
-                _ => Err(format!("pod annotation {key:?} must be a string")),
-            })
-            .collect(),
+        Some(Value::Object(pairs)) => {
+            let mut all = BTreeMap::new();
+            for (key, value) in pairs {
+                let text = value.as_str().ok_or_else(|| format!("pod annotation {key:?} must be a string"))?;
+                all.insert(key.clone(), text.to_owned());
+            }
+            Ok(all)
+        }
         Some(_) => Err(format!("field runtimeConfig.{POD_ANNOTATIONS} must be an object")),
     }
 }

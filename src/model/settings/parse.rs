@@ -273,7 +273,7 @@ fn take_cidrs(slot: &mut Vec<Ipv4Net>, text: &str) -> Outcome {
 }
 
 fn take_tags(slot: &mut BTreeMap<String, String>, text: &str) -> Outcome {
-    let Ok(mut tags) = serde_json::from_str::<BTreeMap<String, String>>(text) else {
+    let Ok(mut tags) = serde_json::from_slice::<BTreeMap<String, String>>(text.as_bytes()) else {
         slot.clear();
         return told("is not a JSON object of strings; no tags are added".into());
     };

@@ -7,6 +7,7 @@ use crate::model::checkpoint::{Allocation, Checkpoint, Own};
 use crate::model::ids::{EniId, PodKey, PodName};
 use crate::model::imds::{self, Query};
 use crate::model::naming;
+use crate::model::order::{self, Gather as _};
 use crate::model::spool::Record;
 use crate::model::time::Wall;
 use crate::plan::host::HostEni;
@@ -105,7 +106,7 @@ impl Core {
         }
         self.facts = own.enis;
         self.resume = own.creating.into();
-        self.freeing = own.freeing.into_iter().map(|(id, free)| (id, Free::resumed(free.attachment))).collect();
+        self.freeing = own.freeing.into_iter().map(|(id, free)| (id, Free::resumed(free.attachment))).gather();
     }
 
     // The checkpoint is unreadable: whatever address a rule leads to belongs to a living pod that we cannot name (B19).
@@ -126,7 +127,7 @@ impl Core {
             self.log(Level::Warn, "IMDS lists no ENI: ignored".into());
             return self.retry(Timer::Scan);
         }
-        self.attached = enis.into_iter().map(|eni| (eni.id.clone(), eni)).collect();
+        self.attached = enis.into_iter().map(|eni| (eni.id.clone(), eni)).gather();
         let first = !std::mem::replace(&mut self.scanned, true);
         if self.phase != Phase::Booting || !first {
             self.compare_scan();
@@ -134,7 +135,7 @@ impl Core {
     }
 
     pub(super) fn vpc_cidrs_done(&mut self, mut cidrs: Vec<IpNet>) {
-        cidrs.sort_unstable();
+        order::sort(&mut cidrs);
         cidrs.dedup();
         self.succeeded(Timer::VpcCidrs);
         self.set_timer(Timer::VpcCidrs, super::WATCH);
@@ -233,7 +234,7 @@ impl Core {
         let pods = self.pool.allocations().filter(|(_, owner, _)| settled(owner));
         intent.pods = pods.filter_map(|(ip, _, table)| table.map(|table| (ip, table))).collect();
         let swept = self.sweepable();
-        let gone: BTreeSet<IpAddr> = self.gone.iter().copied().chain(swept).collect();
+        let gone: BTreeSet<IpAddr> = self.gone.iter().copied().chain(swept).gather();
         intent.gone = gone.iter().copied().collect();
         let op = self.begin(Op::Host { enis: included, gone });
         self.out.push(Effect::Kernel(op, Box::new(intent)));
@@ -314,7 +315,7 @@ impl Core {
         let singles = eni.ipv4s.iter().skip(1).map(|ip| IpNet::from(IpAddr::V4(*ip)));
         let prefixes = if self.config.v6 { eni.v6_prefixes.clone() } else { eni.v4_prefixes.clone() };
         let told: BTreeSet<IpNet> =
-            if self.config.v6 { prefixes.into_iter().collect() } else { singles.chain(prefixes).collect() };
+            if self.config.v6 { prefixes.into_iter().gather() } else { singles.chain(prefixes).gather() };
         let cidrs = self.listed.get(id).filter(|_| !self.config.v6).cloned().unwrap_or(told);
         for net in cidrs {
             if !self.resting(&net) {

@@ -11,6 +11,7 @@ use crate::model::ec2::{Call, Count, Create, Failure, Interface, Reply, Subnet};
 use crate::model::ids::{AttachmentId, EniId, SubnetId};
 use crate::model::imds::{self, Query};
 use crate::model::net::Mac;
+use crate::model::order::{self, Gather as _};
 use crate::model::time::Mono;
 use crate::plan::backoff::Backoff;
 use crate::plan::sizing;
@@ -192,7 +193,7 @@ impl Core {
                     .iter()
                     .filter(|s| open(&s.id) && usable_subnet(s, primary, &self.config.cluster_name))
                     .collect();
-                valid.sort_by_key(|subnet| std::cmp::Reverse(subnet.free));
+                order::sort_by_key(&mut valid, |subnet| std::cmp::Reverse(subnet.free));
                 valid.first().map(|subnet| subnet.id.clone())
             }
             _ => Some(primary.clone()).filter(open),
@@ -215,7 +216,7 @@ impl Core {
 
     fn send_attach(&mut self, taken: BTreeSet<u32>) {
         let Some((eni, _)) = self.new_eni() else { return };
-        let used: BTreeSet<u32> = self.attached.values().filter(|e| e.card == 0).map(|e| e.device).collect();
+        let used: BTreeSet<u32> = self.attached.values().filter(|e| e.card == 0).map(|e| e.device).gather();
         let Some(device) = (0..DEVICES).find(|device| !used.contains(device) && !taken.contains(device)) else {
             return self.abandon("no device index is free", None);
         };

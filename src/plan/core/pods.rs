@@ -4,6 +4,7 @@ use super::saver::Undo;
 use super::{Answer, CallId, Core, Effect, Level, PLUGIN_MAX, Phase, Seen, Tally, Timer};
 use crate::model::ids::{PodKey, PodName};
 use crate::model::naming;
+use crate::model::order::Gather as _;
 use crate::model::spool::Record;
 use crate::model::time::Mono;
 use crate::model::wire::{
@@ -239,7 +240,7 @@ impl Core {
             .allocations()
             .filter(|(_, owner, _)| old(owner) && Self::without_veth(owner, seen))
             .map(|(_, owner, _)| owner.key.clone())
-            .collect();
+            .gather();
         let mut dead: Vec<PodKey> = missing.intersection(&self.missing_veth).cloned().collect();
         self.missing_veth = missing;
         // A DEL takes only the veth of such a pod: its rules might be somebody else's, as far as the plugin knows.

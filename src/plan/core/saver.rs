@@ -6,6 +6,7 @@ use super::{Answer, Core, Effect, Level, Timer};
 use crate::model::checkpoint::{Allocation, Checkpoint, Freeing, Metadata, Own, VERSION};
 use crate::model::ec2::{Call, Failure};
 use crate::model::ids::PodKey;
+use crate::model::order::Gather as _;
 use crate::plan::pool::Released;
 use std::net::IpAddr;
 
@@ -159,10 +160,10 @@ impl Core {
             allocations: allocations.collect(),
             enibox: Some(Own {
                 enis: self.facts.clone(),
-                cooling: cooling.map(|(ip, freed)| (ip, freed_at(freed))).collect(),
-                given_back: given_back.collect(),
+                cooling: cooling.map(|(ip, freed)| (ip, freed_at(freed))).gather(),
+                given_back: given_back.gather(),
                 creating: creating.chain(self.resume.iter().cloned()).collect(),
-                freeing: freeing.collect(),
+                freeing: freeing.gather(),
             }),
         }
     }

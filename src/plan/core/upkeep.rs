@@ -8,6 +8,7 @@ use super::{Absent, Core, Level, Op, Phase, RECONCILE, RECONCILE_MAX, Tally, Tim
 use crate::model::checkpoint::EniFacts;
 use crate::model::ec2::{Call, Interface};
 use crate::model::ids::{EniId, GroupId};
+use crate::model::order::{self, Gather as _};
 use ipnet::IpNet;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
@@ -36,12 +37,12 @@ impl Core {
             return self.retry(Timer::Describe);
         }
         self.described = Some(self.now.mono);
-        self.listed = interfaces.iter().map(|interface| (interface.id.clone(), cidrs_of(interface))).collect();
+        self.listed = interfaces.iter().map(|interface| (interface.id.clone(), cidrs_of(interface))).gather();
         let before = self.facts.clone();
         for interface in interfaces {
             self.learn(interface);
         }
-        let listed: BTreeSet<&EniId> = interfaces.iter().map(|interface| &interface.id).collect();
+        let listed: BTreeSet<&EniId> = interfaces.iter().map(|interface| &interface.id).gather();
         self.miss_enis(&listed);
         let creating = self.growth.as_ref().and_then(|growth| growth.creating()).and_then(|c| c.eni.clone());
         self.facts.retain(|id, _| {
@@ -141,7 +142,7 @@ impl Core {
         }
         let listed = cidrs_of(interface);
         self.listed.insert(interface.id.clone(), listed.clone());
-        let held: BTreeSet<IpNet> = eni.cidrs().map(|(net, _)| *net).collect();
+        let held: BTreeSet<IpNet> = eni.cidrs().map(|(net, _)| *net).gather();
         let id = &interface.id;
         for net in listed.difference(&held) {
             if !self.resting(net) {
@@ -227,7 +228,7 @@ impl Core {
             return;
         }
         let missing: BTreeMap<String, String> =
-            self.tags(false).into_iter().filter(|(key, value)| interface.tags.get(key) != Some(value)).collect();
+            self.tags(false).into_iter().filter(|(key, value)| interface.tags.get(key) != Some(value)).gather();
         if !missing.is_empty() {
             let eni = interface.id.clone();
             self.ask_ec2(Op::Tags(eni.clone()), Call::CreateTags { eni, tags: missing });
@@ -238,7 +239,7 @@ impl Core {
     fn keep_groups(&mut self, interface: &Interface) {
         let Some(groups) = &self.groups else { return };
         let mut has = interface.groups.clone();
-        has.sort_unstable();
+        order::sort(&mut has);
         let primary = interface.id == self.config.identity.primary_eni;
         let secondary = self.managed(&interface.id) && !primary && interface.interface_type == "interface";
         if self.config.provisioning && secondary && has != *groups && !groups.is_empty() {
@@ -250,7 +251,7 @@ impl Core {
     pub(super) fn groups_done(&mut self, mut groups: Vec<GroupId>) {
         self.succeeded(Timer::Groups);
         self.set_timer(Timer::Groups, WATCH);
-        groups.sort_unstable();
+        order::sort(&mut groups);
         let before = self.groups.replace(groups);
         if before.is_some() && before != self.groups {
             self.log(Level::Info, format!("the primary ENI has the security groups {:?}", self.groups));
@@ -282,8 +283,8 @@ impl Core {
             }
             let Some(entry) = self.pool.eni(id) else { return Some(format!("{id} is new")) };
             let singles = eni.ipv4s.iter().skip(1).map(|ip| IpNet::from(IpAddr::V4(*ip)));
-            let listed: BTreeSet<IpNet> = singles.chain(eni.v4_prefixes.iter().copied()).collect();
-            let held: BTreeSet<IpNet> = entry.cidrs().map(|(net, _)| *net).collect();
+            let listed: BTreeSet<IpNet> = singles.chain(eni.v4_prefixes.iter().copied()).gather();
+            let held: BTreeSet<IpNet> = entry.cidrs().map(|(net, _)| *net).gather();
             let known = |net: &IpNet| self.absent.contains_key(&(id.clone(), Some(*net)));
             let odd = listed.symmetric_difference(&held).find(|net| !self.resting(net) && !known(net));
             if let Some(net) = odd.filter(|_| !self.config.v6) {

@@ -6,6 +6,7 @@ use crate::clock;
 use crate::error::{Error, Result};
 use crate::model::ids::InstanceId;
 use crate::model::imds::Identity;
+use crate::model::order::Gather as _;
 use crate::model::time::{Mono, Now, Wall};
 use crate::rpc::http1::{Method, Request, Response, Verdict};
 use crate::sandbox::vpc::{ImdsEni, Planned, Vpc};
@@ -108,7 +109,7 @@ fn find(tree: &BTreeMap<String, String>, path: &str) -> Option<String> {
         let rest = leaf.strip_prefix(&prefix)?;
         Some(rest.split_once('/').map_or(rest.to_owned(), |(directory, _)| format!("{directory}/")))
     });
-    let names = names.collect::<BTreeSet<_>>();
+    let names = names.gather::<BTreeSet<_>>();
     (!names.is_empty()).then(|| names.into_iter().collect::<Vec<_>>().join("\n"))
 }
 

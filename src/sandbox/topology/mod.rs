@@ -13,6 +13,7 @@ pub use place::{Node, Place, Pod};
 use crate::error::{Context, Error, List, Result};
 use crate::model::ids::{EniId, InstanceId};
 use crate::model::net::{Address, Mac, Neighbour, Route, Scope, TABLE_MAIN};
+use crate::model::order::Gather as _;
 use crate::netlink::socket::Socket;
 use crate::netlink::{addr, link, neigh, route};
 use crate::sandbox::runs::Run;
@@ -135,7 +136,7 @@ impl Topology {
     /// Names of the ENIs' links on their nodes.
     pub fn link_names(&self, instance: &InstanceId) -> BTreeMap<EniId, String> {
         let ours = self.ports.iter().filter(|(_, port)| port.instance == *instance);
-        ours.map(|(eni, port)| (eni.clone(), port.inner.clone())).collect()
+        ours.map(|(eni, port)| (eni.clone(), port.inner.clone())).gather()
     }
 
     // A veth between the router (`name`) and a place (`inner`); the index of the router's end, which is down.
@@ -160,7 +161,7 @@ impl Topology {
     /// cannot be done does not keep the rest from being done.
     pub fn apply(&mut self, wires: &[Wire]) -> Result<()> {
         let mut errors = List::new();
-        let wanted = wires.iter().map(|wire| (wire.eni.clone(), wire)).collect::<BTreeMap<_, _>>();
+        let wanted = wires.iter().map(|wire| (wire.eni.clone(), wire)).gather::<BTreeMap<_, _>>();
         let gone = |eni: &EniId, port: &Port| wanted.get(eni).is_none_or(|wire| wire.instance != port.instance);
         let gone =
             self.ports.iter().filter(|(eni, port)| gone(eni, port)).map(|(eni, _)| eni.clone()).collect::<Vec<_>>();
@@ -184,7 +185,7 @@ impl Topology {
 
     fn withdraw(&mut self, wire: &Wire) -> Result<()> {
         let Some(port) = self.ports.get_mut(&wire.eni) else { return Ok(()) };
-        let wanted = wire.assigned.iter().copied().collect::<BTreeSet<_>>();
+        let wanted = wire.assigned.iter().copied().gather::<BTreeSet<_>>();
         let surplus = port.routed.difference(&wanted).copied().collect::<Vec<_>>();
         let requests = surplus.iter().map(|net| route::delete(&via(*net, port)).or_not_found()).collect::<Vec<_>>();
         port.routed.retain(|net| wanted.contains(net));
@@ -217,7 +218,7 @@ impl Topology {
     }
 
     fn plug_eni(&mut self, wire: &Wire, node: &Node, gateway: Ipv4Addr) -> Result<Port> {
-        let taken = node.place.links()?.into_iter().map(|link| link.name).collect::<BTreeSet<_>>();
+        let taken = node.place.links()?.into_iter().map(|link| link.name).gather::<BTreeSet<_>>();
         let mut names = (0..=taken.len()).map(|number| format!("eth{number}"));
         let inner = names.find(|name| !taken.contains(name)).ok_or_else(|| Error::new("no free name"))?;
         // Eleven digits of the id tell ENIs apart.
@@ -233,7 +234,7 @@ impl Topology {
             let address = IpNet::V4(Ipv4Net::new(own, wire.subnet.prefix_len())?);
             node.place.configure(&inner, address, Some(gateway))?;
         }
-        let routed = BTreeSet::from([Ipv4Net::from(own)]);
+        let routed = std::iter::once(Ipv4Net::from(own)).gather();
         Ok(Port { instance: wire.instance.clone(), name, index, inner, own, routed })
     }
 }

@@ -5,6 +5,7 @@ use super::describe::filters_of;
 use super::{EniState, GROUPS_PER_ENI, Refusal, TAGS_PER_RESOURCE, Vpc, refuse};
 use crate::model::ec2::{Attachment, Call, Count, Create, Interface, Reply};
 use crate::model::ids::{AttachmentId, EniId, GroupId, InstanceId, SubnetId};
+use crate::model::order::Gather as _;
 use crate::model::time::{Mono, Now};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::collections::{BTreeMap, BTreeSet};
@@ -319,7 +320,7 @@ impl Vpc {
         if addresses.is_empty() {
             return refuse("MissingParameter", "The request must contain the parameter PrivateIpAddress or Ipv4Prefix");
         }
-        let gone = addresses.iter().copied().collect::<BTreeSet<_>>();
+        let gone = addresses.iter().copied().gather::<BTreeSet<_>>();
         if let Some(stranger) = gone.iter().find(|addr| !interface.secondary_ipv4s.contains(addr)) {
             let text = if interface.primary_ipv4 == Some(*stranger) {
                 format!("The primary private IP address {stranger} of a network interface cannot be unassigned.")
@@ -344,7 +345,7 @@ impl Vpc {
         if prefixes.is_empty() {
             return refuse("MissingParameter", "The request must contain the parameter PrivateIpAddress or Ipv4Prefix");
         }
-        let gone = prefixes.iter().copied().collect::<BTreeSet<_>>();
+        let gone = prefixes.iter().copied().gather::<BTreeSet<_>>();
         if let Some(stranger) = gone.iter().find(|prefix| !interface.v4_prefixes.contains(prefix)) {
             let text = format!("Some of the specified prefixes are not assigned to interface {eni}: {stranger}");
             return refuse("InvalidParameterValue", text);

@@ -3,6 +3,7 @@
 use super::{Refusal, Vpc, refuse};
 use crate::model::ec2::{Call, Interface, Subnet};
 use crate::model::ids::{EniId, VpcId};
+use crate::model::order;
 use crate::model::time::Now;
 
 /// One filter: a name and the values of which one must match; `*` and `?` stand for any text and any character.
@@ -88,7 +89,7 @@ impl Vpc {
             .filter(|(_, subnet)| *vpc == self.id && subnet.zone == zone)
             .map(|(id, subnet)| Subnet { id: id.clone(), free: subnet.space.free(), tags: subnet.tags.clone() })
             .collect::<Vec<_>>();
-        found.sort_by_key(|subnet| std::cmp::Reverse(subnet.free));
+        order::sort_by_key(&mut found, |subnet| std::cmp::Reverse(subnet.free));
         found
     }
 

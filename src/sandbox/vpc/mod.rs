@@ -20,6 +20,7 @@ use crate::model::ec2::{Call, Create, Failure, InstanceType, Interface, Reply};
 use crate::model::ids::{AttachmentId, EniId, GroupId, InstanceId, SubnetId, VpcId};
 use crate::model::limits;
 use crate::model::net::Mac;
+use crate::model::order::Gather as _;
 use crate::model::time::{Mono, Now, Wall};
 use faults::Lagged;
 use ipnet::{Ipv4Net, Ipv6Net};
@@ -227,7 +228,7 @@ impl Vpc {
     /// Adds a subnet. The caller keeps CIDRs inside the VPC and apart.
     pub fn add_subnet(&mut self, zone: &str, cidr: Ipv4Net, v6: Option<Ipv6Net>, tags: &[(&str, &str)]) -> SubnetId {
         let id = SubnetId(self.new_id("subnet"));
-        let tags = tags.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        let tags = tags.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).gather();
         let subnet = SubnetState { zone: zone.to_owned(), space: Space::new(cidr), v6, v6_given: 0, tags };
         self.subnets.insert(id.clone(), subnet);
         id

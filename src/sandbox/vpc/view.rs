@@ -5,6 +5,7 @@ use crate::model::ec2::Interface;
 use crate::model::ids::{EniId, GroupId, InstanceId, SubnetId};
 use crate::model::imds::{Eni, Identity};
 use crate::model::net::Mac;
+use crate::model::order;
 use crate::model::time::Now;
 use ipnet::{IpNet, Ipv4Net};
 use std::net::{IpAddr, Ipv4Addr};
@@ -99,7 +100,7 @@ impl Vpc {
     pub(super) fn imds_truth(&self, instance: &InstanceId) -> Vec<ImdsEni> {
         let mut listed =
             self.enis.values().filter_map(|state| self.imds_eni(&state.interface, instance)).collect::<Vec<_>>();
-        listed.sort_by_key(|listed| (listed.eni.card, listed.eni.device));
+        order::sort_by_key(&mut listed, |listed| (listed.eni.card, listed.eni.device));
         listed
     }
 
