@@ -69,7 +69,7 @@ mod tests {
             check(sort, <[_]>::sort);
             // Many equal keys, whose items must keep their places.
             check(|all| sort_by_key(all, |item| item.0 % 4), |all| all.sort_by_key(|item| item.0 % 4));
-            check(|all| sort_by(all, |a, b| b.1.len().cmp(&a.1.len())), |all| all.sort_by(|a, b| b.1.len().cmp(&a.1.len())));
+            check(|all| sort_by(all, |a, b| b.1.cmp(&a.1)), |all| all.sort_by(|a, b| b.1.cmp(&a.1)));
         }
 
         #[test]
