@@ -107,6 +107,9 @@ pub struct Own {
     pub cooling: BTreeMap<IpAddr, i64>,
     /// CIDRs that were given back lately, and when, in Unix nanoseconds: whoever still lists them is behind.
     pub given_back: BTreeMap<IpNet, i64>,
+    /// An ENI may have been made that nobody remembers: it is looked for.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub leak_suspected: bool,
     /// ENIs being created.
     pub creating: Vec<Creating>,
     /// ENIs being given back.

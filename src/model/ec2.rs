@@ -300,6 +300,11 @@ impl Failure {
         matches!(self.code.as_str(), "InsufficientFreeAddressesInSubnet" | "InsufficientCidrBlocks")
     }
 
+    /// Something broke inside EC2; how far it got is not known.
+    pub fn internal(&self) -> bool {
+        self.status >= 500 || matches!(self.code.as_str(), "InternalError" | "InternalFailure" | "Unavailable")
+    }
+
     /// EC2 asks for fewer calls.
     pub fn throttled(&self) -> bool {
         matches!(

@@ -169,6 +169,7 @@ pub struct Core {
     timers: BTreeMap<Timer, Mono>,
     attempts: BTreeMap<Timer, u32>,
     woken_for: Option<Mono>,
+    // Looks for forgotten ENIs that are still to come.
     leak_checks: usize,
 
     pool: Pool,

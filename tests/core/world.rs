@@ -380,7 +380,7 @@ impl World {
         let attached = self.vpc.interfaces().filter(|i| i.attachment.is_some());
         let truth: BTreeSet<(EniId, IpAddr)> =
             attached.flat_map(|i| i.secondary_ipv4s.iter().map(|ip| (i.id.clone(), IpAddr::V4(*ip)))).collect();
-        assert_eq!(held, truth, "the pool and EC2");
+        assert_eq!(held, truth, "the pool and EC2: {:#?}", self.log);
         let orphans: Vec<_> = self.vpc.interfaces().filter(|i| i.attachment.is_none()).map(|i| &i.id).collect();
         assert!(orphans.is_empty(), "leaked ENIs: {orphans:?}: {:#?}", self.log);
         let disk = enibox::model::checkpoint::Checkpoint::parse(self.disk.as_deref().unwrap()).unwrap();

@@ -104,6 +104,9 @@ impl Core {
             let age = self.now.wall.since(Wall::from_unix_nanos(at));
             self.unassigned.insert(net, self.now.mono.minus(age));
         }
+        if own.leak_suspected {
+            self.suspect_leak();
+        }
         self.facts = own.enis;
         self.resume = own.creating.into();
         self.freeing = own.freeing.into_iter().map(|(id, free)| (id, Free::resumed(free.attachment))).gather();

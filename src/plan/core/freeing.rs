@@ -129,6 +129,12 @@ impl Core {
         }
     }
 
+    /// A creation may have left an ENI behind: it is looked for, soon and once more later, since EC2 may list it late.
+    pub(super) fn suspect_leak(&mut self) {
+        self.leak_checks = super::LEAK_CHECKS.len();
+        self.set_timer(Timer::Leaked, super::LEAK_CHECKS[0]);
+    }
+
     /// Asks for detached ENIs of this instance's making. Those of other instances are left to them.
     pub(super) fn look_for_leaked(&mut self) {
         let own = ("node.k8s.amazonaws.com/instance_id".to_owned(), Some(self.config.identity.instance.0.clone()));
@@ -138,10 +144,11 @@ impl Core {
 
     pub(super) fn take_leaked(&mut self, found: &[Interface]) {
         self.succeeded(Timer::Leaked);
-        self.leak_checks += 1;
-        match super::LEAK_CHECKS.get(self.leak_checks) {
+        self.leak_checks = self.leak_checks.saturating_sub(1);
+        let done = super::LEAK_CHECKS.len() - self.leak_checks;
+        match super::LEAK_CHECKS.get(done) {
             Some(after) => self.set_timer(Timer::Leaked, *after),
-            None => self.leak_checks = 0,
+            None => drop(self.changed()),
         }
         for interface in found {
             let id = &interface.id;

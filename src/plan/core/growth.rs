@@ -358,14 +358,14 @@ impl Core {
     fn create_failed(&mut self, creating: Option<Creating>, again: bool, failure: &Failure) {
         let elsewhere = matches!(failure.code.as_str(), "InvalidSubnetID.NotFound" | "InvalidParameterValue");
         let subnet = creating.as_ref().map(|creating| creating.subnet.clone());
-        if failure.maybe_applied || failure.code.is_empty() || failure.throttled() || failure.status >= 500 {
+        if failure.maybe_applied || failure.code.is_empty() || failure.throttled() || failure.internal() {
             // It may exist: only the same call with the same token finds out without making a second one.
             self.stage_lost(creating);
         } else {
-            self.changed(); // the intent is void
             if again {
-                self.set_timer(Timer::Leaked, super::LEAK_CHECKS[0]);
+                self.suspect_leak();
             }
+            self.changed(); // the intent is void
         }
         match subnet.filter(|_| failure.subnet_exhausted() || elsewhere) {
             Some(subnet) => {

@@ -162,6 +162,7 @@ impl Core {
                 enis: self.facts.clone(),
                 cooling: cooling.map(|(ip, freed)| (ip, freed_at(freed))).gather(),
                 given_back: given_back.gather(),
+                leak_suspected: self.leak_checks > 0,
                 creating: creating.chain(self.resume.iter().cloned()).collect(),
                 freeing: freeing.gather(),
             }),
