@@ -194,20 +194,7 @@ impl World {
                 self.later(LATENCY, Event::Imds(op, Ok(told)));
             }
             Effect::Kernel(op, intent) => {
-                // Every pod's table must be that of the ENI that EC2 has its address on.
-                for (address, table) in &intent.pods {
-                    if let Some(device) = self.device_of(*address) {
-                        assert_eq!(*table, naming::table_of(0, device).unwrap(), "table of {address}");
-                    }
-                }
-                let living = |ip: &IpAddr| self.pods.values().any(|held| held == ip);
-                assert!(
-                    !intent.gone.iter().any(living),
-                    "rules of a living pod are swept: {:?}, living {:?}, {:#?}",
-                    intent.gone,
-                    self.pods,
-                    self.log
-                );
+                self.check_intent(&intent);
                 self.swept.extend(intent.gone.iter().copied());
                 self.later(LATENCY, Event::Kernel(op, Ok(BTreeMap::new())));
             }
@@ -229,6 +216,18 @@ impl World {
             Effect::Tally(_) => {}
             Effect::Log(level, text) => self.log.push(format!("{} ms {level:?} {text}", self.nanos / 1_000_000)),
         }
+    }
+
+    /// Every pod's table must be that of the ENI that EC2 has its address on, and no living pod may lose its rules.
+    fn check_intent(&self, intent: &Intent) {
+        for (address, table) in &intent.pods {
+            if let Some(device) = self.device_of(*address) {
+                assert_eq!(*table, naming::table_of(0, device).unwrap(), "table of {address}");
+            }
+        }
+        let living = |ip: &IpAddr| self.pods.values().any(|held| held == ip);
+        let (gone, pods, log) = (&intent.gone, &self.pods, &self.log);
+        assert!(!gone.iter().any(living), "rules of a living pod are swept: {gone:?}, living {pods:?}, {log:#?}");
     }
 
     pub fn primary_groups(&self) -> Vec<enibox::model::ids::GroupId> {
