@@ -271,6 +271,22 @@ fn an_unreadable_checkpoint_keeps_the_addresses_that_rules_lead_to() {
 }
 
 #[test]
+fn a_throttled_attach_does_not_give_the_eni_back() {
+    let mut world = World::new("m5.large", DEFAULT);
+    for _ in 0..3 {
+        world.vpc.knobs.refuse_next("AttachNetworkInterface", "RequestLimitExceeded", 503);
+    }
+    world.settle();
+    assert!(world.add("a"));
+    world.pass(Duration::from_mins(2));
+    world.settle();
+    let calls = ["CreateNetworkInterface", "AttachNetworkInterface", "DeleteNetworkInterface"];
+    assert_eq!(calls.map(|action| world.calls(action)), [1, 4, 0]);
+    assert_eq!(world.enis().len(), 2);
+    world.check_at_rest();
+}
+
+#[test]
 fn an_exhausted_subnet_is_left_alone_for_a_while() {
     let mut world = World::new("m5.large", DEFAULT);
     world.vpc.knobs.refuse_next("AssignPrivateIpAddresses", "InsufficientFreeAddressesInSubnet", 400);

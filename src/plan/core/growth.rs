@@ -407,6 +407,11 @@ impl Core {
                 self.stage(Stage::Create { again: false }, creating);
                 self.send_attach(taken);
             }
+            // EC2 is busy, which is no reason to give the ENI back: after the pause it is looked at and attached.
+            (Some(None), Some(failure)) if failure.throttled() || failure.status >= 500 => {
+                self.stage_lost(creating);
+                self.growth_failed("attach the new ENI", Some(&failure));
+            }
             // Not listed may only mean not yet: what becomes of it is found out by deleting it.
             (_, failure) => {
                 self.stage(Stage::Create { again: false }, creating);
