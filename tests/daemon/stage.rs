@@ -302,7 +302,12 @@ impl Stage {
     pub fn assert_clean(&self, deleted: &[Ipv4Addr], living: &[&Subject]) {
         assert_eq!(self.node.place.traces("no such link", deleted).unwrap(), Vec::<String>::new());
         let wanted = living.iter().map(|subject| enibox::model::naming::host_veth("eni", NAMESPACE, &subject.name, 0));
-        assert_eq!(self.veths(), wanted.map(|name| name.unwrap()).collect());
+        let wanted: BTreeSet<String> = wanted.map(|name| name.unwrap()).collect();
+        // The kernel takes a link away in its own time once the pod's namespace is gone.
+        eventually(Duration::from_secs(10), "the links are those of living pods", || {
+            let there = self.veths();
+            if there == wanted { Ok(()) } else { Err(format!("{there:?}, want {wanted:?}")) }
+        });
         let ruled = self.ruled();
         let wanted: BTreeSet<Ipv4Addr> = living.iter().map(|subject| subject.address()).collect();
         let strange: Vec<_> = ruled.difference(&wanted).collect();

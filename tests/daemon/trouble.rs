@@ -86,6 +86,7 @@ fn throttled_calls_are_repeated() {
         living.push(add_at_last(&stage, &format!("pod-{number}"), Duration::from_secs(90), &|_| ()).0);
     }
     check(&stage, &living);
+    assert!(!stage.calls().contains_key("DeleteNetworkInterface"), "no ENI is given back because EC2 is busy");
     println!("{:?}, {} failed", stage.calls(), stage.world.cloud.vpc().journal().failures());
     eventually(Duration::from_mins(1), "no ENI is left lying about", || match stage.enis().1 {
         stray if stray.is_empty() => Ok(()),
