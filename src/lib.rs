@@ -8,7 +8,7 @@
 //! plan                       decisions: (state, observation, now) -> new state and effects
 //! netlink   rpc   aws        the kernel, the wire, AWS; each knows only model
 //! apply                      carries out plans on the kernel
-//! plugin   daemon   debug   sandbox      the personalities; never import each other
+//! plugin   daemon   sandbox              the personalities; never import each other
 //! ```
 //!
 //! `clock`, `logging` and `sys` touch the outside and are never used by `model` or `plan`.
@@ -17,7 +17,6 @@ pub mod apply;
 pub mod aws;
 pub mod clock;
 pub mod daemon;
-pub mod debug;
 pub mod error;
 pub mod logging;
 pub mod model;

@@ -1,1 +1,0 @@
-//! The operator's subcommands, one file each.
