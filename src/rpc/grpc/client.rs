@@ -78,6 +78,7 @@ impl Client {
 
     fn exchange(&mut self, method: &str, stream: u32, until: Instant) -> Result<Vec<u8>, Status> {
         let mut buffer = [0; READ_SIZE];
+        let mut sent = false;
         loop {
             while let Some(event) = self.conn.next_event().map_err(|fault| {
                 self.broken = true;
@@ -97,7 +98,15 @@ impl Client {
                     _ => {} // of an earlier call that was given up
                 }
             }
-            self.flush(until).map_err(|error| self.failed(method, &error))?;
+            match self.flush(until) {
+                // A server that is stopping reads no acknowledgements any more, but the answer may be on its way.
+                Err(error) if sent && error.kind() == ErrorKind::BrokenPipe => {
+                    self.broken = true;
+                    self.conn.out.clear();
+                }
+                result => result.map_err(|error| self.failed(method, &error))?,
+            }
+            sent = true;
             let count = self.read(&mut buffer, until).map_err(|error| self.failed(method, &error))?;
             if count == 0 {
                 self.broken = true;

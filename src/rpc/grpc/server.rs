@@ -289,10 +289,14 @@ impl Registry {
 }
 
 impl Open {
-    /// Ends the connection's next read. What the peer has sent is still read and answered.
+    /// Ends the connection when nothing is under way on it. One that waits for a request is woken; what the peer has sent
+    /// by then is still read and answered. One that serves a request is not touched: a peer whose acknowledgements meet a
+    /// closed end takes its answer for lost.
     fn leave(&mut self) {
         self.leaving = true;
-        self.stream.shutdown(Shutdown::Read).ok(); // it may be closed by now
+        if self.idle_since.is_some() {
+            self.stream.shutdown(Shutdown::Read).ok(); // it may be closed by now
+        }
     }
 }
 
@@ -303,17 +307,21 @@ struct Slot {
 }
 
 impl Slot {
-    fn set_idle(&self, idle: bool) {
+    /// Whether the connection is to end instead.
+    fn set_idle(&self, idle: bool) -> bool {
         let mut state = self.registry.lock();
         state.turn += 1;
         let turn = state.turn;
+        let mut leaving = state.stopped;
         if let Some(open) = state.open.get_mut(&self.number) {
             open.idle_since = idle.then_some(turn);
+            leaving |= open.leaving;
         }
         // Somebody may be waiting for a place.
         if idle {
             self.registry.changed.notify_all();
         }
+        idle && leaving
     }
 }
 
@@ -355,6 +363,7 @@ impl Connection {
         let mut buffer = vec![0; READ_SIZE];
         let mut begun = clock::instant(); // of the request that is under way
         let mut forgiven = begun;
+        let mut silent = true; // the peer has sent nothing yet
         loop {
             while let Some((stream, mut call)) = self.session.next_call()? {
                 call.peer_pid = self.peer_pid;
@@ -383,7 +392,9 @@ impl Connection {
                 Some(left)
             };
             self.stream.set_read_timeout(left)?;
-            self.slot.set_idle(idle);
+            if self.slot.set_idle(idle || silent) {
+                return Ok(());
+            }
             let count = match (&*self.stream).read(&mut buffer) {
                 Ok(0) => return Ok(()),
                 Ok(count) => count,
@@ -391,6 +402,7 @@ impl Connection {
                 Err(error) => return Err(error.into()),
             };
             self.slot.set_idle(false);
+            silent = false;
             let now = clock::instant();
             if idle {
                 begun = now;

@@ -380,6 +380,22 @@ fn requests_that_are_not_grpc_are_answered_as_such() {
 
 /// A stream that the client keeps open, as for reflection, is answered without waiting for its end.
 #[test]
+fn a_running_call_may_be_acknowledged_while_the_server_stops() {
+    let mut server = Running::start(quick());
+    let mut stream = server.raw();
+    stream.write_all(&[start(), request(1, "9S", &add("slow", 300).encode())].concat()).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    std::thread::scope(|scope| {
+        let stopping = scope.spawn(|| server.finish());
+        std::thread::sleep(Duration::from_millis(50));
+        // The acknowledgement of the server's SETTINGS: Google's clients take a failure here for a lost connection.
+        stream.write_all(&frame(4, 1, 0, b"")).unwrap();
+        read_for(&mut stream, b"slow");
+        stopping.join().unwrap().unwrap();
+    });
+}
+
+#[test]
 fn an_unknown_stream_is_refused_at_its_header() {
     let server = Running::start(BindOptions::default());
     let mut stream = server.raw();
