@@ -34,8 +34,11 @@ const PLUGINS: &str = "/usr/lib/cni";
 /// No command of the scenario takes longer on a loaded machine.
 const COMMAND_S_MAX: u32 = 60;
 
-/// containerd's namespace, and the name of the cgroup above all containers of it.
-const NAMESPACE: &str = "enibox-test";
+/// containerd's namespace, and the name of the cgroup above all containers of it. Each test is a process of its own and has
+/// one of its own: whoever ends first removes it.
+fn namespace() -> String {
+    format!("enibox-test-{}", std::process::id())
+}
 
 /// SIGTERM.
 const TERMINATE: i32 = 15;
@@ -263,7 +266,7 @@ impl<'a> Containerd<'a> {
 
     fn ctr(&self) -> String {
         let (node, dir) = (&self.bed.node, self.dir.display());
-        format!("{node} ctr -a {dir}/containerd.sock -n {NAMESPACE}")
+        format!("{node} ctr -a {dir}/containerd.sock -n {}", namespace())
     }
 
     /// The list as on a node: our plugin, then portmap. `ctr` has no option for ports, so the mapping that a runtime would
@@ -374,7 +377,7 @@ impl Drop for Containerd<'_> {
         let top = Path::new("/sys/fs/cgroup");
         let below = fs::read_dir(top).into_iter().flatten().flatten().map(|entry| entry.path());
         for hierarchy in below.chain([top.to_owned()]) {
-            _ = fs::remove_dir(hierarchy.join(NAMESPACE));
+            _ = fs::remove_dir(hierarchy.join(namespace()));
         }
     }
 }
