@@ -1,5 +1,6 @@
 //! What a pod costs: ADD and DEL as whole processes of the plugin with a warm daemon, beside the bare kernel work for the
-//! same pod (veth, address, routes, neighbour, rules) done by this process with sockets that are open already.
+//! same pod (veth, address, routes, neighbour, rules) done by this process with sockets that are open already. The veth
+//! goes with the pod's namespace, so that no DEL has its price.
 //!
 //! The daemon is the real one on a node of the sandbox, with enough addresses for all pods; the bare work is done in a network
 //! namespace that no daemon watches. Run as root: `cargo bench --bench pod`. Nothing of it shows outside of namespaces that
@@ -247,8 +248,13 @@ impl Pod {
         let pod = &self.interface;
         let rules = [Some(pod.to_rule()), pod.from_rule()];
         let mut requests: Vec<Request> = rules.iter().flatten().map(rule::delete).collect();
-        requests.push(link::delete_by_name(&pod.host_veth));
+        requests.push(route::delete(&pod.host_route(0)));
         self.host.run(&requests).unwrap();
+    }
+
+    /// What the end of a pod's namespace does, which DEL leaves to the runtime; not timed.
+    fn unwire(&mut self) {
+        self.inside.run(&[link::delete_by_name(&self.interface.ifname).or_not_found()]).unwrap();
     }
 }
 
@@ -265,8 +271,12 @@ fn repeat(rounds: usize, mut work: impl FnMut()) -> Vec<Duration> {
 
 /// ADD and DEL, in turn, on one pod.
 fn one_by_one(pod: &mut Pod, add: fn(&mut Pod), del: fn(&mut Pod)) -> Times {
-    let both: Vec<(Duration, Duration)> =
-        (0..WARM_UP + ROUNDS).map(|_| (timed(|| add(pod)), timed(|| del(pod)))).collect();
+    let mut round = || {
+        let times = (timed(|| add(pod)), timed(|| del(pod)));
+        pod.unwire();
+        times
+    };
+    let both: Vec<(Duration, Duration)> = (0..WARM_UP + ROUNDS).map(|_| round()).collect();
     both.into_iter().skip(WARM_UP).unzip()
 }
 
@@ -288,7 +298,12 @@ fn bursts(pods: &mut [Pod], add: fn(&mut Pod), del: fn(&mut Pod)) -> Times {
             started.into_iter().map(|thread| thread.join().unwrap()).collect()
         })
     };
-    let rounds: Vec<(Vec<Duration>, Vec<Duration>)> = (0..=BURSTS).map(|_| (all(add), all(del))).collect();
+    let mut round = || {
+        let times = (all(add), all(del));
+        all(Pod::unwire);
+        times
+    };
+    let rounds: Vec<(Vec<Duration>, Vec<Duration>)> = (0..=BURSTS).map(|_| round()).collect();
     // The first one warms up.
     let (adds, dels): (Vec<_>, Vec<_>) = rounds.into_iter().skip(1).unzip();
     (adds.concat(), dels.concat())
