@@ -6,9 +6,10 @@
 //! error
 //! model                      types and parsing: no I/O, no clock
 //! plan                       decisions: (state, observation, now) -> new state and effects
-//! netlink   rpc   aws        the kernel, the wire, AWS; each knows only model
+//! sim                        a VPC and its nodes in virtual time, with the real core
+//! netlink   rpc   aws   kube the kernel, the wire, AWS, the API server; each knows only model
 //! apply                      carries out plans on the kernel
-//! plugin   daemon   sandbox              the personalities; never import each other
+//! plugin   daemon   debug   sandbox      the personalities; never import each other
 //! ```
 //!
 //! `clock`, `logging` and `sys` touch the outside and are never used by `model` or `plan`.
@@ -26,6 +27,7 @@ pub mod plugin;
 pub mod rpc;
 #[cfg(feature = "sandbox")]
 pub mod sandbox;
+pub mod sim;
 pub mod sys;
 
 /// The program's version, told to EC2 and printed by every personality.

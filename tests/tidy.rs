@@ -18,6 +18,7 @@ const IMPORTS: &[(&str, &str)] = &[
     ("sys", "clock"),
     ("logging", "model clock sys"),
     ("plan", "model"),
+    ("sim", "model plan"),
     ("netlink", "model clock logging sys"),
     ("rpc", "model clock logging sys"),
     ("aws", "model clock logging sys"),
@@ -26,8 +27,8 @@ const IMPORTS: &[(&str, &str)] = &[
     ("plugin", "model plan netlink apply rpc clock logging sys"),
     ("install", "model plan netlink apply rpc clock logging sys"),
     ("daemon", "model plan netlink apply rpc aws kube clock logging sys"),
-    ("debug", "model plan netlink apply rpc aws kube clock logging sys"),
-    ("sandbox", "model plan netlink apply rpc aws kube clock logging sys"),
+    ("debug", "model plan sim netlink apply rpc aws kube clock logging sys"),
+    ("sandbox", "model plan sim netlink apply rpc aws kube clock logging sys"),
 ];
 
 /// Functions that are tables, not logic: file, function, reason.

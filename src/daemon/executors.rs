@@ -7,6 +7,7 @@ use crate::aws::{ec2, imds};
 use crate::error::{Context, List, Result};
 use crate::model::ec2::{Call, Failure};
 use crate::model::imds::Query;
+use crate::model::kube;
 use crate::model::order::Gather as _;
 use crate::model::spool::{self, Record};
 use crate::plan::core::{Effect, Event, OpId};
@@ -29,8 +30,8 @@ enum Host {
 }
 
 enum Disk {
-    Save(u64, String),
-    SetAside,
+    Save(u64, Vec<(u32, String)>),
+    SetAside(u32),
     SpoolDone(Vec<Record>),
 }
 
@@ -96,13 +97,17 @@ impl Executors {
                 let work = Disk::Save(generation, content);
                 self.disk.try_send(work).err().map(|error| Event::Saved(generation, Err(full(&error))))
             }
-            Effect::SetAside(_) => {
-                self.disk.try_send(Disk::SetAside).ok();
+            Effect::SetAside(card, _) => {
+                self.disk.try_send(Disk::SetAside(card)).ok();
                 None
             }
             Effect::SpoolDone(records) => {
                 self.disk.try_send(Disk::SpoolDone(records)).ok(); // they are read again, and done with then
                 None
+            }
+            Effect::Kube(op, _) => {
+                let failure = kube::Failure { status: 0, message: "no API server".into() };
+                Some(Event::Kube(op, Err(failure)))
             }
             Effect::Reply(..) | Effect::WakeAt(_) | Effect::Ready | Effect::Log(..) | Effect::Tally(_) => None, // the core's thread's own
         }
@@ -165,11 +170,14 @@ fn disk_loop(store: &Path, work: &Receiver<Disk>, events: &SyncSender<Event>) ->
     loop {
         match work.recv_timeout(SPOOL_EVERY) {
             Ok(Disk::Save(generation, content)) => {
-                let result = files::write(store, content.as_bytes()).map_err(|error| error.to_string());
+                let mut files = content.into_iter();
+                let written =
+                    files.try_for_each(|(card, text)| files::write(&files::store_of(store, card), text.as_bytes()));
+                let result = written.map_err(|error| error.to_string());
                 events.send(Event::Saved(generation, result)).context("tell the core")?;
             }
-            Ok(Disk::SetAside) => {
-                if let Err(error) = files::set_aside(store) {
+            Ok(Disk::SetAside(card)) => {
+                if let Err(error) = files::set_aside(&files::store_of(store, card)) {
                     log::error!("keep the unreadable checkpoint: {error}");
                 }
             }

@@ -8,6 +8,7 @@ use crate::model::order::Gather as _;
 use crate::model::spool::{self, Record};
 use crate::netlink::{link, route, rule, socket::Socket};
 use crate::plan::core::{Event, Seen};
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::net::IpAddr;
@@ -18,12 +19,28 @@ use std::path::{Path, PathBuf};
 const CHECKPOINT_BYTES_MAX: u64 = 64 << 20;
 
 /// Everything that the core wants to know before it starts.
-pub(super) fn read_start(store: &Path, v6: bool) -> Result<Event> {
-    sweep_temporaries(store);
-    let checkpoint = read(store)?;
+pub(super) fn read_start(store: &Path, cards: impl Iterator<Item = u32>, v6: bool) -> Result<Event> {
+    let mut checkpoints = BTreeMap::new();
+    for card in cards {
+        let store = store_of(store, card);
+        sweep_temporaries(&store);
+        if let Some(content) = read(&store)? {
+            checkpoints.insert(card, content);
+        }
+    }
     let seen =
         look_at_family(if v6 { Family::V6 } else { Family::V4 }).context("look at the host's links and rules")?;
-    Ok(Event::Started { checkpoint, seen, spool: read_spool() })
+    Ok(Event::Started { checkpoints, seen, spool: read_spool() })
+}
+
+/// The checkpoint of a network card: card 0 has the configured name, card 1 `ipam-nic-1.json` (`spec/ipamd.md` 5.1).
+pub(super) fn store_of(store: &Path, card: u32) -> PathBuf {
+    if card == 0 {
+        return store.to_owned();
+    }
+    let name = store.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let stem = name.strip_suffix(".json").unwrap_or(&name);
+    store.with_file_name(format!("{stem}-nic-{card}.json"))
 }
 
 // `None`: there is none, a fresh node. Bytes that are no text are handed on as they can be read; the parser refuses them.

@@ -71,7 +71,7 @@ impl Metrics {
         match tally {
             Tally::Add => self.add("awscni_add_ip_req_count", Vec::new(), 1),
             Tally::Del(reason) => self.add("awscni_del_ip_req_count", vec![("reason", reason)], 1),
-            Tally::NoAddress => self.add("awscni_no_available_ip_addresses", Vec::new(), 1),
+            Tally::NoAddress(_) => self.add("awscni_no_available_ip_addresses", Vec::new(), 1),
             Tally::Error(place) => self.add("awscni_ipamd_error_count", vec![("fn", place.to_owned())], 1),
             Tally::Reconcile(what) => self.add("awscni_reconcile_count", vec![("fn", what.to_owned())], 1),
         }

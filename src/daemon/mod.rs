@@ -21,7 +21,7 @@ use crate::model::naming;
 use crate::model::settings::{Mode, Settings, Valid};
 use crate::model::time::Mono;
 use crate::model::wire::NetworkPolicyAgentConfig;
-use crate::plan::core::{Answer, CallId, Config, Core, Effect, Event, Level};
+use crate::plan::core::{Answer, CallId, Config, Core, Effect, Event, Level, Tunables};
 use crate::plan::host::Intent;
 use crate::plan::sizing::Targets;
 use crate::rpc::stop::Stop;
@@ -146,7 +146,7 @@ fn serve(settings: &Settings) -> Result<()> {
     let (ended, ends) = sync_channel(16);
     let stop = Stop::new();
     let store = PathBuf::from(&settings.backing_store);
-    let started = files::read_start(&store, config.v6)?;
+    let started = files::read_start(&store, config.cards.keys().copied(), config.v6)?;
     let board = Board::default();
     introspect::start(settings, board.clone(), &metrics, &ended)?;
     let executors = Executors::start(&events, &ended, &imds, &ec2, &metrics, store)?;
@@ -232,31 +232,44 @@ fn configure(settings: &Settings, valid: &Valid, limits: &Limits, identity: &Ide
     if let Some((_, what)) = unsupported.iter().find(|(on, _)| *on) {
         return Err(Error::new(format!("{what}: not supported by this version")).context("settings"));
     }
-    let size = |n: u32| usize::try_from(n).unwrap_or(usize::MAX);
-    let nets = |nets: &[ipnet::Ipv4Net]| nets.iter().map(|net| IpNet::V4(*net)).collect::<Vec<_>>();
     let mut seed = [0; 8];
     sys::random_bytes(&mut seed).context("seed the random numbers")?;
     Ok(Config {
         identity: identity.clone(),
         v6: false,
         prefix_mode: false,
+        slots: size(limits.slots_per_eni()),
+        cards: [(0, size(valid.enis_per_card.first().copied().unwrap_or(limits.enis)))].into(),
+        max_pods: size(limits.max_pods()),
+        provisioning: !settings.read_only(),
+        imds_only: settings.imds_only,
+        custom_networking: None,
+        pod_eni: false,
+        trunk_capable: limits::takes_trunk(&identity.instance_type),
+        annotate_pod_ip: false,
+        clean_leaked: settings.cleans_leaked_enis(),
+        subnet_discovery: settings.subnet_discovery,
+        manage_untagged: settings.manage_untagged_eni,
+        cluster_name: settings.cluster_name.clone(),
+        additional_tags: settings.additional_eni_tags.clone(),
+        network_policy_mode: settings.network_policy_mode.clone().unwrap_or_default(),
+        tunables: tunables(settings, identity),
+        seed: u64::from_ne_bytes(seed),
+    })
+}
+
+fn tunables(settings: &Settings, identity: &Identity) -> Tunables {
+    let nets = |nets: &[ipnet::Ipv4Net]| nets.iter().map(|net| IpNet::V4(*net)).collect::<Vec<_>>();
+    Tunables {
         targets: Targets {
             warm_eni: size(settings.warm_eni_target),
             warm_ip: size(settings.warm_ip_target),
             minimum_ip: size(settings.minimum_ip_target),
             warm_prefix: size(settings.warm_prefix_target),
         },
-        slots: size(limits.slots_per_eni()),
-        eni_limit: size(valid.enis_per_card.first().copied().unwrap_or(limits.enis)),
-        max_pods: size(limits.max_pods()),
         ip_cooldown: Duration::from_secs(settings.ip_cooldown_s.into()),
         add_wait: ADD_WAIT,
-        provisioning: !settings.read_only(),
-        subnet_discovery: settings.subnet_discovery,
-        manage_untagged: settings.manage_untagged_eni,
-        cluster_name: settings.cluster_name.clone(),
-        additional_tags: settings.additional_eni_tags.clone(),
-        network_policy_mode: settings.network_policy_mode.clone().unwrap_or_default(),
+        manage_unschedulable: settings.manage_non_schedulable,
         host: Intent {
             node_ip: IpAddr::V4(identity.local_ipv4),
             primary_mac: identity.mac,
@@ -270,8 +283,11 @@ fn configure(settings: &Settings, valid: &Valid, limits: &Limits, identity: &Ide
             external_service_cidrs: nets(&settings.external_service_cidrs),
             ..Intent::default()
         },
-        seed: u64::from_ne_bytes(seed),
-    })
+    }
+}
+
+fn size(n: u32) -> usize {
+    usize::try_from(n).unwrap_or(usize::MAX)
 }
 
 /// What the core's thread acts with.

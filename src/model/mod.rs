@@ -6,6 +6,7 @@ pub mod cni;
 pub mod ec2;
 pub mod ids;
 pub mod imds;
+pub mod kube;
 pub mod limits;
 pub mod naming;
 pub mod net;

@@ -53,6 +53,8 @@ pub struct AddNetworkReply {
     pub parent_if_index: i32,
     /// NETWORK_POLICY_ENFORCING_MODE verbatim; empty when not set.
     pub network_policy_mode: String,
+    /// Why there is no address, for the `details` of the CNI error. Ours (field 100): the original's plugin skips it.
+    pub failure: String,
 }
 
 /// `rpc.DelNetworkRequest`.

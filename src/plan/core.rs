@@ -41,20 +41,26 @@ pub struct Config {
     pub v6: bool,
     /// Prefix delegation.
     pub prefix_mode: bool,
-    /// Warm targets.
-    pub targets: Targets,
     /// CIDRs per ENI besides its own address.
     pub slots: usize,
-    /// ENIs that the card may hold.
-    pub eni_limit: usize,
-    /// Pods that the node may run.
+    /// ENIs that each managed network card may hold, by card index; card 0 is always there.
+    pub cards: BTreeMap<u32, usize>,
+    /// Pods that the node may run, until its Node object tells.
     pub max_pods: usize,
-    /// How long a released address rests.
-    pub ip_cooldown: Duration,
-    /// How long an ADD waits for an address that is on its way.
-    pub add_wait: Duration,
     /// ENIs and addresses may be created, tagged and given back.
     pub provisioning: bool,
+    /// No call to EC2 at all: IMDS is all there is (ENABLE_IMDS_ONLY_MODE).
+    pub imds_only: bool,
+    /// Subnet and groups of new ENIs come from the ENIConfig that the node names by this annotation or this label.
+    pub custom_networking: Option<(String, String)>,
+    /// Serve pods with branch ENIs.
+    pub pod_eni: bool,
+    /// The instance type can carry a trunk ENI.
+    pub trunk_capable: bool,
+    /// Write each pod's address into an annotation of the pod.
+    pub annotate_pod_ip: bool,
+    /// Look for ENIs that dead nodes have left.
+    pub clean_leaked: bool,
     /// The subnet of a new ENI is looked for by tags.
     pub subnet_discovery: bool,
     /// ENIs without our tags are used too.
@@ -65,10 +71,25 @@ pub struct Config {
     pub additional_tags: BTreeMap<String, String>,
     /// NETWORK_POLICY_ENFORCING_MODE verbatim; empty when not set.
     pub network_policy_mode: String,
-    /// The host's network as the settings want it; the core fills in ENIs, pods and VPC CIDRs.
-    pub host: Intent,
+    /// What may change while the daemon runs.
+    pub tunables: Tunables,
     /// Seed of jitter and client tokens.
     pub seed: u64,
+}
+
+/// Settings that take effect without a restart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tunables {
+    /// Warm targets.
+    pub targets: Targets,
+    /// How long a released address rests.
+    pub ip_cooldown: Duration,
+    /// How long an ADD waits for an address that is on its way.
+    pub add_wait: Duration,
+    /// Grow and free ENIs also while the node is cordoned (AWS_MANAGE_ENIS_NON_SCHEDULABLE).
+    pub manage_unschedulable: bool,
+    /// The host's network as the settings want it; the core fills in ENIs, pods and VPC CIDRs.
+    pub host: Intent,
 }
 
 /// What has to be looked at again at a certain time.
@@ -222,7 +243,7 @@ impl Core {
     pub fn new(config: Config) -> Core {
         Core {
             random: Random::new(config.seed),
-            pool: Pool::new(config.prefix_mode, config.ip_cooldown),
+            pool: Pool::new(config.prefix_mode, config.tunables.ip_cooldown),
             config,
             phase: Phase::Starting,
             now: Now::default(),
@@ -273,7 +294,9 @@ impl Core {
     pub fn step(&mut self, now: Now, event: Event) -> Vec<Effect> {
         self.now = now;
         match event {
-            Event::Started { checkpoint, seen, spool } => self.started(checkpoint.as_deref(), &seen, spool),
+            Event::Started { checkpoints, seen, spool } => {
+                self.started(checkpoints.get(&0).map(String::as_str), &seen, spool)
+            }
             Event::Add(call, request) => self.add(call, request),
             Event::Del(call, request) => self.del(call, &request),
             Event::Spool(records) => self.drain_spool(records),
@@ -283,6 +306,8 @@ impl Core {
             Event::Imds(op, result) => self.imds_done(op, result),
             Event::Ec2(op, result) => self.ec2_done(op, result),
             Event::Kernel(op, result) => self.kernel_done(op, result),
+            Event::Kube(..) | Event::NodeSeen(_) | Event::PodsSeen(_) => {}
+            Event::Retuned(tunables) => self.retune(*tunables),
             Event::Tick => {}
             Event::Stop => self.stop(),
         }
@@ -457,9 +482,9 @@ impl Core {
         let unmanaged = self.attached.keys().filter(|id| self.facts.contains_key(*id) && !self.managed(id));
         Sizing {
             card: 0,
-            targets: self.config.targets,
+            targets: self.config.tunables.targets,
             slots: self.config.slots,
-            eni_limit: self.config.eni_limit.saturating_sub(unmanaged.count()),
+            eni_limit: self.eni_limit(0).saturating_sub(unmanaged.count()),
             reserved: self.freeing.len(), // an ENI on its way out still takes its slot
             max_pods: self.config.max_pods,
             primary_serves_pods: true,
@@ -471,6 +496,17 @@ impl Core {
         let usable = |facts: &EniFacts| facts.managed && facts.interface_type != "efa-only";
         let card_zero = self.attached.get(id).is_none_or(|eni| eni.card == 0);
         *id == self.config.identity.primary_eni || (card_zero && self.facts.get(id).is_some_and(usable))
+    }
+
+    fn eni_limit(&self, card: u32) -> usize {
+        self.config.cards.get(&card).copied().unwrap_or(0)
+    }
+
+    fn retune(&mut self, tunables: Tunables) {
+        self.log(Level::Info, format!("settings changed: {:?}", tunables.targets));
+        self.pool.set_cooldown(tunables.ip_cooldown);
+        self.host_dirty |= tunables.host != self.config.tunables.host;
+        self.config.tunables = tunables;
     }
 
     fn stop(&mut self) {

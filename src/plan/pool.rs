@@ -256,6 +256,11 @@ impl Pool {
         self.cooldown
     }
 
+    /// Changes how long a released address rests; those that rest already included.
+    pub fn set_cooldown(&mut self, cooldown: Duration) {
+        self.cooldown = cooldown;
+    }
+
     /// Adds an ENI without CIDRs.
     pub fn add_eni(&mut self, id: EniId, eni: Eni) -> Result<(), Refused> {
         assert!(eni.cidrs.is_empty(), "CIDRs are added one by one, so that the index sees them");

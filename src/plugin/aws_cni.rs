@@ -153,7 +153,8 @@ fn ask_for_addresses(context: &Context) -> Result<AddNetworkReply, CniError> {
     if reply.success {
         return Ok(reply);
     }
-    Err(CniError::new(code::TRY_AGAIN, "add cmd: failed to assign an IP address to container"))
+    let error = CniError::new(code::TRY_AGAIN, "add cmd: failed to assign an IP address to container");
+    Err(if reply.failure.is_empty() { error } else { error.with_details(reply.failure) })
 }
 
 /// Everything that time can heal asks for another try: the daemon starts, waits for EC2 or is being replaced by one of

@@ -341,7 +341,7 @@ message! {
     IpAllocation { 1 ipv4, 2 ipv6, 3 device_number, 4 route_table_id }
     AddNetworkReply {
         1 success, 2 allocations, 5 use_external_snat, 6 vpc_v4_cidrs, 7 pod_vlan_id, 8 pod_eni_mac, 9 pod_eni_subnet_gw,
-        10 parent_if_index, 12 vpc_v6_cidrs, 13 network_policy_mode
+        10 parent_if_index, 12 vpc_v6_cidrs, 13 network_policy_mode, 100 failure
     }
     DelNetworkRequest {
         1 pod_name, 2 pod_namespace, 3 infra_container_id, 5 reason, 6 if_name, 7 network_name, 8 container_id,

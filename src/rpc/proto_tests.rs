@@ -49,8 +49,9 @@ fn fields_have_the_numbers_of_the_specification() {
         pod_eni_subnet_gw: s("g"),
         parent_if_index: 2,
         network_policy_mode: s("p"),
+        failure: s("f"),
     };
-    let tail = b"\x12\x00\x28\x01\x32\x01x\x32\x00\x38\x01\x42\x01m\x4a\x01g\x50\x02\x62\x01y\x6a\x01p";
+    let tail = b"\x12\x00\x28\x01\x32\x01x\x32\x00\x38\x01\x42\x01m\x4a\x01g\x50\x02\x62\x01y\x6a\x01p\xa2\x06\x01f";
     check(&add_reply, &[b"\x08\x01\x12\x14", &encoded[..], tail].concat());
     let del_reply = DelNetworkReply {
         success: true,
@@ -132,13 +133,13 @@ prop_compose! {
         allocations in prop::collection::vec(allocation(), 0..4),
         cidrs in prop::array::uniform2(prop::collection::vec(".{0,20}", 0..4)),
         numbers: (i32, i32),
-        texts in prop::array::uniform3(".{0,30}"),
+        texts in prop::array::uniform4(".{0,30}"),
     ) -> AddNetworkReply {
         let [vpc_v4_cidrs, vpc_v6_cidrs] = cidrs;
-        let [pod_eni_mac, pod_eni_subnet_gw, network_policy_mode] = texts;
+        let [pod_eni_mac, pod_eni_subnet_gw, network_policy_mode, failure] = texts;
         AddNetworkReply {
             success: flags.0, use_external_snat: flags.1, allocations, vpc_v4_cidrs, vpc_v6_cidrs,
-            pod_vlan_id: numbers.0, parent_if_index: numbers.1, pod_eni_mac, pod_eni_subnet_gw, network_policy_mode,
+            pod_vlan_id: numbers.0, parent_if_index: numbers.1, pod_eni_mac, pod_eni_subnet_gw, network_policy_mode, failure,
         }
     }
 }

@@ -3,12 +3,12 @@
 use super::runs::Run;
 use super::serve::{Cloud, Seat};
 use super::topology::{EC2, IMDS, Node, Topology};
-use super::vpc::{Vpc, Wire};
 use crate::clock;
 use crate::error::{Context, Error, Result};
 use crate::model::ids::InstanceId;
 use crate::netlink::netns::Namespace;
 use crate::rpc::http1::Server;
+use crate::sim::vpc::{Vpc, Wire};
 use ipnet::Ipv4Net;
 use std::net::Ipv4Addr;
 use std::path::Path;

@@ -4,7 +4,7 @@ use super::world::{DEFAULT, World};
 
 use enibox::plan::backoff::Random;
 use enibox::plan::sizing::Targets;
-use enibox::sandbox::vpc::Planned;
+use enibox::sim::vpc::Planned;
 use std::time::Duration;
 
 /// One scenario through growth, restart and shrinking, killed at effect `crash_at`.

@@ -7,7 +7,7 @@ use enibox::model::ids::PodName;
 use enibox::model::spool::Record;
 use enibox::plan::core::{Answer, Event};
 use enibox::plan::sizing::Targets;
-use enibox::sandbox::vpc::Planned;
+use enibox::sim::vpc::Planned;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;

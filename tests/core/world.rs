@@ -6,10 +6,10 @@ use enibox::model::naming;
 use enibox::model::spool::Record;
 use enibox::model::time::{Mono, Now, Wall};
 use enibox::model::wire::{AddNetworkRequest, DelNetworkRequest, UNKNOWN_POD};
-use enibox::plan::core::{Answer, CallId, Config, Core, Effect, Event, Seen};
+use enibox::plan::core::{Answer, CallId, Config, Core, Effect, Event, Seen, Tunables};
 use enibox::plan::host::Intent;
 use enibox::plan::sizing::Targets;
-use enibox::sandbox::vpc::Vpc;
+use enibox::sim::vpc::Vpc;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::time::Duration;
@@ -105,26 +105,39 @@ impl World {
             identity,
             v6: false,
             prefix_mode: false,
-            targets: self.targets,
             slots: limits.slots_per_eni() as usize,
-            eni_limit: limits.enis as usize,
+            cards: [(0, limits.enis as usize)].into(),
             max_pods: limits.max_pods() as usize,
-            ip_cooldown: Duration::from_secs(30),
-            add_wait: Duration::from_secs(3),
             provisioning: true,
+            imds_only: false,
+            custom_networking: None,
+            pod_eni: false,
+            trunk_capable: false,
+            annotate_pod_ip: false,
+            clean_leaked: true,
             subnet_discovery: true,
             manage_untagged: true,
             cluster_name: "test".into(),
             additional_tags: BTreeMap::new(),
             network_policy_mode: String::new(),
-            host: Intent::default(),
+            tunables: Tunables {
+                targets: self.targets,
+                ip_cooldown: Duration::from_secs(30),
+                add_wait: Duration::from_secs(3),
+                manage_unschedulable: false,
+                host: Intent::default(),
+            },
             seed: 42 + self.effects,
         };
         self.core = Some(Core::new(config));
         self.ready = false;
         self.wake_at = None;
         let spool = self.spool.clone();
-        self.happen(Event::Started { checkpoint: self.disk.clone(), seen: self.seen(), spool });
+        self.happen(Event::Started {
+            checkpoints: self.disk.clone().map(|text| (0, text)).into_iter().collect(),
+            seen: self.seen(),
+            spool,
+        });
     }
 
     /// The process is killed: what was in flight is lost, what EC2 has done stands. Plugins that waited see a broken
@@ -202,10 +215,10 @@ impl World {
                 if self.disk_full {
                     return self.later(LATENCY, Event::Saved(generation, Err("no space left on device".into())));
                 }
-                self.disk = Some(content);
+                self.disk = content.into_iter().next().map(|(_, text)| text);
                 self.later(LATENCY, Event::Saved(generation, Ok(())));
             }
-            Effect::SetAside(_) => self.disk = None,
+            Effect::SetAside(..) => self.disk = None,
             Effect::ListLinks => {
                 let seen = self.seen();
                 self.later(LATENCY, Event::Seen(Ok(seen)));
@@ -213,7 +226,7 @@ impl World {
             Effect::SpoolDone(done) => self.spool.retain(|record| !done.contains(record)),
             Effect::WakeAt(at) => self.wake_at = Some(at),
             Effect::Ready => self.ready = true,
-            Effect::Tally(_) => {}
+            Effect::Tally(_) | Effect::Kube(..) => {}
             Effect::Log(level, text) => self.log.push(format!("{} ms {level:?} {text}", self.nanos / 1_000_000)),
         }
     }

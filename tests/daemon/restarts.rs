@@ -3,7 +3,7 @@
 use crate::stage::{CHECKPOINT, Stage, Subject, TRY_AGAIN, eventually};
 use crate::talk::Talk;
 use enibox::clock;
-use enibox::sandbox::vpc::Planned;
+use enibox::sim::vpc::Planned;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::time::Duration;
@@ -108,7 +108,7 @@ fn existing_pods_are_served_within_a_second_while_ec2_does_not_answer() {
 
         // EC2 is back: the daemon asks until it hears something.
         let failures = stage.world.cloud.vpc().journal().failures();
-        *stage.world.cloud.vpc().knobs.action("DescribeNetworkInterfaces") = enibox::sandbox::vpc::Behaviour::default();
+        *stage.world.cloud.vpc().knobs.action("DescribeNetworkInterfaces") = enibox::sim::vpc::Behaviour::default();
         let calls = stage.calls();
         eventually(Duration::from_secs(40), "EC2 is asked again", || {
             let vpc = stage.world.cloud.vpc();

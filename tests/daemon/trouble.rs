@@ -2,7 +2,7 @@
 
 use crate::stage::{Stage, Subject, TRY_AGAIN, eventually};
 use enibox::clock;
-use enibox::sandbox::vpc::Bucket;
+use enibox::sim::vpc::Bucket;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

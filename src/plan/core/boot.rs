@@ -37,7 +37,7 @@ impl Core {
                     Level::Error,
                     format!("read checkpoint: {error}; keeping the addresses that the rules lead to"),
                 );
-                self.out.push(Effect::SetAside(error));
+                self.out.push(Effect::SetAside(0, error));
                 self.reserve(seen);
             }
         }
@@ -211,7 +211,7 @@ impl Core {
             return;
         }
         self.host_dirty = false;
-        let mut intent = self.config.host.clone();
+        let mut intent = self.config.tunables.host.clone();
         intent.vpc_cidrs = vpc_cidrs;
         let mut included = BTreeSet::new();
         for eni in self.wanted.values() {

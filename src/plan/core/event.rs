@@ -1,8 +1,10 @@
 //! What the core is told and what it wants done.
 
+use super::Tunables;
 use crate::model::ec2::{Call, Failure, Reply};
 use crate::model::ids::EniId;
 use crate::model::imds::{self, Query};
+use crate::model::kube;
 use crate::model::spool::Record;
 use crate::model::time::Mono;
 use crate::model::wire::{AddNetworkReply, AddNetworkRequest, DelNetworkReply, DelNetworkRequest};
@@ -31,8 +33,8 @@ pub struct Seen {
 pub enum Event {
     /// The process started.
     Started {
-        /// Content of the checkpoint file; `None` on a fresh node.
-        checkpoint: Option<String>,
+        /// Content of the checkpoint files by network card; empty on a fresh node.
+        checkpoints: BTreeMap<u32, String>,
         /// The host.
         seen: Seen,
         /// DELs that came while no daemon ran.
@@ -52,6 +54,14 @@ pub enum Event {
     Imds(OpId, Result<imds::Answer, String>),
     /// EC2 answered.
     Ec2(OpId, Result<Reply, Failure>),
+    /// The API server answered.
+    Kube(OpId, Result<kube::Reply, kube::Failure>),
+    /// The node's own Node object, when it was read and whenever it changes.
+    NodeSeen(Box<kube::Node>),
+    /// Number of pods bound to this node that need an address: not on the host's network, not ended.
+    PodsSeen(usize),
+    /// Settings that may change while we run have changed.
+    Retuned(Box<Tunables>),
     /// The host's network was applied; ENIs that could not be set up with their reasons.
     Kernel(OpId, Result<BTreeMap<EniId, String>, String>),
     /// The time of [`Effect::WakeAt`] has come.
@@ -88,8 +98,8 @@ pub enum Tally {
     Add,
     /// A request to give one back, by its reason.
     Del(String),
-    /// A request found no address.
-    NoAddress,
+    /// A request found no address, by its cause (`subnet_exhausted`, `eni_limit`, ...).
+    NoAddress(&'static str),
     /// Something failed, by the original's name for the place.
     Error(&'static str),
     /// The reconciliation changed something, by the original's name for it.
@@ -105,12 +115,14 @@ pub enum Effect {
     Ec2(OpId, Call),
     /// Ask IMDS.
     Imds(OpId, Query),
+    /// Ask the API server.
+    Kube(OpId, kube::Call),
     /// Make the host's network so.
     Kernel(OpId, Box<Intent>),
-    /// Write the checkpoint: generation and content.
-    Save(u64, String),
-    /// The checkpoint that was read cannot be used, for this reason: keep it under another name.
-    SetAside(String),
+    /// Write the checkpoints: generation, and the content by network card of those that changed.
+    Save(u64, Vec<(u32, String)>),
+    /// The checkpoint of this card that was read cannot be used, for this reason: keep it under another name.
+    SetAside(u32, String),
     /// Look at the host's links and rules.
     ListLinks,
     /// These records are done with; one that was written since under the same key is not.

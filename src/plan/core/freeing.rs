@@ -70,7 +70,9 @@ impl Core {
         }
         if let Some(eni) = self.sizing().spare_eni(&self.pool, self.now.mono) {
             self.free_eni(&eni);
-        } else if self.pool.enis().count() > 1 || self.config.targets.warm_ip + self.config.targets.minimum_ip > 0 {
+        } else if self.pool.enis().count() > 1
+            || self.config.tunables.targets.warm_ip + self.config.tunables.targets.minimum_ip > 0
+        {
             self.wake_to_shrink();
         }
     }

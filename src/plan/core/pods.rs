@@ -53,7 +53,7 @@ impl Core {
         if self.waiting.len() >= WAITING_MAX {
             return self.refuse(call, &owner.key, "too many requests wait already");
         }
-        let deadline = self.now.mono.plus(self.config.add_wait);
+        let deadline = self.now.mono.plus(self.config.tunables.add_wait);
         self.waiting.push_back(Waiting { call, owner, deadline });
     }
 
@@ -80,7 +80,7 @@ impl Core {
     fn add_reply(&self, place: &Place) -> AddNetworkReply {
         let texts = |nets: &[ipnet::IpNet]| nets.iter().map(ToString::to_string).collect::<Vec<_>>();
         let mut cidrs = texts(self.vpc_cidrs.as_deref().unwrap_or_default());
-        let host = &self.config.host;
+        let host = &self.config.tunables.host;
         if !self.config.v6 && !host.external_snat {
             cidrs.extend(texts(&host.excluded_cidrs));
         }
@@ -97,7 +97,8 @@ impl Core {
 
     fn refuse(&mut self, call: CallId, key: &PodKey, why: &str) {
         self.log(Level::Warn, format!("no address for {key}: {why}"));
-        self.out.push(Effect::Reply(call, Answer::Add(AddNetworkReply::default())));
+        let reply = AddNetworkReply { failure: why.to_owned(), ..AddNetworkReply::default() };
+        self.out.push(Effect::Reply(call, Answer::Add(reply)));
     }
 
     /// Serves the waiting in their order, as far as there are addresses.
@@ -123,9 +124,9 @@ impl Core {
                 stats.total,
                 stats.cooling,
                 self.pool.enis().count(),
-                self.config.eni_limit
+                self.eni_limit(0)
             );
-            self.tally(Tally::NoAddress);
+            self.tally(Tally::NoAddress("unknown"));
             self.refuse(call, &owner.key, &why);
         }
     }

@@ -81,7 +81,7 @@ impl Core {
         if !self.saver.in_flight && !paused && self.saver.written < self.saver.current {
             self.saver.in_flight = true;
             let content = self.checkpoint().to_text();
-            self.out.push(Effect::Save(self.saver.current, content));
+            self.out.push(Effect::Save(self.saver.current, vec![(0, content)]));
         }
     }
 

@@ -9,7 +9,7 @@ use crate::model::imds::Identity;
 use crate::model::order::Gather as _;
 use crate::model::time::{Mono, Now, Wall};
 use crate::rpc::http1::{Method, Request, Response, Verdict};
-use crate::sandbox::vpc::{ImdsEni, Planned, Vpc};
+use crate::sim::vpc::{ImdsEni, Planned, Vpc};
 use crate::sys;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;

@@ -18,7 +18,7 @@ use crate::model::ec2::{Failure, Reply};
 use crate::model::ids::{EniId, InstanceId};
 use crate::model::time::{Now, Wall};
 use crate::rpc::http1::{Limits, Method, Request, Response, Server, Verdict};
-use crate::sandbox::vpc::{Outcome, Vpc, Wire};
+use crate::sim::vpc::{Outcome, Vpc, Wire};
 use std::net::{IpAddr, TcpListener};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -3,7 +3,7 @@
 
 use crate::model::ec2::{Call, ConntrackTimeouts, Count, Create};
 use crate::model::ids::EniId;
-use crate::sandbox::vpc::Filter;
+use crate::sim::vpc::Filter;
 use std::collections::BTreeMap;
 use std::str::FromStr;
 

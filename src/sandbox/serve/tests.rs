@@ -3,7 +3,7 @@ use crate::aws::{creds, ec2, imds as aws_imds};
 use crate::model::ec2::{Call, ConntrackTimeouts, Count, Create};
 use crate::model::ids::SubnetId;
 use crate::model::imds::{Answer, Query};
-use crate::sandbox::vpc::Planned;
+use crate::sim::vpc::Planned;
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;

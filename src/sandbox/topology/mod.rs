@@ -17,7 +17,7 @@ use crate::model::order::Gather as _;
 use crate::netlink::socket::Socket;
 use crate::netlink::{addr, link, neigh, route};
 use crate::sandbox::runs::Run;
-use crate::sandbox::vpc::Wire;
+use crate::sim::vpc::Wire;
 use ipnet::{IpNet, Ipv4Net};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
