@@ -7,6 +7,7 @@
 //! model                      types and parsing: no I/O, no clock
 //! plan                       decisions: (state, observation, now) -> new state and effects
 //! sim                        a VPC and its nodes in virtual time, with the real core
+//! http                       requests to others, over TLS
 //! netlink   rpc   aws   kube the kernel, the wire, AWS, the API server; each knows only model
 //! apply                      carries out plans on the kernel
 //! plugin   daemon   debug   sandbox      the personalities; never import each other
@@ -19,6 +20,7 @@ pub mod aws;
 pub mod clock;
 pub mod daemon;
 pub mod error;
+pub mod http;
 pub mod logging;
 pub mod model;
 pub mod netlink;

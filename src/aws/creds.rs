@@ -6,12 +6,12 @@
 
 use super::endpoint;
 use super::form;
-use super::http::{Agent, Broken, Options, Proxies, Response, Roots};
 use super::imds;
 use super::pace::{self, Pace};
 use super::xml;
 use crate::clock;
 use crate::error::{Context, Error, Result};
+use crate::http::{Agent, Broken, Options, Proxies, Response, Roots};
 use crate::model::time::{Now, Wall};
 use std::fmt;
 use std::net::IpAddr;

@@ -7,11 +7,11 @@
 use super::creds::{Chain, Credentials};
 use super::endpoint;
 pub use super::form::{encode, form};
-use super::http::{Agent, Broken, Options, Proxies, Response, Roots};
 use super::pace::{self, Pace};
 use super::{sign, xml};
 use crate::clock;
 use crate::error::{Context, Result};
+use crate::http::{Agent, Broken, Options, Proxies, Response, Roots};
 use crate::model::ec2::{Call, Failure, Reply};
 use crate::model::time::Wall;
 use std::fmt;

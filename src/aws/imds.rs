@@ -5,10 +5,10 @@
 //! must not decide anything about ENIs.
 
 use super::endpoint::flag;
-use super::http::{Agent, Broken, Options, Proxies, Response, Roots};
 use super::pace::Pace;
 use crate::clock;
 use crate::error::{Context, Error, Result};
+use crate::http::{Agent, Broken, Options, Proxies, Response, Roots};
 use crate::model::imds::{Answer, Eni, Identity, Query};
 use crate::model::net::Mac;
 use crate::model::order;

@@ -7,11 +7,10 @@ pub mod creds;
 pub mod ec2;
 pub mod endpoint;
 mod form;
-pub mod http;
 pub mod imds;
 pub mod pace;
 pub mod sign;
 pub mod xml;
 
 #[cfg(test)]
-mod script;
+use crate::http::script;

@@ -1,5 +1,5 @@
-//! HTTP towards AWS: agents with every option set by us, since the defaults of the library are not ours (no time-outs,
-//! 128 KiB buffers, a proxy from the environment, redirects followed, statuses turned into errors).
+//! HTTP towards AWS and the API server: agents with every option set by us, since the defaults of the library are not
+//! ours (no time-outs, 128 KiB buffers, a proxy from the environment, redirects followed, statuses turned into errors).
 //!
 //! One [`Agent`] talks to one endpoint and keeps its connections. The TLS provider is chosen in one function, and
 //! trusted roots are read on the first request to an `https` endpoint: a plain one needs none. What went wrong is told
@@ -532,5 +532,7 @@ fn matches_exception(entry: &str, host: &str, addr: Option<IpAddr>) -> bool {
     }
 }
 
+#[cfg(test)]
+pub(crate) mod script;
 #[cfg(test)]
 mod tests;

@@ -1,5 +1,5 @@
+use super::script::{Server, Step, answer, answer_with};
 use super::*;
-use crate::aws::script::{Server, Step, answer, answer_with};
 
 fn options() -> Options {
     Options {
@@ -196,8 +196,8 @@ fn tls_server() -> u16 {
     use rustls::pki_types::pem::PemObject;
     use rustls::pki_types::{CertificateDer, PrivateKeyDer};
     use std::io::{Read, Write};
-    let certificate = CertificateDer::from_pem_slice(include_bytes!("../../../testdata/tls/server.pem")).unwrap();
-    let key = PrivateKeyDer::from_pem_slice(include_bytes!("../../../testdata/tls/server.key")).unwrap();
+    let certificate = CertificateDer::from_pem_slice(include_bytes!("../../testdata/tls/server.pem")).unwrap();
+    let key = PrivateKeyDer::from_pem_slice(include_bytes!("../../testdata/tls/server.key")).unwrap();
     let config = rustls::ServerConfig::builder_with_provider(tls_provider())
         .with_safe_default_protocol_versions()
         .unwrap()
