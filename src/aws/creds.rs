@@ -12,6 +12,7 @@ use super::xml;
 use crate::clock;
 use crate::error::{Context, Error, Result};
 use crate::http::{Agent, Broken, Options, Proxies, Response, Roots};
+use crate::model::ec2::throttling;
 use crate::model::time::{Now, Wall};
 use std::fmt;
 use std::net::IpAddr;
@@ -476,7 +477,8 @@ impl WebIdentity {
         let again = |response: &Response| {
             matches!(response.status, 500 | 502 | 503 | 504)
                 || xml::parse_error(&response.text()).is_some_and(|error| {
-                    matches!(error.code.as_str(), "InvalidIdentityToken" | "IDPCommunicationError" | "Throttling")
+                    matches!(error.code.as_str(), "InvalidIdentityToken" | "IDPCommunicationError")
+                        || throttling(&error.code)
                 })
         };
         let response = insist(self.pace, send, again).context("assume role with web identity")?;

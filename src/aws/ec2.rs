@@ -1,8 +1,9 @@
 //! The EC2 Query API (`spec/aws.md` 6 and 7): one call in, one reply or failure out.
 //!
-//! Paging, retries, the repetition after a refused signature and the measured clock skew are in here, in one place. A
-//! call that is not idempotent is never sent twice once it may have been carried out: the failure says so, and the
-//! caller describes the ENI before it asks again. What to call and when is the planner's business.
+//! Paging, retries after broken connections and internal errors, the repetition after a refused signature and the
+//! measured clock skew are in here, in one place. A call that is not idempotent is never sent twice once it may have been
+//! carried out: the failure says so, and the caller describes the ENI before it asks again. What to call and when is the
+//! planner's business, and so is the pace: a throttled call fails at once.
 
 use super::creds::{Chain, Credentials};
 use super::endpoint;
@@ -12,7 +13,7 @@ use super::{sign, xml};
 use crate::clock;
 use crate::error::{Context, Result};
 use crate::http::{Agent, Broken, Options, Proxies, Response, Roots};
-use crate::model::ec2::{Call, Failure, Reply};
+use crate::model::ec2::{Call, Failure, Reply, throttling};
 use crate::model::time::Wall;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -392,7 +393,10 @@ fn refused(call: &Call, response: &Response) -> Miss {
         "ExpiredToken" | "ExpiredTokenException" | "InvalidClientTokenId" | "UnrecognizedClientException" => {
             Remedy::Sign { signature: false, keys: true, date: None }
         }
-        code if matches!(response.status, 500 | 502 | 503 | 504) || retried(code) => Remedy::Retry,
+        // Throttled calls are paced by the caller, who knows what else waits: an answer of this kind goes back at once.
+        code if throttling(code) => Remedy::None,
+        "RequestTimeout" | "RequestTimeoutException" => Remedy::Retry,
+        _ if matches!(response.status, 500 | 502 | 503 | 504) => Remedy::Retry,
         _ => Remedy::None,
     };
     let failure = Failure {
@@ -404,29 +408,6 @@ fn refused(call: &Call, response: &Response) -> Miss {
         maybe_applied: unclear && mutating(call),
     };
     Miss { failure, remedy }
-}
-
-/// Codes that are worth another attempt (`spec/aws.md` 6.4).
-fn retried(code: &str) -> bool {
-    matches!(
-        code,
-        "RequestTimeout"
-            | "RequestTimeoutException"
-            | "Throttling"
-            | "ThrottlingException"
-            | "ThrottledException"
-            | "RequestThrottledException"
-            | "RequestThrottled"
-            | "TooManyRequestsException"
-            | "ProvisionedThroughputExceededException"
-            | "TransactionInProgressException"
-            | "RequestLimitExceeded"
-            | "BandwidthLimitExceeded"
-            | "LimitExceededException"
-            | "SlowDown"
-            | "PriorRequestNotComplete"
-            | "EC2ThrottledException"
-    )
 }
 
 /// Reads `Sat, 21 Nov 2026 01:30:00 GMT` (RFC 9110 5.6.7, the form that servers send).

@@ -295,21 +295,181 @@ impl fmt::Display for Failure {
 impl std::error::Error for Failure {}
 
 impl Failure {
+    /// EC2 asks for fewer calls; nothing was done. The client does not repeat such a call: whoever paces the calls does.
+    pub fn throttled(&self) -> bool {
+        self.status == 429 || throttling(&self.code)
+    }
+
     /// The subnet has no address, or no free block for a prefix (`spec/ipamd.md` 6.6).
     pub fn subnet_exhausted(&self) -> bool {
         matches!(self.code.as_str(), "InsufficientFreeAddressesInSubnet" | "InsufficientCidrBlocks")
     }
 
-    /// Something broke inside EC2; how far it got is not known.
-    pub fn internal(&self) -> bool {
-        self.status >= 500 || matches!(self.code.as_str(), "InternalError" | "InternalFailure" | "Unavailable")
+    /// A limit that only its owner or the end of other things lifts: the same call again fails again.
+    pub fn limit(&self) -> Option<Limit> {
+        match self.code.as_str() {
+            "NetworkInterfaceLimitExceeded" => Some(Limit::Region),
+            "AttachmentLimitExceeded" => Some(Limit::Instance),
+            "SecurityGroupsPerInterfaceLimitExceeded" => Some(Limit::Groups),
+            "PrivateIpAddressLimitExceeded" => Some(Limit::Eni),
+            _ => None,
+        }
     }
 
-    /// EC2 asks for fewer calls.
-    pub fn throttled(&self) -> bool {
-        matches!(
-            self.code.as_str(),
-            "RequestLimitExceeded" | "Throttling" | "ThrottlingException" | "EC2ThrottledException" | "SlowDown"
-        )
+    /// Something that the call names does not exist (yet, or any more).
+    pub fn not_found(&self) -> bool {
+        self.code.ends_with(".NotFound")
+    }
+
+    /// The ENI that the call names does not exist; for a Delete that is success.
+    pub fn eni_not_found(&self) -> bool {
+        self.code == "InvalidNetworkInterfaceID.NotFound"
+    }
+
+    /// To a Detach: the ENI is not attached, which is what was wanted (`spec/aws.md` 8.4).
+    pub fn detached_already(&self) -> bool {
+        match self.code.as_str() {
+            "InvalidAttachmentID.NotFound" => true,
+            "IncorrectState" => self.message.contains("not attached") || self.message.contains("detached"),
+            _ => false,
+        }
+    }
+
+    /// The ENI is attached or being detached; a Delete works later.
+    pub fn in_use(&self) -> bool {
+        match self.code.as_str() {
+            "InvalidNetworkInterface.InUse" => true,
+            "InvalidParameterValue" => self.message.contains("currently in use"),
+            _ => false,
+        }
+    }
+
+    /// To an Attach: another ENI has the device index; the next one may be free.
+    pub fn index_taken(&self) -> bool {
+        self.code == "InvalidParameterValue" && self.message.contains("device index")
+    }
+
+    /// The role lacks a permission, which operators must be told by name of the action (`spec/aws.md` 11.1).
+    pub fn unauthorised(&self) -> bool {
+        matches!(self.code.as_str(), "UnauthorizedOperation" | "AccessDenied" | "AccessDeniedException")
+    }
+
+    /// Something broke inside EC2, or between us and it; [`Failure::maybe_applied`] says whether that leaves open what
+    /// was done.
+    pub fn internal(&self) -> bool {
+        let told = matches!(self.code.as_str(), "InternalError" | "InternalFailure" | "Unavailable");
+        told || (self.status >= 500 && !self.throttled())
+    }
+}
+
+/// Whose limit is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limit {
+    /// ENIs of the account in the region.
+    Region,
+    /// ENIs of the instance.
+    Instance,
+    /// Security groups of an ENI.
+    Groups,
+    /// Addresses and prefixes of an ENI.
+    Eni,
+}
+
+/// Codes by which AWS asks for fewer calls (`spec/aws.md` 6.4).
+pub fn throttling(code: &str) -> bool {
+    matches!(
+        code,
+        "RequestLimitExceeded"
+            | "Throttling"
+            | "ThrottlingException"
+            | "ThrottledException"
+            | "RequestThrottledException"
+            | "RequestThrottled"
+            | "TooManyRequestsException"
+            | "ProvisionedThroughputExceededException"
+            | "TransactionInProgressException"
+            | "BandwidthLimitExceeded"
+            | "LimitExceededException"
+            | "SlowDown"
+            | "PriorRequestNotComplete"
+            | "EC2ThrottledException"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every code of `spec/aws.md` 6.4 and 11.1: what it is, and nothing else.
+    #[test]
+    fn failures_are_told_apart() {
+        #[track_caller]
+        fn check(status: u16, code: &str, message: &str, expected: &str) {
+            let failure = Failure {
+                action: "X",
+                code: code.into(),
+                message: message.into(),
+                status,
+                request_id: String::new(),
+                maybe_applied: false,
+            };
+            let mut told = vec![
+                (failure.throttled(), "throttled".to_owned()),
+                (failure.subnet_exhausted(), "subnet exhausted".to_owned()),
+                (failure.not_found(), "not found".to_owned()),
+                (failure.eni_not_found(), "no eni".to_owned()),
+                (failure.detached_already(), "detached".to_owned()),
+                (failure.in_use(), "in use".to_owned()),
+                (failure.index_taken(), "index taken".to_owned()),
+                (failure.unauthorised(), "unauthorised".to_owned()),
+                (failure.internal(), "internal".to_owned()),
+            ];
+            told.extend(failure.limit().map(|limit| (true, format!("{limit:?}"))));
+            let told: Vec<String> = told.into_iter().filter(|(is, _)| *is).map(|(_, name)| name).collect();
+            assert_eq!(told.join(", "), expected, "{failure}");
+        }
+        for code in [
+            "Throttling",
+            "ThrottlingException",
+            "ThrottledException",
+            "RequestThrottledException",
+            "RequestThrottled",
+            "TooManyRequestsException",
+            "ProvisionedThroughputExceededException",
+            "TransactionInProgressException",
+            "BandwidthLimitExceeded",
+            "LimitExceededException",
+            "SlowDown",
+            "PriorRequestNotComplete",
+            "EC2ThrottledException",
+        ] {
+            check(400, code, "", "throttled");
+        }
+        check(503, "RequestLimitExceeded", "Request limit exceeded.", "throttled");
+        check(429, "", "a gateway's page", "throttled");
+        check(403, "UnauthorizedOperation", "", "unauthorised");
+        check(401, "AuthFailure", "", "");
+        check(400, "InsufficientFreeAddressesInSubnet", "", "subnet exhausted");
+        check(400, "InsufficientCidrBlocks", "", "subnet exhausted");
+        check(400, "PrivateIpAddressLimitExceeded", "", "Eni");
+        check(400, "AttachmentLimitExceeded", "", "Instance");
+        check(400, "NetworkInterfaceLimitExceeded", "", "Region");
+        check(400, "SecurityGroupsPerInterfaceLimitExceeded", "", "Groups");
+        check(400, "InvalidNetworkInterfaceID.NotFound", "", "not found, no eni");
+        check(400, "InvalidGroup.NotFound", "", "not found");
+        check(400, "InvalidSubnetID.NotFound", "", "not found");
+        check(400, "InvalidAttachmentID.NotFound", "", "not found, detached");
+        check(400, "IncorrectState", "Network interface 'eni-1' is not attached.", "detached");
+        check(400, "IncorrectState", "instance i-1 is not in state 'running'", "");
+        check(400, "InvalidNetworkInterface.InUse", "", "in use");
+        check(400, "InvalidParameterValue", "Network interface 'eni-1' is currently in use.", "in use");
+        let taken = "Instance 'i-1' already has an interface attached at device index '1'.";
+        check(400, "InvalidParameterValue", taken, "index taken");
+        check(400, "InvalidParameterValue", "invalid value for parameter subnet", "");
+        check(500, "InternalError", "", "internal");
+        check(503, "Unavailable", "", "internal");
+        check(502, "", "a proxy's page", "internal");
+        check(400, "RequestTimeout", "", "");
+        check(0, "", "connection refused", "");
     }
 }

@@ -195,16 +195,21 @@ fn page(status: u16) -> Step {
 #[test]
 fn reading_is_retried() {
     let good = last_page();
-    let throttled = || answer(503, &error("RequestLimitExceeded"));
-    check(&describe(), &[throttled(), throttled()], &good, 3, Ok(()));
-    check(&describe(), &[throttled(), throttled(), throttled()], &good, 3, Err(("RequestLimitExceeded", 503, false)));
-    check(&describe(), &[answer(400, &error("Throttling"))], &good, 2, Ok(()));
+    let away = || answer(503, &error("Unavailable"));
+    check(&describe(), &[away(), away()], &good, 3, Ok(()));
+    check(&describe(), &[away(), away(), away()], &good, 3, Err(("Unavailable", 503, false)));
+    check(&describe(), &[answer(400, &error("RequestTimeout"))], &good, 2, Ok(()));
     check(&describe(), &[page(503), page(502)], &good, 3, Ok(()));
     check(&describe(), &[answer(500, &error("InternalError"))], &good, 2, Ok(()));
     check(&describe(), &[gone(), half()], &good, 3, Ok(()));
     check(&describe(), &[Step::Hang], &good, 2, Ok(()));
     check(&describe(), &[Step::Hang, Step::Hang, Step::Hang], &good, 3, Err(("", 0, false)));
     // Not retried.
+    for call in [&describe(), &create(), &assign()] {
+        let throttled = answer(503, &error("RequestLimitExceeded"));
+        check(call, &[throttled], &good, 1, Err(("RequestLimitExceeded", 503, false)));
+        check(call, &[answer(400, &error("Throttling"))], &good, 1, Err(("Throttling", 400, false)));
+    }
     check(
         &describe(),
         &[answer(403, &error("UnauthorizedOperation"))],
@@ -226,7 +231,7 @@ fn reading_is_retried() {
 #[test]
 fn an_assign_is_never_sent_twice_once_it_may_have_worked() {
     // Certainly not carried out: sent again.
-    check(&assign(), &[answer(503, &error("RequestLimitExceeded"))], ASSIGNED, 2, Ok(()));
+    check(&assign(), &[answer(503, &error("Unavailable"))], ASSIGNED, 2, Ok(()));
     check(&assign(), &[page(503)], ASSIGNED, 2, Ok(()));
     // Perhaps carried out: not.
     for unclear in [gone(), half(), Step::Hang, page(502), page(504), page(200)] {
@@ -271,7 +276,7 @@ fn nothing_listens() {
 
 #[test]
 fn retries_have_a_quota() {
-    let server = Server::new(|_| answer(503, &error("RequestLimitExceeded")));
+    let server = Server::new(|_| answer(503, &error("Unavailable")));
     let client = client(&server);
     for _ in 0..60 {
         client.execute(&describe()).unwrap_err();
