@@ -419,10 +419,7 @@ impl Client {
         let mut enis = Vec::new();
         for word in listing.split_whitespace().take(MACS_LIMIT) {
             let mac: Mac = word.trim_end_matches('/').parse().map_err(|_| unreadable(MACS, word))?;
-            match self.eni(mac).with_context(|| format!("eni {mac}"))? {
-                Some(eni) => enis.push(eni),
-                None => log::info!("imds: eni {mac} went away during the scan"),
-            }
+            enis.extend(self.eni(mac).with_context(|| format!("eni {mac}"))?);
         }
         Ok(enis)
     }
@@ -430,12 +427,10 @@ impl Client {
     fn eni(&self, mac: Mac) -> Result<Option<Eni>> {
         let Some(listing) = self.read(&format!("{MACS}/{mac}"))? else { return Ok(None) };
         match self.listed_eni(mac, &listing) {
-            // A field that is gone is only an error if the ENI is not.
-            Err(error) if error.find::<ImdsError>().is_some_and(|error| error.status == 404) => {
-                match self.read(&format!("{MACS}/{mac}/interface-id"))? {
-                    None => Ok(None),
-                    Some(_) => Err(error),
-                }
+            // A field that must be there is not: the ENI is being attached or detached, which cannot be of the primary one.
+            Err(error) if error.find().is_some_and(|e: &ImdsError| e.status == 404) && self.primary_mac()? != mac => {
+                log::info!("imds: eni {mac} is left out: {error}");
+                Ok(None)
             }
             other => other.map(Some),
         }
@@ -465,11 +460,10 @@ impl Client {
         } else {
             self.list(&path("subnet-ipv6-cidr-blocks"))?.first().copied() // several lines: the first
         };
-        let prefixes = |field: &str, own: bool| {
-            if own && listed(field) { self.list(&path(field)) } else { Ok(Vec::new()) }
-        };
+        // Asked for whether listed or not, as the original does: nothing says that a listing names them.
+        let prefixes = |field: &str, own: bool| if own { self.list(&path(field)) } else { Ok(Vec::new()) };
         let v4_prefixes = prefixes("ipv4-prefix", !ipv4s.is_empty())?;
-        let v6_prefixes = prefixes("ipv6-prefix", !(ipv4s.is_empty() && ipv6s.is_empty()))?;
+        let v6_prefixes = prefixes("ipv6-prefix", !ipv6s.is_empty() || listed("ipv6-prefix"))?;
         Ok(Eni { id, mac, device, card, subnet, subnet_v4, subnet_v6, ipv4s, v4_prefixes, ipv6s, v6_prefixes })
     }
 }

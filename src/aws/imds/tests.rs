@@ -137,7 +137,7 @@ fn a_scan_takes_few_reads_over_one_connection() {
     assert_eq!(b.subnet_v6, Some("2001:db8:1::/64".parse().unwrap()));
     let seen = server.seen();
     let of_first = seen.iter().filter(|request| request.path.contains(A)).count();
-    assert!(of_first <= 6, "{:?}", server.lines());
+    assert!(of_first <= 7, "{:?}", server.lines());
     assert!(seen.iter().all(|request| request.connection == 1));
     assert_eq!(seen.iter().filter(|request| request.method == "PUT").count(), 1);
 }
@@ -154,9 +154,12 @@ fn enis_that_are_strange_or_going_away() {
         scan(&client(&server)).map_err(|error| error.to_string())
     };
     let field = |mac: &str, name: &str| format!("/{mac}/{name}");
-    // Going away: the listing or the id is gone.
+    // Going away or coming: the listing or a field that every ENI has is not there. The others are read all the same.
     assert_eq!(with(&format!("/{B}"), None).unwrap().len(), 1);
-    assert_eq!(with(&field(B, "interface-id"), None).unwrap().len(), 1);
+    for name in ["interface-id", "device-number", "subnet-id", "subnet-ipv4-cidr-block"] {
+        let enis = with(&field(B, name), None).unwrap();
+        assert_eq!(enis.iter().map(|eni| eni.id.as_str()).collect::<Vec<_>>(), ["eni-a"], "{name}");
+    }
     // The primary ENI is device 0, whatever IMDS says.
     assert_eq!(with(&field(A, "device-number"), Some("7")).unwrap()[0].device, 0);
     // An ENI without addresses (EFA only) has no CIDRs and no prefixes.
@@ -166,12 +169,19 @@ fn enis_that_are_strange_or_going_away() {
     assert_eq!(with(&field(B, "local-ipv4s"), None).unwrap()[1].subnet_v4, None);
     assert_eq!(with(&field(B, "local-ipv4s"), Some("")).unwrap()[1].ipv4s.len(), 0);
     assert_eq!(with(&field(B, "network-card"), None).unwrap()[1].card, 0);
+    // Prefixes count whether the listing names them or not; IPv6 alone is an ENI like another.
+    assert_eq!(with(&field(A, "ipv4-prefix"), Some("10.0.1.32/28")).unwrap()[0].v4_prefixes.len(), 1);
+    let v6 = with(&format!("/{B}"), Some("interface-id\nipv6s\nnetwork-card\nsubnet-id")).unwrap();
+    assert_eq!((v6[1].own_address(false), v6[1].subnet_v4, v6[1].card), (None, None, 3));
+    assert_eq!(v6[1].own_address(true), Some("2001:db8:1::5".parse().unwrap()));
+    assert_eq!((v6[1].v4_prefixes.len(), v6[1].v6_prefixes.len()), (0, 1));
+    assert_eq!(v6[1].subnet_v6, Some("2001:db8:1::/64".parse().unwrap()));
     assert_eq!(with(&field(B, "subnet-ipv6-cidr-blocks"), None).unwrap()[1].subnet_v6, None);
     // These are errors, since the ENI is there.
     for (path, text) in [
-        (field(B, "subnet-ipv4-cidr-block"), None),
-        (field(B, "subnet-id"), None),
-        (field(B, "device-number"), None),
+        (field(A, "subnet-ipv4-cidr-block"), None),
+        (field(A, "subnet-id"), None),
+        (field(A, "interface-id"), None),
         (field(B, "device-number"), Some("one")),
         (field(B, "local-ipv4s"), Some("<html>")),
         (field(B, "interface-id"), Some(" \n")),
