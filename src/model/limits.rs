@@ -59,6 +59,9 @@ pub struct Limits {
     pub hypervisor: Hypervisor,
     /// Bare metal.
     pub bare_metal: bool,
+    /// Pods that a kubelet is advised to run at most where addresses are not the bound: 110, above 30 vCPUs 250
+    /// (`spec/operations.md` 9.1).
+    pub kubelet_pods: u32,
 }
 
 impl Limits {
@@ -72,11 +75,42 @@ impl Limits {
         self.hypervisor == Hypervisor::Nitro || self.bare_metal
     }
 
-    /// Pods that fit with single secondary addresses: every slot, and two on the host's network (`spec/aws.md` 15.1).
-    /// With prefixes the kubelet's own setting is the smaller bound.
-    pub fn max_pods(&self) -> u32 {
-        self.enis.saturating_mul(self.slots_per_eni()).saturating_add(2)
+    /// Addresses for pods on card 0 when `reserved` of its ENIs serve none: the primary one with custom networking, a
+    /// trunk (`spec/operations.md` 9.1). Each slot is an address, or a prefix of 16.
+    pub fn pod_addresses(&self, reserved: u32, prefixes: bool) -> u32 {
+        let slots = self.enis.saturating_sub(reserved).saturating_mul(self.slots_per_eni());
+        slots.saturating_mul(if prefixes { 16 } else { 1 })
     }
+
+    /// Pods by convention of the kubelet's `--max-pods`: every address and two pods on the host's network; with prefixes
+    /// no more than [`Limits::kubelet_pods`], which is also the figure of IPv6.
+    pub fn max_pods_with(&self, reserved: u32, prefixes: bool) -> u32 {
+        let pods = self.pod_addresses(reserved, prefixes).saturating_add(2);
+        if prefixes { pods.min(self.kubelet_pods) } else { pods }
+    }
+
+    /// Pods that fit with single secondary addresses (`spec/aws.md` 15.1).
+    pub fn max_pods(&self) -> u32 {
+        self.max_pods_with(0, false)
+    }
+}
+
+/// Whether the type has more than 30 vCPUs. The table has no such column, but sizes mean the same in nearly all
+/// families: `<n>xlarge` has 4n vCPUs, so that the bound lies between 7 and 8. By AWS's published figures the exceptions
+/// on the wrong side of it are `hpc7a.12xlarge` (24), `a1.metal` (16) and the Macs (8 to 28);
+/// `hs1.8xlarge` (16) takes neither prefixes nor IPv6, where alone it would matter.
+fn many_vcpus(instance_type: &str) -> bool {
+    let (family, size) = instance_type.split_once('.').unwrap_or_default();
+    let times = size.strip_prefix("metal-").and_then(|size| size.strip_suffix("xl")).or(size.strip_suffix("xlarge"));
+    match times.map(str::parse) {
+        _ if instance_type == "hpc7a.12xlarge" => false,
+        None => size == "metal" && family != "a1" && !family.starts_with("mac"),
+        Some(times) => times.is_ok_and(|times: u32| times > 7),
+    }
+}
+
+fn kubelet_pods(instance_type: &str) -> u32 {
+    if many_vcpus(instance_type) { 250 } else { 110 }
 }
 
 /// Network cards of one instance; today's largest has 32. An answer that names a higher index is taken to be broken.
@@ -100,6 +134,7 @@ pub fn from_ec2(described: &InstanceType) -> Option<Limits> {
         cards,
         hypervisor,
         bare_metal: described.bare_metal,
+        kubelet_pods: kubelet_pods(&described.name),
     })
 }
 
@@ -110,7 +145,8 @@ pub fn of(instance_type: &str) -> Option<Limits> {
         entries().find(|(_, _, entry_size, entry_family)| *entry_size == size && *entry_family == family)?;
     let cards = CARDS.iter().find(|(_, types)| listed(types, instance_type)).map_or(1, |(cards, _)| *cards);
     let bare_metal = size.starts_with("metal");
-    Some(Limits { enis, ipv4_per_eni, cards: vec![enis; cards], hypervisor: hypervisor(family, size), bare_metal })
+    let (hypervisor, kubelet_pods) = (hypervisor(family, size), kubelet_pods(instance_type));
+    Some(Limits { enis, ipv4_per_eni, cards: vec![enis; cards], hypervisor, bare_metal, kubelet_pods })
 }
 
 /// Whether the type can carry a trunk ENI. A type that is not known to be unable counts as able, as upstream does.
@@ -217,6 +253,64 @@ mod tests {
         check("c7g.metal", 15, 50, 1, Nitro, true, 737);
         check("cr1.8xlarge", 8, 30, 1, Unknown, false, 234);
         check("c6in.metal", 8, 50, 2, Unknown, true, 394);
+    }
+
+    /// Pods with single addresses, with prefixes, with custom networking (either), with custom networking and a trunk.
+    #[test]
+    fn pods_by_mode() {
+        #[track_caller]
+        fn check(name: &str, expected: [u32; 5]) {
+            let limits = of(name).unwrap_or_else(|| panic!("{name} is missing"));
+            let with = |reserved, prefixes| limits.max_pods_with(reserved, prefixes);
+            assert_eq!(
+                [with(0, false), with(0, true), with(1, false), with(1, true), with(2, false)],
+                expected,
+                "{name}"
+            );
+        }
+        check("t3.nano", [4, 34, 3, 18, 2]);
+        check("t3.small", [11, 110, 8, 98, 5]);
+        check("t3.medium", [17, 110, 12, 110, 7]);
+        check("m5.large", [29, 110, 20, 110, 11]);
+        check("c5.xlarge", [58, 110, 44, 110, 30]);
+        check("m5.4xlarge", [234, 110, 205, 110, 176]);
+        check("z1d.6xlarge", [234, 110, 205, 110, 176]);
+        check("m5.8xlarge", [234, 250, 205, 250, 176]);
+        check("c5.9xlarge", [234, 250, 205, 250, 176]);
+        check("m5.24xlarge", [737, 250, 688, 250, 639]);
+        check("c7i.metal-24xl", [737, 250, 688, 250, 639]);
+        check("c6g.metal", [737, 250, 688, 250, 639]);
+        check("a1.metal", [234, 110, 205, 110, 176]);
+        check("hpc7a.12xlarge", [100, 110, 51, 110, 2]);
+        check("p4d.24xlarge", [737, 250, 688, 250, 639]); // the default card's, not all four cards'
+    }
+
+    /// What holds for every type: the figures of `spec/operations.md` 9.1 from the table's two numbers, and in every
+    /// mode and with every reservation a figure that a node can live with.
+    #[test]
+    fn pods_of_every_type() {
+        let mut many = 0;
+        for (enis, addresses, size, family) in entries() {
+            let name = format!("{family}.{size}");
+            let limits = of(&name).unwrap();
+            assert_eq!((limits.enis, limits.ipv4_per_eni), (enis, addresses), "{name}");
+            many += u32::from(limits.kubelet_pods == 250);
+            for reserved in 0..=enis {
+                let slots = (enis - reserved) * (addresses - 1);
+                let plain = limits.max_pods_with(reserved, false);
+                let prefixes = limits.max_pods_with(reserved, true);
+                assert_eq!((limits.pod_addresses(reserved, false), plain), (slots, slots + 2), "{name}");
+                assert_eq!(limits.pod_addresses(reserved, true), slots * 16, "{name}");
+                assert_eq!(prefixes, (slots * 16 + 2).min(limits.kubelet_pods), "{name}");
+                assert!(prefixes >= plain.min(limits.kubelet_pods) && prefixes <= 250, "{name}");
+            }
+            assert_eq!(limits.max_pods(), limits.max_pods_with(0, false), "{name}");
+            assert_eq!(limits.cards.iter().max(), Some(&enis), "{name}");
+            // Sizes up to 4xlarge never have more than 30 vCPUs, and those from 8xlarge on nearly always.
+            let small = ["nano", "micro", "small", "medium", "large", "xlarge", "2xlarge", "3xlarge", "4xlarge"];
+            assert!(!(small.contains(&size) && limits.kubelet_pods == 250), "{name}");
+        }
+        assert_eq!(many, 754, "types with more than 30 vCPUs");
     }
 
     #[test]
