@@ -249,7 +249,7 @@ mod tests {
         let mut pool = Pool::new(false, Duration::from_secs(30));
         let eni = Eni::new(
             crate::model::net::Mac([2; 6]),
-            0,
+            (0, 0),
             true,
             crate::plan::pool::Kind::Plain,
             254,
@@ -269,7 +269,7 @@ mod tests {
             interfaces: 1,
             since: crate::model::time::Wall::from_unix_seconds(1_785_571_200),
         };
-        pool.assign(Now::default(), owner).unwrap();
+        pool.assign(Now::default(), 0, owner).unwrap();
         let enis = View { pool, ..View::default() }.enis();
         assert!(!enis.to_string().contains("secret"));
         let address = &enis["0"]["ENIs"]["eni-1"]["AvailableIPv4Cidrs"]["10.0.0.9/32"]["IPAddresses"]["10.0.0.9"];

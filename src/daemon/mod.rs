@@ -247,6 +247,7 @@ fn configure(settings: &Settings, valid: &Valid, limits: &Limits, identity: &Ide
         pod_eni: false,
         trunk_capable: limits::takes_trunk(&identity.instance_type),
         annotate_pod_ip: false,
+        multi_nic: false,
         clean_leaked: settings.cleans_leaked_enis(),
         subnet_discovery: settings.subnet_discovery,
         manage_untagged: settings.manage_untagged_eni,

@@ -4,6 +4,7 @@
 //! What we add for ourselves stands in one further member, `enibox`, which the original ignores and drops: what EC2 told
 //! about the ENIs (so that a restart needs no EC2), addresses in their cooldown, and what was begun with EC2.
 
+use super::ec2::Count;
 use super::ids::{AttachmentId, EniId, GroupId, SubnetId};
 use super::net::Mac;
 use ipnet::IpNet;
@@ -126,6 +127,8 @@ pub struct EniFacts {
     pub interface_type: String,
     /// Needed to detach it.
     pub attachment: AttachmentId,
+    /// CIDRs that EC2 listed on it.
+    pub cidrs: Vec<IpNet>,
 }
 
 /// An ENI that was going to be created: written before the call, so that whatever happens it is found again.
@@ -133,12 +136,15 @@ pub struct EniFacts {
 pub struct Creating {
     /// The same token gives the same ENI.
     pub token: String,
+    /// Network card.
+    #[serde(default)]
+    pub card: u32,
     /// Where.
     pub subnet: SubnetId,
     /// Security groups.
     pub groups: Vec<GroupId>,
-    /// CIDRs that it carries from the start.
-    pub count: u32,
+    /// What it carries from the start.
+    pub count: Count,
     /// Tags, as in the call: it must be repeated word by word.
     pub tags: BTreeMap<String, String>,
     /// The ENI, once EC2 has answered.
@@ -200,7 +206,7 @@ mod tests {
         own.given_back.insert("10.0.0.7/32".parse().unwrap(), 6);
         own.creating.push(Creating {
             token: "t".into(),
-            count: 9,
+            count: Count::Prefixes(9),
             eni: Some(("eni-2".into(), Mac([2; 6]))),
             ..Creating::default()
         });

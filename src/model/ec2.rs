@@ -4,12 +4,13 @@
 use super::ids::{AttachmentId, EniId, GroupId, InstanceId, SubnetId, VpcId};
 use super::net::Mac;
 use ipnet::{IpNet, Ipv4Net};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// What an ENI is asked to carry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Count {
     /// Single secondary IPv4 addresses.
     Addresses(u32),
@@ -17,6 +18,22 @@ pub enum Count {
     Prefixes(u32),
     /// IPv6 addresses of the ENI itself.
     Ipv6Addresses(u32),
+}
+
+impl Count {
+    /// CIDRs for pods.
+    pub fn cidrs(self) -> u32 {
+        match self {
+            Count::Addresses(count) | Count::Prefixes(count) => count,
+            Count::Ipv6Addresses(_) => 0,
+        }
+    }
+}
+
+impl Default for Count {
+    fn default() -> Self {
+        Count::Addresses(0)
+    }
 }
 
 /// A call. One value is one API action; paging and retries are the client's.

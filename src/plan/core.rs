@@ -7,6 +7,7 @@
 //! exists; IMDS only hints ([`upkeep`]).
 
 mod boot;
+mod cause;
 mod event;
 mod freeing;
 mod growth;
@@ -18,6 +19,7 @@ pub use event::{Answer, CallId, Effect, Event, Level, OpId, Seen, Tally};
 
 use super::backoff::{Backoff, Random};
 use super::host::Intent;
+use super::pace::Pacer;
 use super::pool::Pool;
 use super::sizing::{Sizing, Targets};
 use crate::model::checkpoint::{Creating, EniFacts};
@@ -59,6 +61,8 @@ pub struct Config {
     pub trunk_capable: bool,
     /// Write each pod's address into an annotation of the pod.
     pub annotate_pod_ip: bool,
+    /// Pods may ask for one interface on every card.
+    pub multi_nic: bool,
     /// Look for ENIs that dead nodes have left.
     pub clean_leaked: bool,
     /// The subnet of a new ENI is looked for by tags.
@@ -97,6 +101,8 @@ pub struct Tunables {
 enum Timer {
     /// The start waits no longer for EC2.
     Patience,
+    /// New pods wait no longer for EC2's word.
+    Trust,
     /// IMDS: all ENIs.
     Scan,
     /// IMDS: CIDRs of the VPC.
@@ -109,8 +115,12 @@ enum Timer {
     Host,
     /// Links of the host, to find pods that are gone.
     Links,
-    /// The growth in progress wants to go on, or the pause after a failed one ends.
+    /// The pause after a failed growth ends.
     Growth,
+    /// Growths in progress want to go on.
+    Growing,
+    /// Calls to EC2 wait for their turn.
+    Pace,
     /// A checkpoint that could not be written is tried again.
     Save,
     /// CIDRs or an ENI may be given back: enough time has passed.
@@ -120,6 +130,9 @@ enum Timer {
     /// EC2: ENIs that we made and do not know of.
     Leaked,
 }
+
+/// Number of a growth.
+type GrowthId = OpId;
 
 /// An operation in progress: what its end means.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -132,9 +145,10 @@ enum Op {
     Tags(EniId),
     ModifyGroups(EniId),
     Unassign(EniId, Vec<IpNet>),
-    Growth,
-    Look,
-    Modify,
+    Subnets,
+    Growth(GrowthId),
+    Look(GrowthId),
+    Modify(GrowthId),
     Free(EniId),
     Leaked,
 }
@@ -171,6 +185,9 @@ const RECONCILE_MAX: Duration = Duration::from_mins(5);
 const LEAK_CHECKS: [Duration; 2] = [Duration::from_secs(30), Duration::from_mins(5)];
 /// How long a start waits for EC2's word on what IMDS lists; living pods must not wait longer.
 const PATIENCE: Duration = Duration::from_millis(500);
+/// How long new pods wait for that word: an address that EC2 has taken away leads nowhere. After that, what IMDS lists and
+/// EC2 listed before the restart is trusted.
+const TRUST: Duration = Duration::from_secs(3);
 /// A plugin needs less than this between the answer of the daemon and the end of its work on the host.
 const PLUGIN_MAX: Duration = Duration::from_secs(5);
 /// How often the host's links are compared with the allocations (B18).
@@ -196,6 +213,8 @@ pub struct Core {
     pool: Pool,
     saver: saver::Saver,
     waiting: VecDeque<pods::Waiting>,
+    // Pods bound to this node that need an address, as the API server tells.
+    bound: usize,
     restarted: bool,
     // Addresses that a pod seems to have although the checkpoint was unreadable.
     reserved: BTreeMap<IpAddr, PodKey>,
@@ -211,10 +230,13 @@ pub struct Core {
     described: Option<Mono>,
     // What EC2 listed on each ENI when it was last asked.
     listed: BTreeMap<EniId, BTreeSet<IpNet>>,
+    // What EC2 had listed when the last run of this process ended.
+    trusted: BTreeMap<EniId, BTreeSet<IpNet>>,
     conntrack: ConntrackTimeouts,
     vpc_cidrs: Option<Vec<IpNet>>,
     groups: Option<Vec<GroupId>>,
-    subnets: Option<(Mono, Vec<Subnet>)>,
+    // Absent inside: EC2 would not tell.
+    subnets: Option<(Mono, Option<Vec<Subnet>>)>,
     exhausted: BTreeMap<SubnetId, Mono>,
     absent: BTreeMap<(EniId, Option<IpNet>), Absent>,
     unassigned: BTreeMap<IpNet, Mono>,
@@ -228,8 +250,10 @@ pub struct Core {
     host_dirty: bool,
 
     // What is being done with EC2.
-    growth: Option<growth::Growth>,
+    pacer: Pacer<OpId>,
+    growths: BTreeMap<GrowthId, growth::Growth>,
     growth_failures: u32,
+    last_failure: Option<String>,
     grown_once: bool,
     resume: VecDeque<Creating>,
     freeing: BTreeMap<EniId, freeing::Free>,
@@ -256,6 +280,7 @@ impl Core {
             leak_checks: 0,
             saver: saver::Saver::default(),
             waiting: VecDeque::new(),
+            bound: 0,
             restarted: false,
             reserved: BTreeMap::new(),
             cooling: BTreeMap::new(),
@@ -266,6 +291,7 @@ impl Core {
             asked_ec2: false,
             described: None,
             listed: BTreeMap::new(),
+            trusted: BTreeMap::new(),
             conntrack: ConntrackTimeouts::default(),
             vpc_cidrs: None,
             groups: None,
@@ -278,8 +304,10 @@ impl Core {
             gone: BTreeSet::new(),
             released: BTreeMap::new(),
             host_dirty: false,
-            growth: None,
+            pacer: Pacer::default(),
+            growths: BTreeMap::new(),
             growth_failures: 0,
+            last_failure: None,
             grown_once: false,
             resume: VecDeque::new(),
             freeing: BTreeMap::new(),
@@ -294,9 +322,7 @@ impl Core {
     pub fn step(&mut self, now: Now, event: Event) -> Vec<Effect> {
         self.now = now;
         match event {
-            Event::Started { checkpoints, seen, spool } => {
-                self.started(checkpoints.get(&0).map(String::as_str), &seen, spool)
-            }
+            Event::Started { checkpoints, seen, spool } => self.started(&checkpoints, &seen, spool),
             Event::Add(call, request) => self.add(call, request),
             Event::Del(call, request) => self.del(call, &request),
             Event::Spool(records) => self.drain_spool(records),
@@ -306,7 +332,8 @@ impl Core {
             Event::Imds(op, result) => self.imds_done(op, result),
             Event::Ec2(op, result) => self.ec2_done(op, result),
             Event::Kernel(op, result) => self.kernel_done(op, result),
-            Event::Kube(..) | Event::NodeSeen(_) | Event::PodsSeen(_) => {}
+            Event::Kube(..) | Event::NodeSeen(_) => {}
+            Event::PodsSeen(bound) => self.bound = bound,
             Event::Retuned(tunables) => self.retune(*tunables),
             Event::Tick => {}
             Event::Stop => self.stop(),
@@ -323,14 +350,14 @@ impl Core {
 
     /// ENIs that the node may hold, and addresses of each.
     pub fn room(&self) -> (usize, usize) {
-        (self.sizing().eni_limit, self.config.slots)
+        (self.config.cards.keys().map(|card| self.sizing(*card).eni_limit).sum(), self.config.slots)
     }
 
     /// Whether nothing is in progress and nobody waits: the state to which the core always comes back.
     pub fn quiet(&self) -> bool {
         self.phase == Phase::Ready
             && self.ops.is_empty()
-            && self.growth.is_none()
+            && self.growths.is_empty()
             && self.freeing.is_empty()
             && self.waiting.is_empty()
             && self.saver.idle()
@@ -351,6 +378,7 @@ impl Core {
             self.advance_freeing();
             self.reconfigure_host();
             self.save();
+            self.send_paced();
         }
         let deadlines = self.timers.values().copied().chain(self.waiting.iter().map(|waiting| waiting.deadline));
         let next = deadlines.min();
@@ -375,9 +403,11 @@ impl Core {
                     self.out.push(Effect::ListLinks);
                     self.set_timer(Timer::Links, LINK_CHECK);
                 }
-                Timer::Growth => self.growth_timer(),
+                Timer::Growing => self.growing_timer(),
                 Timer::Leaked => self.look_for_leaked(),
-                Timer::Patience | Timer::Save | Timer::Shrink | Timer::Freeing => {} // looked at in every step
+                Timer::Trust => self.trust(),
+                // Looked at in every step.
+                Timer::Patience | Timer::Growth | Timer::Pace | Timer::Save | Timer::Shrink | Timer::Freeing => {}
             }
         }
     }
@@ -420,7 +450,29 @@ impl Core {
 
     fn ask_ec2(&mut self, op: Op, call: Call) {
         let id = self.begin(op);
-        self.out.push(Effect::Ec2(id, call));
+        self.pacer.submit(id, call);
+    }
+
+    // What pods wait for goes first, what gives back last.
+    fn rank(&self, op: OpId) -> u8 {
+        match self.ops.get(&op) {
+            Some(Op::Describe | Op::Subnets | Op::Growth(_) | Op::Modify(_)) if !self.waiting.is_empty() => 0,
+            Some(Op::Describe | Op::Subnets | Op::Growth(_) | Op::Modify(_)) => 1,
+            _ => 2,
+        }
+    }
+
+    // Lets out the calls whose turn it is.
+    fn send_paced(&mut self) {
+        let mut pacer = std::mem::take(&mut self.pacer);
+        while let Some((op, call)) = pacer.next(self.now.mono, |op| self.rank(op)) {
+            self.out.push(Effect::Ec2(op, call));
+        }
+        self.pacer = pacer;
+        match self.pacer.wake_at(self.now.mono) {
+            Some(at) => drop(self.timers.insert(Timer::Pace, at)),
+            None => drop(self.timers.remove(&Timer::Pace)),
+        }
     }
 
     fn tally(&mut self, tally: Tally) {
@@ -436,8 +488,8 @@ impl Core {
             (Some(Op::Scan), Ok(imds::Answer::Enis(enis))) => self.scan_done(enis),
             (Some(Op::VpcCidrs), Ok(imds::Answer::Cidrs(cidrs))) => self.vpc_cidrs_done(cidrs),
             (Some(Op::Groups), Ok(imds::Answer::Groups(groups))) => self.groups_done(groups),
-            (Some(Op::Look), Ok(imds::Answer::Eni(eni))) => self.look_done(eni),
-            (Some(Op::Look), Err(_)) => self.look_done(None),
+            (Some(Op::Look(id)), Ok(imds::Answer::Eni(eni))) => self.look_done(id, eni),
+            (Some(Op::Look(id)), Err(_)) => self.look_done(id, None),
             (Some(op), Err(error)) => {
                 let timer = match op {
                     Op::VpcCidrs => Timer::VpcCidrs,
@@ -453,6 +505,9 @@ impl Core {
     }
 
     fn ec2_done(&mut self, op: OpId, result: Result<Reply, Failure>) {
+        if self.pacer.answered(self.now.mono, op, &result, &mut self.random) {
+            return; // throttled: it is sent again
+        }
         match (self.ops.remove(&op), result) {
             (Some(Op::Describe), Ok(Reply::Interfaces(interfaces))) => self.describe_done(&interfaces),
             (Some(Op::Describe), Err(failure)) => {
@@ -460,8 +515,9 @@ impl Core {
                 self.tally(Tally::Error("reconcileFailedGetENIs"));
                 self.retry(Timer::Describe);
             }
-            (Some(Op::Growth), result) => self.growth_done(result),
-            (Some(Op::Modify), result) => self.modify_done(result),
+            (Some(Op::Subnets), result) => self.subnets_done(result),
+            (Some(Op::Growth(id)), result) => self.growth_done(id, result),
+            (Some(Op::Modify(id)), result) => self.modify_done(id, result),
             (Some(Op::Free(eni)), result) => self.free_done(&eni, result),
             (Some(Op::Unassign(eni, nets)), result) => self.unassign_done(&eni, &nets, result),
             (Some(Op::Leaked), Ok(Reply::Interfaces(found))) => self.take_leaked(&found),
@@ -478,24 +534,27 @@ impl Core {
         }
     }
 
-    fn sizing(&self) -> Sizing {
-        let unmanaged = self.attached.keys().filter(|id| self.facts.contains_key(*id) && !self.managed(id));
+    fn sizing(&self, card: u32) -> Sizing {
+        let on_card = |id: &EniId| self.attached.get(id).is_some_and(|eni| eni.card == card);
+        let unmanaged =
+            self.attached.keys().filter(|id| on_card(id) && self.facts.contains_key(*id) && !self.managed(id));
+        // An ENI on its way out still takes its slot.
+        let leaving = self.freeing.keys().filter(|id| on_card(id) || (card == 0 && !self.attached.contains_key(*id)));
         Sizing {
-            card: 0,
+            card,
             targets: self.config.tunables.targets,
             slots: self.config.slots,
-            eni_limit: self.eni_limit(0).saturating_sub(unmanaged.count()),
-            reserved: self.freeing.len(), // an ENI on its way out still takes its slot
+            eni_limit: self.eni_limit(card).saturating_sub(unmanaged.count()),
+            reserved: leaving.count(),
             max_pods: self.config.max_pods,
-            primary_serves_pods: true,
         }
     }
 
-    // Whether pods may be put on an attached ENI, as far as is known. Cards above 0 are not managed (ENABLE_MULTI_NIC).
+    // Whether pods may be put on an attached ENI, as far as is known. Without ENABLE_MULTI_NIC only card 0 is there.
     fn managed(&self, id: &EniId) -> bool {
         let usable = |facts: &EniFacts| facts.managed && facts.interface_type != "efa-only";
-        let card_zero = self.attached.get(id).is_none_or(|eni| eni.card == 0);
-        *id == self.config.identity.primary_eni || (card_zero && self.facts.get(id).is_some_and(usable))
+        let card_managed = self.attached.get(id).is_none_or(|eni| self.config.cards.contains_key(&eni.card));
+        *id == self.config.identity.primary_eni || (card_managed && self.facts.get(id).is_some_and(usable))
     }
 
     fn eni_limit(&self, card: u32) -> usize {
@@ -512,6 +571,11 @@ impl Core {
     fn stop(&mut self) {
         self.phase = Phase::Stopping;
         self.log(Level::Info, "stopping: no growth any more".into());
+    }
+
+    // Whether addresses are on their way, or what is needed to ask for them.
+    fn growing_now(&self) -> bool {
+        !self.growths.is_empty() || self.ops.values().any(|op| *op == Op::Subnets)
     }
 
     fn acted(&mut self) {

@@ -3,6 +3,7 @@
 pub mod backoff;
 pub mod core;
 pub mod host;
+pub mod pace;
 pub mod pod;
 pub mod pool;
 pub mod ruleset;

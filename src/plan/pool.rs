@@ -1,16 +1,17 @@
-//! The addresses of one network card and who has them: ENIs, CIDRs, owners, cooldown (`spec/ipamd.md` 3, 4).
+//! The node's addresses and who has them: ENIs, CIDRs, owners, cooldown (`spec/ipamd.md` 3, 4).
 //!
-//! One pool per managed card. Totals are derived from the map and never kept beside it. An address has at most one
-//! owner; an owner's key leads to its address through one index; [`Pool::check`] asserts both after every step of the
+//! One value for all network cards: the original keeps a store per card, here an ENI knows its card, and whoever assigns
+//! or counts names one. Totals are derived from the map and never kept beside it. An address has at most one owner; a key
+//! has at most one address on each card, found through one index; [`Pool::check`] asserts both after every step of the
 //! core. The pool decides nothing: how large it should be is `sizing`'s, when EC2 is called is `core`'s.
 
 use crate::model::ids::{EniId, PodKey, PodName, SubnetId};
 use crate::model::net::Mac;
-use crate::model::order;
+use crate::model::order::{self, Gather as _};
 use crate::model::time::{Mono, Now, Wall};
 use ipnet::IpNet;
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -31,6 +32,8 @@ pub enum Kind {
 pub struct Eni {
     /// Hardware address.
     pub mac: Mac,
+    /// Network card.
+    pub card: u32,
     /// Device index on its card; 0 on card 0 is the primary ENI.
     pub device: u32,
     /// The node's own ENI.
@@ -39,6 +42,8 @@ pub struct Eni {
     pub kind: Kind,
     /// Its subnet is tagged as not for pods: nothing new is handed out (`spec/ipamd.md` 7.6).
     pub excluded: bool,
+    /// EC2 does not list it any more: nothing new is handed out until that is clear.
+    pub missing: bool,
     /// Host route table of its pods.
     pub table: u32,
     /// Subnet.
@@ -55,7 +60,7 @@ impl Eni {
     #[expect(clippy::too_many_arguments, reason = "every field is a fact of the ENI; a builder would only hide one")]
     pub fn new(
         mac: Mac,
-        device: u32,
+        (card, device): (u32, u32),
         primary: bool,
         kind: Kind,
         table: u32,
@@ -63,7 +68,13 @@ impl Eni {
         own: IpNet,
         added: Mono,
     ) -> Self {
-        Eni { mac, device, primary, kind, excluded: false, table, subnet, own, added, cidrs: BTreeMap::new() }
+        let cidrs = BTreeMap::new();
+        Eni { mac, card, device, primary, kind, excluded: false, missing: false, table, subnet, own, added, cidrs }
+    }
+
+    /// Whether it may serve new pods.
+    pub fn serves(&self) -> bool {
+        !self.excluded && !self.missing
     }
 
     /// CIDRs by network.
@@ -80,6 +91,11 @@ impl Eni {
     pub fn assigned(&self) -> usize {
         self.cidrs.values().map(Cidr::assigned).sum()
     }
+
+    /// The CIDR that holds an address.
+    pub fn cidr_of(&self, address: IpAddr) -> Option<IpNet> {
+        self.cidrs.keys().find(|net| net.contains(&address)).copied()
+    }
 }
 
 /// What EC2 assigns to an ENI: a single address or a prefix.
@@ -87,6 +103,8 @@ impl Eni {
 pub struct Cidr {
     /// A /28 or /80 and not a single address.
     pub prefix: bool,
+    /// EC2 has not confirmed it, or does not list it any more: who has an address of it keeps it, nobody gets a new one.
+    pub barred: bool,
     slots: BTreeMap<IpAddr, Slot>,
 }
 
@@ -134,6 +152,19 @@ pub struct Owner {
     pub since: Wall,
 }
 
+/// An address that a pod has.
+#[derive(Clone, Copy, Debug)]
+pub struct Held<'a> {
+    /// The address.
+    pub address: IpAddr,
+    /// Who has it.
+    pub owner: &'a Owner,
+    /// Network card.
+    pub card: u32,
+    /// Host route table of its ENI; absent as long as its CIDR has not been seen.
+    pub table: Option<u32>,
+}
+
 /// An address and where it belongs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
@@ -143,6 +174,8 @@ pub struct Place {
     pub cidr: IpNet,
     /// The address.
     pub address: IpAddr,
+    /// Network card of the ENI.
+    pub card: u32,
     /// Device index of the ENI.
     pub device: u32,
     /// Host route table of the ENI.
@@ -178,6 +211,8 @@ pub struct Released {
     pub place: Option<Place>,
     /// The address.
     pub address: IpAddr,
+    /// Network card.
+    pub card: u32,
     /// The former owner.
     pub owner: Owner,
     before: Option<Mono>,
@@ -201,20 +236,26 @@ pub struct Stats {
 impl Stats {
     /// V: free addresses, cooling ones included.
     pub fn available(&self) -> usize {
-        self.total - self.assigned
+        self.total.saturating_sub(self.assigned)
     }
 }
 
-/// The addresses of one network card.
+/// A key on a card.
+type At = (PodKey, u32);
+
+/// The addresses of the node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pool {
     prefix_mode: bool,
+    singles: bool,
     cooldown: Duration,
     enis: BTreeMap<EniId, Eni>,
-    index: BTreeMap<PodKey, (EniId, IpNet, IpAddr)>,
+    index: BTreeMap<At, (EniId, IpNet, IpAddr)>,
     // Addresses of living pods whose CIDR has not been seen since the restart: kept, so that they are neither forgotten
     // nor handed out when their CIDR turns up (B6).
-    orphans: BTreeMap<PodKey, (IpAddr, Owner)>,
+    orphans: BTreeMap<At, (IpAddr, Owner)>,
+    // Something changed since the last check.
+    touched: bool,
 }
 
 /// The number of addresses of a CIDR that can be given to pods; every address of a prefix can.
@@ -233,7 +274,15 @@ fn nth_address(net: &IpNet, n: u128) -> IpAddr {
 impl Pool {
     /// An empty pool.
     pub fn new(prefix_mode: bool, cooldown: Duration) -> Self {
-        Pool { prefix_mode, cooldown, enis: BTreeMap::new(), index: BTreeMap::new(), orphans: BTreeMap::new() }
+        Pool {
+            prefix_mode,
+            singles: !prefix_mode,
+            cooldown,
+            enis: BTreeMap::new(),
+            index: BTreeMap::new(),
+            orphans: BTreeMap::new(),
+            touched: false,
+        }
     }
 
     /// ENIs by id.
@@ -249,6 +298,20 @@ impl Pool {
     /// Whether CIDRs of the current mode are prefixes.
     pub fn prefix_mode(&self) -> bool {
         self.prefix_mode
+    }
+
+    /// Lets single addresses serve pods beside prefixes, as long as the subnets have no room for prefixes.
+    pub fn set_singles(&mut self, singles: bool) {
+        self.singles = singles || !self.prefix_mode;
+    }
+
+    /// Whether single addresses serve pods.
+    pub fn singles(&self) -> bool {
+        self.singles
+    }
+
+    fn usable(&self, cidr: &Cidr) -> bool {
+        !cidr.barred && if cidr.prefix { self.prefix_mode } else { self.singles }
     }
 
     /// How long a released address rests.
@@ -270,6 +333,20 @@ impl Pool {
                 entry.insert(eni);
                 Ok(())
             }
+        }
+    }
+
+    /// Marks whether EC2 has lost sight of an ENI.
+    pub fn set_missing(&mut self, id: &EniId, missing: bool) {
+        if let Some(eni) = self.enis.get_mut(id) {
+            eni.missing = missing;
+        }
+    }
+
+    /// Bars a CIDR from new pods, or lets it serve them again.
+    pub fn bar(&mut self, id: &EniId, net: &IpNet, barred: bool) {
+        if let Some(cidr) = self.enis.get_mut(id).and_then(|eni| eni.cidrs.get_mut(net)) {
+            cidr.barred = barred;
         }
     }
 
@@ -303,13 +380,16 @@ impl Pool {
             return Err(Refused::Duplicate(holder.clone()));
         }
         let eni = self.enis.get_mut(id).ok_or(Refused::UnknownEni)?;
-        let mut cidr = Cidr { prefix: net.prefix_len() != net.max_prefix_len(), slots: BTreeMap::new() };
-        let returning: Vec<PodKey> =
+        self.touched = true;
+        let prefix = net.prefix_len() != net.max_prefix_len();
+        let mut cidr = Cidr { prefix, barred: false, slots: BTreeMap::new() };
+        // An orphan found on another card than it was on keeps the card that it is found on.
+        let returning: Vec<At> =
             self.orphans.iter().filter(|(_, (ip, _))| net.contains(ip)).map(|(key, _)| key.clone()).collect();
         for key in returning {
             if let Some((address, owner)) = self.orphans.remove(&key) {
                 cidr.slots.insert(address, Slot { owner: Some(owner), freed: None });
-                self.index.insert(key, (id.clone(), net, address));
+                self.index.insert((key.0, eni.card), (id.clone(), net, address));
             }
         }
         eni.cidrs.insert(net, cidr);
@@ -323,41 +403,50 @@ impl Pool {
         if cidr.assigned() > 0 {
             return Err(Refused::InUse);
         }
+        self.touched = true;
         eni.cidrs.remove(net);
         Ok(())
     }
 
-    /// Where the address of a key is.
-    pub fn find(&self, key: &PodKey) -> Option<Place> {
-        self.index.get(key).map(|(eni, cidr, address)| self.place(eni, *cidr, *address))
+    /// Where the address of a key on a card is.
+    pub fn find(&self, key: &PodKey, card: u32) -> Option<Place> {
+        self.index.get(&(key.clone(), card)).map(|(eni, cidr, address)| self.place(eni, *cidr, *address))
     }
 
-    /// Who has the address of a key.
+    /// The cards on which a key has an address.
+    pub fn cards_of(&self, key: &PodKey) -> BTreeSet<u32> {
+        let all = (key.clone(), 0)..=(key.clone(), u32::MAX);
+        let placed = self.index.range(all.clone()).map(|((_, card), _)| *card);
+        placed.chain(self.orphans.range(all).map(|((_, card), _)| *card)).gather()
+    }
+
+    /// Who has the addresses of a key.
     pub fn owner(&self, key: &PodKey) -> Option<&Owner> {
-        let placed = self
-            .index
-            .get(key)
-            .and_then(|(eni, cidr, address)| self.enis.get(eni)?.cidrs.get(cidr)?.slots.get(address)?.owner.as_ref());
-        placed.or_else(|| self.orphans.get(key).map(|(_, owner)| owner))
+        let all = (key.clone(), 0)..=(key.clone(), u32::MAX);
+        let placed = self.index.range(all.clone()).next().and_then(|(_, (eni, cidr, address))| {
+            self.enis.get(eni)?.cidrs.get(cidr)?.slots.get(address)?.owner.as_ref()
+        });
+        placed.or_else(|| self.orphans.range(all).next().map(|(_, (_, owner))| owner))
     }
 
     fn place(&self, id: &EniId, cidr: IpNet, address: IpAddr) -> Place {
         let eni = &self.enis[id];
-        Place { eni: id.clone(), cidr, address, device: eni.device, table: eni.table }
+        Place { eni: id.clone(), cidr, address, card: eni.card, device: eni.device, table: eni.table }
     }
 
-    /// Gives an address to a key: the one that it has already, else the best free one (`spec/ipamd.md` 4.2 with B13:
-    /// deterministic and packing). The flag says whether it is new.
-    pub fn assign(&mut self, now: Now, owner: Owner) -> Result<(Place, bool), NoAddress> {
-        if let Some(place) = self.find(&owner.key) {
+    /// Gives an address of a card to a key: the one that it has already, else the best free one (`spec/ipamd.md` 4.2 with
+    /// B13: deterministic and packing). The flag says whether it is new.
+    pub fn assign(&mut self, now: Now, card: u32, owner: Owner) -> Result<(Place, bool), NoAddress> {
+        if let Some(place) = self.find(&owner.key, card) {
             return Ok((place, false));
         }
-        let (eni_id, net, address) = self.choose(now.mono).ok_or_else(|| {
-            let stats = self.stats(now.mono);
+        let (eni_id, net, address) = self.choose(now.mono, card).ok_or_else(|| {
+            let stats = self.stats(now.mono, card);
             NoAddress { total: stats.total, cooling: stats.cooling }
         })?;
+        self.touched = true;
         let place = self.place(&eni_id, net, address);
-        self.index.insert(owner.key.clone(), (eni_id.clone(), net, address));
+        self.index.insert((owner.key.clone(), card), (eni_id.clone(), net, address));
         let cidr = self.enis.get_mut(&eni_id).and_then(|eni| eni.cidrs.get_mut(&net));
         let slot = cidr.expect("choose names a CIDR of the pool").slots.entry(address).or_default();
         assert!(slot.owner.is_none(), "{address} has an owner already");
@@ -365,32 +454,34 @@ impl Pool {
         Ok((place, true))
     }
 
-    // ENIs with most pods first, then by device: ENIs and prefixes with few pods drain. In a prefix, the address that has
-    // rested longest, then the lowest never used; among single addresses the never used ones have rested longest.
-    fn choose(&self, now: Mono) -> Option<(EniId, IpNet, IpAddr)> {
-        let mut enis: Vec<_> = self.enis.iter().filter(|(_, eni)| !eni.excluded).collect();
+    // ENIs with most pods first, then by device: ENIs and prefixes with few pods drain. Single addresses come after all
+    // prefixes where both serve.
+    fn choose(&self, now: Mono, card: u32) -> Option<(EniId, IpNet, IpAddr)> {
+        let mut enis: Vec<_> = self.enis.iter().filter(|(_, eni)| eni.card == card && eni.serves()).collect();
         order::sort_by_key(&mut enis, |(_, eni)| (Reverse(eni.assigned()), eni.device));
-        for (id, eni) in enis {
-            let cidrs = eni.cidrs.iter().filter(|(_, cidr)| cidr.prefix == self.prefix_mode);
-            let found = if self.prefix_mode {
-                let mut cidrs: Vec<_> = cidrs.collect();
-                order::sort_by_key(&mut cidrs, |(net, cidr)| (Reverse(cidr.assigned()), **net));
-                cidrs.into_iter().find_map(|(net, cidr)| self.choose_in_prefix(net, cidr, now).map(|ip| (*net, ip)))
-            } else {
-                cidrs
-                    .filter_map(|(net, cidr)| match cidr.slots.get(&net.addr()) {
-                        None => Some((None, net)),
-                        Some(slot) if slot.owner.is_some() || slot.cooling(now, self.cooldown) => None,
-                        Some(slot) => Some((slot.freed, net)),
-                    })
-                    .min_by_key(|(freed, net)| (*freed, **net))
-                    .map(|(_, net)| (*net, net.addr()))
-            };
-            if let Some((net, address)) = found {
-                return Some((id.clone(), net, address));
-            }
-        }
-        None
+        let found = |choose: fn(&Pool, &Eni, Mono) -> Option<(IpNet, IpAddr)>| {
+            enis.iter().find_map(|(id, eni)| choose(self, eni, now).map(|(net, ip)| ((*id).clone(), net, ip)))
+        };
+        let in_prefix = self.prefix_mode.then(|| found(Pool::choose_prefix)).flatten();
+        in_prefix.or_else(|| self.singles.then(|| found(Pool::choose_single)).flatten())
+    }
+
+    // The fullest prefix first; in it, the address that has rested longest, then the lowest never used.
+    fn choose_prefix(&self, eni: &Eni, now: Mono) -> Option<(IpNet, IpAddr)> {
+        let mut cidrs: Vec<_> = eni.cidrs.iter().filter(|(_, cidr)| cidr.prefix && !cidr.barred).collect();
+        order::sort_by_key(&mut cidrs, |(net, cidr)| (Reverse(cidr.assigned()), **net));
+        cidrs.into_iter().find_map(|(net, cidr)| self.choose_in_prefix(net, cidr, now).map(|ip| (*net, ip)))
+    }
+
+    // Among single addresses the never used ones have rested longest.
+    fn choose_single(&self, eni: &Eni, now: Mono) -> Option<(IpNet, IpAddr)> {
+        let singles = eni.cidrs.iter().filter(|(_, cidr)| !cidr.prefix && !cidr.barred);
+        let free = singles.filter_map(|(net, cidr)| match cidr.slots.get(&net.addr()) {
+            None => Some((None, net)),
+            Some(slot) if slot.owner.is_some() || slot.cooling(now, self.cooldown) => None,
+            Some(slot) => Some((slot.freed, net)),
+        });
+        free.min_by_key(|(freed, net)| (*freed, **net)).map(|(_, net)| (*net, net.addr()))
     }
 
     fn choose_in_prefix(&self, net: &IpNet, cidr: &Cidr, now: Mono) -> Option<IpAddr> {
@@ -403,22 +494,25 @@ impl Pool {
         (0..limit as u128).map(|n| nth_address(net, n)).find(|address| !cidr.slots.contains_key(address))
     }
 
-    /// Takes the address of a key back; its cooldown starts now. `None`: the key is unknown.
-    pub fn release(&mut self, now: Now, key: &PodKey) -> Option<Released> {
-        if let Some((address, owner)) = self.orphans.remove(key) {
-            return Some(Released { place: None, address, owner, before: None });
+    /// Takes the address of a key on a card back; its cooldown starts now. `None`: it has none there.
+    pub fn release(&mut self, now: Now, key: &PodKey, card: u32) -> Option<Released> {
+        self.touched = true;
+        let at = (key.clone(), card);
+        if let Some((address, owner)) = self.orphans.remove(&at) {
+            return Some(Released { place: None, address, card, owner, before: None });
         }
-        let (eni, net, address) = self.index.remove(key)?;
+        let (eni, net, address) = self.index.remove(&at)?;
         let place = self.place(&eni, net, address);
         let slot = self.slot_mut(&eni, &net, address);
         let owner = slot.owner.take().expect("the index leads to an owned address");
         let before = slot.freed.replace(now.mono);
-        Some(Released { place: Some(place), address, owner, before })
+        Some(Released { place: Some(place), address, card, owner, before })
     }
 
     /// Undoes an assignment that could not be made durable: as if the address had never been used by it.
-    pub fn undo_assign(&mut self, key: &PodKey) {
-        if let Some((eni, net, address)) = self.index.remove(key) {
+    pub fn undo_assign(&mut self, key: &PodKey, card: u32) {
+        self.touched = true;
+        if let Some((eni, net, address)) = self.index.remove(&(key.clone(), card)) {
             let slot = self.slot_mut(&eni, &net, address);
             slot.owner = None;
             if slot.freed.is_none() {
@@ -429,17 +523,18 @@ impl Pool {
 
     /// Undoes a release that could not be made durable.
     pub fn undo_release(&mut self, released: Released) {
-        let key = released.owner.key.clone();
+        self.touched = true;
+        let (key, card) = (released.owner.key.clone(), released.card);
         let Some(place) = released
             .place
             .filter(|place| self.enis.get(&place.eni).is_some_and(|eni| eni.cidrs.contains_key(&place.cidr)))
         else {
             // Its CIDR may have been seen meanwhile. Nobody else has the address: it rests.
-            let restored = self.restore(released.address, released.owner);
+            let restored = self.restore(card, released.address, released.owner);
             debug_assert!(restored.is_ok(), "{key}: {restored:?}");
             return;
         };
-        self.index.insert(key, (place.eni.clone(), place.cidr, place.address));
+        self.index.insert((key, card), (place.eni.clone(), place.cidr, place.address));
         let slot = self.slot_mut(&place.eni, &place.cidr, place.address);
         slot.owner = Some(released.owner);
         slot.freed = released.before;
@@ -452,23 +547,21 @@ impl Pool {
 
     /// Puts back an allocation read from the checkpoint: in its CIDR if that is known, else among the orphans. The error
     /// names the other owner of the address.
-    pub fn restore(&mut self, address: IpAddr, owner: Owner) -> Result<(), PodKey> {
-        let found = self
-            .enis
-            .iter()
-            .find_map(|(id, eni)| eni.cidrs.keys().find(|net| net.contains(&address)).map(|net| (id.clone(), *net)));
+    pub fn restore(&mut self, card: u32, address: IpAddr, owner: Owner) -> Result<(), PodKey> {
+        self.touched = true;
+        let found = self.enis.iter().find_map(|(id, eni)| eni.cidr_of(address).map(|net| (id.clone(), eni.card, net)));
         if let Some((_, other)) = self.orphans.values().find(|(ip, _)| *ip == address) {
             return Err(other.key.clone());
         }
-        let Some((id, net)) = found else {
-            self.orphans.insert(owner.key.clone(), (address, owner));
+        let Some((id, card, net)) = found else {
+            self.orphans.insert((owner.key.clone(), card), (address, owner));
             return Ok(());
         };
         let slot = self.slot_mut(&id, &net, address);
         if let Some(other) = &slot.owner {
             return Err(other.key.clone());
         }
-        let key = owner.key.clone();
+        let key = (owner.key.clone(), card);
         slot.owner = Some(owner);
         self.index.insert(key, (id, net, address));
         Ok(())
@@ -486,17 +579,18 @@ impl Pool {
         }
     }
 
-    /// Every allocation: address, owner, and its table if its ENI is known.
-    pub fn allocations(&self) -> impl Iterator<Item = (IpAddr, &Owner, Option<u32>)> {
+    /// Every address that a pod has.
+    pub fn allocations(&self) -> impl Iterator<Item = Held<'_>> {
         let placed = self.enis.values().flat_map(|eni| {
-            let table = eni.table;
-            eni.cidrs.values().flat_map(move |cidr| {
-                cidr.slots
-                    .iter()
-                    .filter_map(move |(ip, slot)| slot.owner.as_ref().map(|owner| (*ip, owner, Some(table))))
+            let (card, table) = (eni.card, Some(eni.table));
+            let slots = eni.cidrs.values().flat_map(Cidr::slots);
+            slots.filter_map(move |(ip, slot)| {
+                slot.owner.as_ref().map(|owner| Held { address: *ip, owner, card, table })
             })
         });
-        placed.chain(self.orphans.values().map(|(ip, owner)| (*ip, owner, None)))
+        let orphans =
+            self.orphans.iter().map(|((_, card), (ip, owner))| Held { address: *ip, owner, card: *card, table: None });
+        placed.chain(orphans)
     }
 
     /// Addresses in their cooldown and since when.
@@ -510,16 +604,16 @@ impl Pool {
         self.orphans.len()
     }
 
-    /// Figures over the ENIs that may serve pods.
-    pub fn stats(&self, now: Mono) -> Stats {
-        self.stats_of(now, |_, eni| !eni.excluded)
+    /// Figures of a card over the ENIs that may serve pods.
+    pub fn stats(&self, now: Mono, card: u32) -> Stats {
+        self.stats_of(now, |_, eni| eni.card == card && eni.serves())
     }
 
     /// Figures over some of the ENIs.
     pub fn stats_of(&self, now: Mono, include: impl Fn(&EniId, &Eni) -> bool) -> Stats {
         let mut stats = Stats::default();
         for (_, eni) in self.enis.iter().filter(|(id, eni)| include(id, eni)) {
-            for (net, cidr) in eni.cidrs.iter().filter(|(_, cidr)| cidr.prefix == self.prefix_mode) {
+            for (net, cidr) in eni.cidrs.iter().filter(|(_, cidr)| self.usable(cidr)) {
                 let assigned = cidr.assigned();
                 stats.total = stats.total.saturating_add(size_of_cidr(net));
                 stats.assigned += assigned;
@@ -539,19 +633,24 @@ impl Pool {
     /// CIDRs of the current mode on an ENI that nobody uses and that are not cooling, lowest first.
     pub fn idle_cidrs(&self, id: &EniId, now: Mono) -> Vec<IpNet> {
         let Some(eni) = self.enis.get(id) else { return Vec::new() };
-        let idle = eni.cidrs.iter().filter(|(_, cidr)| {
-            cidr.prefix == self.prefix_mode && cidr.assigned() == 0 && cidr.cooling(now, self.cooldown) == 0
-        });
+        let idle = eni
+            .cidrs
+            .iter()
+            .filter(|(_, cidr)| self.usable(cidr) && cidr.assigned() == 0 && cidr.cooling(now, self.cooldown) == 0);
         idle.map(|(net, _)| *net).collect()
     }
 
     /// Asserts what must always hold: the index and the owners are two views of one thing, and no address has two owners.
-    pub fn check(&self) {
-        let mut seen = std::collections::BTreeSet::new();
-        for (address, owner, table) in self.allocations() {
+    /// Looks only if something changed since the last time.
+    pub fn check(&mut self) {
+        if !std::mem::take(&mut self.touched) {
+            return;
+        }
+        let mut seen = BTreeSet::new();
+        for Held { address, owner, card, table } in self.allocations() {
             assert!(seen.insert(address), "{address} has two owners, one is {}", owner.key);
             if table.is_some() {
-                let at = self.index.get(&owner.key).map(|(_, _, ip)| *ip);
+                let at = self.index.get(&(owner.key.clone(), card)).map(|(_, _, ip)| *ip);
                 assert_eq!(at, Some(address), "the index has lost {}", owner.key);
             }
         }

@@ -21,10 +21,14 @@ pub(crate) fn owner(id: &str) -> Owner {
 }
 
 pub(crate) fn eni(device: u32, added: Now) -> Eni {
+    eni_on((0, device), added)
+}
+
+pub(crate) fn eni_on((card, device): (u32, u32), added: Now) -> Eni {
     let mac = Mac([2, 0, 0, 0, 0, u8::try_from(device).unwrap()]);
     let own = format!("10.0.{device}.4/24").parse().unwrap();
     let table = if device == 0 { 254 } else { device + 1 };
-    Eni::new(mac, device, device == 0, Kind::Plain, table, "subnet-1".into(), own, added.mono)
+    Eni::new(mac, (card, device), card == 0 && device == 0, Kind::Plain, table, "subnet-1".into(), own, added.mono)
 }
 
 /// ENIs `eni-<device>` with `total` single addresses each, `assigned` of them in use.
@@ -37,7 +41,7 @@ pub(crate) fn pool_of(shape: &[(usize, usize)], cooldown_s: u64) -> Pool {
             let net: IpNet = format!("10.0.{device}.{}/32", 10 + n).parse().unwrap();
             pool.add_cidr(&id, net).unwrap();
             if n < *assigned {
-                pool.restore(net.addr(), owner(&format!("pod-{device}-{n}"))).unwrap();
+                pool.restore(0, net.addr(), owner(&format!("pod-{device}-{n}"))).unwrap();
             }
         }
     }
@@ -60,53 +64,53 @@ fn prefix_pool(cooldown_s: u64) -> Pool {
 fn a_prefix_is_used_from_its_first_address_on() {
     let mut pool = prefix_pool(30);
     for (id, want) in [("a", "10.0.0.0"), ("b", "10.0.0.1"), ("c", "10.0.0.2")] {
-        assert_eq!(pool.assign(at(1), owner(id)).unwrap().0.address, ip(want));
+        assert_eq!(pool.assign(at(1), 0, owner(id)).unwrap().0.address, ip(want));
     }
-    pool.release(at(2), &owner("b").key).unwrap();
-    let stats = pool.stats(at(3).mono);
+    pool.release(at(2), &owner("b").key, 0).unwrap();
+    let stats = pool.stats(at(3).mono, 0);
     assert_eq!((stats.assigned, stats.total, stats.cooling), (2, 16, 1));
-    assert_eq!(pool.assign(at(3), owner("d")).unwrap().0.address, ip("10.0.0.3"), "within the cooldown");
-    assert_eq!(pool.assign(at(40), owner("e")).unwrap().0.address, ip("10.0.0.1"), "after it");
+    assert_eq!(pool.assign(at(3), 0, owner("d")).unwrap().0.address, ip("10.0.0.3"), "within the cooldown");
+    assert_eq!(pool.assign(at(40), 0, owner("e")).unwrap().0.address, ip("10.0.0.1"), "after it");
     pool.check();
 }
 
 #[test]
 fn a_repeated_key_gets_its_address_again() {
     let mut pool = pool_of(&[(0, 3)], 30);
-    let (first, fresh) = pool.assign(at(1), owner("a")).unwrap();
+    let (first, fresh) = pool.assign(at(1), 0, owner("a")).unwrap();
     assert!(fresh);
-    assert_eq!(pool.assign(at(2), owner("a")).unwrap(), (first, false));
-    assert_eq!(pool.stats(at(2).mono).assigned, 1);
+    assert_eq!(pool.assign(at(2), 0, owner("a")).unwrap(), (first, false));
+    assert_eq!(pool.stats(at(2).mono, 0).assigned, 1);
 }
 
 #[test]
 fn the_address_that_rested_longest_is_taken_first() {
     let mut pool = pool_of(&[(0, 3)], 10);
-    let addresses: Vec<_> = ["a", "b", "c"].map(|id| pool.assign(at(1), owner(id)).unwrap().0.address).into();
-    assert_eq!(pool.assign(at(1), owner("d")), Err(NoAddress { total: 3, cooling: 0 }));
-    pool.release(at(2), &owner("c").key).unwrap();
-    pool.release(at(3), &owner("a").key).unwrap();
-    assert_eq!(pool.assign(at(4), owner("d")), Err(NoAddress { total: 3, cooling: 2 }));
-    assert_eq!(pool.assign(at(20), owner("d")).unwrap().0.address, addresses[2]);
-    assert_eq!(pool.assign(at(20), owner("e")).unwrap().0.address, addresses[0]);
+    let addresses: Vec<_> = ["a", "b", "c"].map(|id| pool.assign(at(1), 0, owner(id)).unwrap().0.address).into();
+    assert_eq!(pool.assign(at(1), 0, owner("d")), Err(NoAddress { total: 3, cooling: 0 }));
+    pool.release(at(2), &owner("c").key, 0).unwrap();
+    pool.release(at(3), &owner("a").key, 0).unwrap();
+    assert_eq!(pool.assign(at(4), 0, owner("d")), Err(NoAddress { total: 3, cooling: 2 }));
+    assert_eq!(pool.assign(at(20), 0, owner("d")).unwrap().0.address, addresses[2]);
+    assert_eq!(pool.assign(at(20), 0, owner("e")).unwrap().0.address, addresses[0]);
 }
 
 #[test]
 fn pods_are_packed_on_the_fullest_eni() {
     let mut pool = pool_of(&[(1, 3), (2, 3), (0, 3)], 0);
-    assert_eq!(pool.assign(at(1), owner("a")).unwrap().0.eni.as_str(), "eni-1");
-    assert_eq!(pool.assign(at(1), owner("b")).unwrap().0.eni.as_str(), "eni-0");
+    assert_eq!(pool.assign(at(1), 0, owner("a")).unwrap().0.eni.as_str(), "eni-1");
+    assert_eq!(pool.assign(at(1), 0, owner("b")).unwrap().0.eni.as_str(), "eni-0");
 }
 
 #[test]
 fn cooldown_ends() {
     let mut pool = pool_of(&[(0, 2)], 1);
-    pool.assign(at(0), owner("a")).unwrap();
-    pool.assign(at(0), owner("b")).unwrap();
-    pool.release(at(1), &owner("a").key).unwrap();
-    let stats = pool.stats(at(1).mono);
+    pool.assign(at(0), 0, owner("a")).unwrap();
+    pool.assign(at(0), 0, owner("b")).unwrap();
+    pool.release(at(1), &owner("a").key, 0).unwrap();
+    let stats = pool.stats(at(1).mono, 0);
     assert_eq!((stats.total, stats.assigned, stats.cooling), (2, 1, 1));
-    assert_eq!(pool.stats(at(3).mono).cooling, 0);
+    assert_eq!(pool.stats(at(3).mono, 0).cooling, 0);
 }
 
 #[test]
@@ -114,11 +118,11 @@ fn other_kinds_of_cidrs_serve_their_pods_but_nobody_new() {
     let mut pool = prefix_pool(30);
     let single: IpNet = "10.0.0.99/32".parse().unwrap();
     pool.add_cidr(&"eni-0".into(), single).unwrap();
-    pool.restore(single.addr(), owner("old")).unwrap();
-    assert_eq!(pool.assign(at(1), owner("new")).unwrap().0.address, ip("10.0.0.0"));
+    pool.restore(0, single.addr(), owner("old")).unwrap();
+    assert_eq!(pool.assign(at(1), 0, owner("new")).unwrap().0.address, ip("10.0.0.0"));
     assert_eq!(pool.remove_cidr(&"eni-0".into(), &single), Err(Refused::InUse));
-    assert_eq!(pool.stats(at(1).mono).total, 16, "the other kind is not counted");
-    pool.release(at(2), &owner("old").key).unwrap();
+    assert_eq!(pool.stats(at(1).mono, 0).total, 16, "the other kind is not counted");
+    pool.release(at(2), &owner("old").key, 0).unwrap();
     pool.remove_cidr(&"eni-0".into(), &single).unwrap();
 }
 
@@ -126,19 +130,19 @@ fn other_kinds_of_cidrs_serve_their_pods_but_nobody_new() {
 fn an_excluded_eni_hands_nothing_out() {
     let mut pool = pool_of(&[(0, 3)], 30);
     pool.set_excluded(&"eni-0".into(), true);
-    assert_eq!(pool.assign(at(1), owner("a")), Err(NoAddress { total: 0, cooling: 0 }));
+    assert_eq!(pool.assign(at(1), 0, owner("a")), Err(NoAddress { total: 0, cooling: 0 }));
 }
 
 #[test]
 fn a_pod_whose_cidr_is_missing_is_kept_and_finds_its_place() {
     let mut pool = pool_of(&[(0, 1)], 0);
-    pool.restore(ip("10.0.7.7"), owner("lost")).unwrap();
+    pool.restore(0, ip("10.0.7.7"), owner("lost")).unwrap();
     assert_eq!(pool.orphan_count(), 1);
     pool.add_cidr(&"eni-0".into(), "10.0.7.7/32".parse().unwrap()).unwrap();
     assert_eq!(pool.orphan_count(), 0);
-    assert_eq!(pool.find(&owner("lost").key).unwrap().address, ip("10.0.7.7"));
-    assert_eq!(pool.assign(at(1), owner("new")).unwrap().0.address, ip("10.0.0.10"), "never the kept one");
-    assert_eq!(pool.restore(ip("10.0.7.7"), owner("thief")).unwrap_err(), owner("lost").key);
+    assert_eq!(pool.find(&owner("lost").key, 0).unwrap().address, ip("10.0.7.7"));
+    assert_eq!(pool.assign(at(1), 0, owner("new")).unwrap().0.address, ip("10.0.0.10"), "never the kept one");
+    assert_eq!(pool.restore(0, ip("10.0.7.7"), owner("thief")).unwrap_err(), owner("lost").key);
     pool.check();
 }
 
@@ -146,13 +150,16 @@ fn a_pod_whose_cidr_is_missing_is_kept_and_finds_its_place() {
 fn undo_leaves_no_trace() {
     let mut pool = pool_of(&[(0, 2)], 30);
     let before = pool.clone();
-    pool.assign(at(1), owner("a")).unwrap();
-    pool.undo_assign(&owner("a").key);
+    pool.assign(at(1), 0, owner("a")).unwrap();
+    pool.undo_assign(&owner("a").key, 0);
+    pool.check();
     assert_eq!(pool, before);
-    pool.assign(at(1), owner("a")).unwrap();
+    pool.assign(at(1), 0, owner("a")).unwrap();
+    pool.check();
     let assigned = pool.clone();
-    let released = pool.release(at(2), &owner("a").key).unwrap();
+    let released = pool.release(at(2), &owner("a").key, 0).unwrap();
     pool.undo_release(released);
+    pool.check();
     assert_eq!(pool, assigned);
 }
 
@@ -195,7 +202,7 @@ proptest! {
         for act in acts {
             match act {
                 Act::Assign(n) => {
-                    if let Ok((place, true)) = pool.assign(at(now_s), owner(&n.to_string())) {
+                    if let Ok((place, true)) = pool.assign(at(now_s), 0, owner(&n.to_string())) {
                         if let Some(at_s) = freed.get(&place.address) {
                             prop_assert!(now_s - at_s >= cooldown_s, "{} handed out in its cooldown", place.address);
                         }
@@ -203,13 +210,13 @@ proptest! {
                     }
                 }
                 Act::Release(n) => {
-                    if let Some(released) = pool.release(at(now_s), &owner(&n.to_string()).key) {
+                    if let Some(released) = pool.release(at(now_s), &owner(&n.to_string()).key, 0) {
                         freed.insert(released.address, now_s);
                     }
                 }
                 Act::UndoAssign(n) => {
-                    if let Some(place) = pool.find(&owner(&n.to_string()).key) {
-                        pool.undo_assign(&owner(&n.to_string()).key);
+                    if let Some(place) = pool.find(&owner(&n.to_string()).key, 0) {
+                        pool.undo_assign(&owner(&n.to_string()).key, 0);
                         freed.remove(&place.address);
                     }
                 }

@@ -9,6 +9,7 @@ use crate::model::order;
 use crate::model::time::Mono;
 use ipnet::IpNet;
 use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Addresses in an IPv4 prefix (/28).
@@ -44,8 +45,19 @@ pub struct Sizing {
     pub reserved: usize,
     /// Pods that the node may run.
     pub max_pods: usize,
-    /// With custom networking the primary ENI serves no pods.
-    pub primary_serves_pods: bool,
+}
+
+/// What is wanted and what is on its way, besides what the pool shows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Outlook {
+    /// Pods that need an address and have none: they count as if they had.
+    pub demand: usize,
+    /// A pod waits: addresses in their cooldown do not count as available (B59).
+    pub starved: bool,
+    /// CIDRs that are being assigned to ENIs of the pool.
+    pub assigning: BTreeMap<EniId, usize>,
+    /// New ENIs that are being made, with the CIDRs that each will carry.
+    pub creating: Vec<usize>,
 }
 
 /// What to ask EC2 for.
@@ -88,7 +100,7 @@ impl Sizing {
     pub fn deviation(&self, stats: &Stats, prefix_mode: bool) -> Option<(usize, usize)> {
         let (warm, minimum) = self.ip_targets()?;
         let (total, assigned, available) = (stats.total, stats.assigned, stats.available());
-        let short = warm.saturating_sub(available).max(minimum.saturating_sub(total));
+        let short = (warm + assigned).saturating_sub(total).max(minimum.saturating_sub(total));
         let over = available.saturating_sub(warm).min(total.saturating_sub(minimum));
         if !prefix_mode {
             return Some((short, over));
@@ -102,22 +114,20 @@ impl Sizing {
         Some((short.div_ceil(PREFIX_ADDRESSES), over))
     }
 
-    /// Whether the pool is too small (6.4). `starved`: an ADD found no address while some were cooling; those then do not
-    /// count as available (B59).
-    pub fn too_low(&self, stats: &Stats, prefix_mode: bool, starved: bool) -> bool {
+    /// Whether the pool is too small (6.4).
+    pub fn too_low(&self, stats: &Stats, prefix_mode: bool) -> bool {
         if stats.total >= self.max_pods {
             return false;
         }
-        let stats = if starved { without_cooling(stats) } else { *stats };
-        if let Some((short, _)) = self.deviation(&stats, prefix_mode) {
+        if let Some((short, _)) = self.deviation(stats, prefix_mode) {
             return short > 0;
         }
-        let (warm, unit) = if prefix_mode {
-            (self.warm_prefix(), PREFIX_ADDRESSES)
-        } else {
-            (self.targets.warm_eni, self.addresses_per_eni(false))
-        };
-        stats.available() < unit * warm || (warm == 0 && stats.available() == 0)
+        let (warm, unit) = self.warm_unit(prefix_mode);
+        stats.total < stats.assigned + unit * warm || (warm == 0 && stats.total <= stats.assigned)
+    }
+
+    fn warm_unit(&self, prefix_mode: bool) -> (usize, usize) {
+        if prefix_mode { (self.warm_prefix(), PREFIX_ADDRESSES) } else { (self.targets.warm_eni, self.slots) }
     }
 
     // CIDRs wanted in one step (6.6). Without an IP target a single address is never asked for alone: an ENI's worth is.
@@ -125,31 +135,53 @@ impl Sizing {
         match (self.deviation(stats, prefix_mode), prefix_mode) {
             (Some((short, _)), true) => short.max(1),
             (Some((short, _)), false) => short,
-            (None, true) => self.warm_prefix().saturating_sub(stats.free_prefixes).max(1),
-            (None, false) => self.addresses_per_eni(false),
+            (None, true) => {
+                let warm = self.warm_prefix();
+                let missing = (stats.assigned + warm * PREFIX_ADDRESSES).saturating_sub(stats.total);
+                // Pods that wait need more than the warm target; without them the original's figure counts.
+                let waiting = if stats.assigned > stats.total { missing.div_ceil(PREFIX_ADDRESSES) } else { 0 };
+                warm.saturating_sub(stats.free_prefixes).max(waiting).max(1)
+            }
+            (None, false) => self.slots,
         }
     }
 
-    /// The growth that is due, if any (6.4, 6.6 to 6.8). `skip` names ENIs that cannot take more now (their subnet is
-    /// exhausted).
-    pub fn growth(&self, pool: &Pool, now: Mono, starved: bool, skip: impl Fn(&EniId) -> bool) -> Option<Growth> {
+    // The pool as it will be once everything has come, and with every waiting pod served.
+    fn foreseen(&self, pool: &Pool, now: Mono, outlook: &Outlook) -> Stats {
+        let mut stats = pool.stats(now, self.card);
+        if outlook.starved {
+            stats.total -= stats.cooling;
+            stats.cooling = 0;
+        }
+        let coming = outlook.assigning.values().chain(&outlook.creating).sum::<usize>();
+        let prefixes = if pool.prefix_mode() { coming } else { 0 };
+        stats.total += if pool.prefix_mode() { coming * PREFIX_ADDRESSES } else { coming };
+        stats.prefixes += prefixes;
+        stats.free_prefixes += prefixes;
+        stats.assigned += outlook.demand;
+        stats
+    }
+
+    /// The next growth that is due beside those on their way, if any (6.4, 6.6 to 6.8): asked again with its answer in the
+    /// outlook, it gives the whole deficit. `skip` names ENIs that cannot take more now (their subnet is exhausted).
+    pub fn growth(&self, pool: &Pool, now: Mono, outlook: &Outlook, skip: impl Fn(&EniId) -> bool) -> Option<Growth> {
         let prefix_mode = pool.prefix_mode();
-        let stats = pool.stats(now);
-        if !self.too_low(&stats, prefix_mode, starved) {
+        let stats = self.foreseen(pool, now, outlook);
+        if !self.too_low(&stats, prefix_mode) {
             return None;
         }
-        let counted = if starved { without_cooling(&stats) } else { stats };
-        let wanted = self.wanted(&counted, prefix_mode);
+        let wanted = self.wanted(&stats, prefix_mode);
         if wanted == 0 {
             return None;
         }
         let mut candidates: Vec<_> = pool
             .enis()
             .filter(|(id, eni)| {
-                eni.kind != Kind::Trunk
-                    && (self.primary_serves_pods || !eni.primary)
-                    && !eni.excluded
+                eni.card == self.card
+                    && eni.kind != Kind::Trunk
+                    && eni.serves()
                     && eni.cidr_count() < self.slots
+                    && !outlook.assigning.contains_key(*id)
                     && !skip(id)
             })
             .collect();
@@ -158,19 +190,20 @@ impl Sizing {
             let count = wanted.min(self.slots - eni.cidr_count());
             return Some(Growth::Assign { eni: (*id).clone(), count });
         }
-        let room = pool.enis().count() + self.reserved < self.eni_limit;
+        let held = pool.enis().filter(|(_, eni)| eni.card == self.card).count();
+        let room = held + outlook.creating.len() + self.reserved < self.eni_limit;
         room.then(|| Growth::NewEni { count: wanted.min(self.slots) })
     }
 
     /// CIDRs to give back, by ENI (6.5, 6.9 with B26: from the ENI with fewest pods, never a cooling address).
     pub fn surplus(&self, pool: &Pool, now: Mono) -> Vec<(EniId, Vec<IpNet>)> {
-        let stats = pool.stats(now);
+        let stats = pool.stats(now, self.card);
         let mut over = match (self.deviation(&stats, pool.prefix_mode()), pool.prefix_mode()) {
             (Some((_, over)), _) => over,
             (None, true) => stats.free_prefixes.saturating_sub(self.warm_prefix().max(1)),
             (None, false) => 0,
         };
-        let mut enis: Vec<_> = pool.enis().filter(|(_, eni)| !eni.excluded).collect();
+        let mut enis: Vec<_> = pool.enis().filter(|(_, eni)| eni.card == self.card && eni.serves()).collect();
         order::sort_by_key(&mut enis, |(_, eni)| (eni.assigned(), Reverse(eni.device)));
         let mut surplus = Vec::new();
         for (id, _) in enis {
@@ -187,12 +220,14 @@ impl Sizing {
     /// An ENI that the pool can do without, if there is one (6.9 "remove-extra" and "free one ENI", B27).
     pub fn spare_eni(&self, pool: &Pool, now: Mono) -> Option<EniId> {
         let prefix_mode = pool.prefix_mode();
-        let stats = pool.stats(now);
+        let stats = pool.stats(now, self.card);
         let targets = self.ip_targets();
         let worth_a_look = targets.is_some() || {
             let warm = if prefix_mode { self.warm_prefix() } else { self.targets.warm_eni };
             let idle_eni = |pool: &Pool| {
-                pool.enis().any(|(_, eni)| !eni.primary && eni.assigned() == 0 && eni.kind == Kind::Plain)
+                pool.enis().any(|(_, eni)| {
+                    eni.card == self.card && !eni.primary && eni.assigned() == 0 && eni.kind == Kind::Plain
+                })
             };
             stats.available() >= (warm + 1) * self.addresses_per_eni(prefix_mode) || (prefix_mode && idle_eni(pool))
         };
@@ -208,6 +243,7 @@ impl Sizing {
     pub fn dispensable(&self, pool: &Pool, id: &EniId, now: Mono) -> bool {
         let Some(eni) = pool.eni(id) else { return false };
         if eni.primary
+            || eni.card != self.card
             || eni.kind != Kind::Plain
             || eni.assigned() > 0
             || now.since(eni.added) < ENI_AGE_MIN
@@ -216,7 +252,7 @@ impl Sizing {
             return false;
         }
         let prefix_mode = pool.prefix_mode();
-        let others = pool.stats_of(now, |other, eni| other != id && !eni.excluded);
+        let others = pool.stats_of(now, |other, eni| other != id && eni.card == self.card && eni.serves());
         let whole = |addresses: usize| {
             if prefix_mode { addresses.next_multiple_of(PREFIX_ADDRESSES) } else { addresses }
         };
@@ -226,10 +262,6 @@ impl Sizing {
             None => others.available() >= self.targets.warm_eni * self.slots && others.available() > 0,
         }
     }
-}
-
-fn without_cooling(stats: &Stats) -> Stats {
-    Stats { total: stats.total - stats.cooling, cooling: 0, ..*stats }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The worked decisions of `spec/ipamd.md` 6.10 and the steady states of 6.11, for secondary addresses and, as far as
 //! they are about arithmetic alone, for prefixes.
 
-use super::super::pool::tests::{at, eni, owner, pool_of};
+use super::super::pool::tests::{at, eni, eni_on, owner, pool_of};
 use super::*;
 use std::collections::BTreeSet;
 
@@ -15,7 +15,6 @@ fn sizing(enis: usize, slots: usize, warm_eni: usize, warm_ip: usize, minimum_ip
         eni_limit: enis,
         reserved: 0,
         max_pods: 110,
-        primary_serves_pods: true,
     }
 }
 
@@ -32,7 +31,6 @@ fn new_eni(count: usize) -> Option<Growth> {
 #[test]
 fn worked_decisions_of_secondary_address_mode() {
     let nothing: Option<Growth> = None;
-    let custom = Sizing { primary_serves_pods: false, ..sizing(4, 14, 1, 0, 0) };
     let trunk_to_come = Sizing { reserved: 1, ..sizing(3, 3, 1, 0, 0) };
     // (row, sizing, state as assigned/total per ENI, growth, CIDRs given back, ENI freed)
     #[expect(clippy::type_complexity, reason = "a table row")]
@@ -46,7 +44,6 @@ fn worked_decisions_of_secondary_address_mode() {
         (7, sizing(4, 3, 0, 0, 0), &[(1, 3)], &nothing, 0, None),
         (8, sizing(4, 3, 0, 0, 0), &[(3, 3)], &new_eni(3), 0, None),
         (8, sizing(4, 3, 0, 0, 0), &[(3, 3), (0, 3)], &nothing, 0, None), // B27: it stays
-        (9, custom, &[(0, 0)], &new_eni(14), 0, None),
         (12, sizing(4, 14, 1, 1, 0), &[(1, 2), (1, 2)], &nothing, 1, None),
         (13, sizing(3, 3, 1, 2, 5), &[(0, 3)], &new_eni(2), 0, None),
         (14, sizing(4, 20, 1, 5, 10), &[(7, 20)], &nothing, 8, None),
@@ -59,7 +56,7 @@ fn worked_decisions_of_secondary_address_mode() {
     for (row, sizing, state, growth, surplus, freed) in rows {
         let pool = pool_of(state, 30);
         let now = at(OLD).mono;
-        assert_eq!(&sizing.growth(&pool, now, false, |_| false), *growth, "growth of row {row}");
+        assert_eq!(&sizing.growth(&pool, now, &Outlook::default(), |_| false), *growth, "growth of row {row}");
         let given: usize = sizing.surplus(&pool, now).iter().map(|(_, nets)| nets.len()).sum();
         assert_eq!(given, *surplus, "surplus of row {row}");
         let spare = sizing.spare_eni(&pool, now).map(|id| id.0);
@@ -70,10 +67,19 @@ fn worked_decisions_of_secondary_address_mode() {
 #[test]
 fn a_target_without_an_eni_to_grow_on() {
     let pool = pool_of(&[], 30);
-    assert_eq!(sizing(4, 14, 1, 3, 0).growth(&pool, at(OLD).mono, false, |_| false), new_eni(3), "row 10");
+    assert_eq!(
+        sizing(4, 14, 1, 3, 0).growth(&pool, at(OLD).mono, &Outlook::default(), |_| false),
+        new_eni(3),
+        "row 10"
+    );
     let card_one = Sizing { card: 1, ..sizing(4, 14, 9, 9, 9) };
-    assert_eq!(card_one.growth(&pool, at(OLD).mono, false, |_| false), new_eni(1), "row 31");
-    let three = pool_of(&[(0, 3)], 30);
+    assert_eq!(card_one.growth(&pool, at(OLD).mono, &Outlook::default(), |_| false), new_eni(1), "row 31");
+    let mut three = Pool::new(false, Duration::from_secs(30));
+    let on_card_one = eni_on((1, 0), at(0));
+    three.add_eni("eni-0".into(), on_card_one).unwrap();
+    for n in 0..3 {
+        three.add_cidr(&"eni-0".into(), format!("10.0.0.{n}/32").parse().unwrap()).unwrap();
+    }
     let given: usize = card_one.surplus(&three, at(OLD).mono).iter().map(|(_, nets)| nets.len()).sum();
     assert_eq!(given, 2, "row 32");
 }
@@ -82,7 +88,7 @@ fn a_target_without_an_eni_to_grow_on() {
 fn warm_ip_deviation() {
     for (free, want) in [(0, (5, 0)), (2, (3, 0)), (5, (0, 0))] {
         let pool = pool_of(&[(0, free)], 30);
-        let stats = pool.stats(at(OLD).mono);
+        let stats = pool.stats(at(OLD).mono, 0);
         assert_eq!(sizing(4, 14, 1, 5, 0).deviation(&stats, false), Some(want), "row 11 with {free} free");
     }
 }
@@ -92,10 +98,10 @@ fn an_excluded_primary_does_not_count() {
     let mut pool = pool_of(&[(0, 10), (0, 10)], 30);
     pool.set_excluded(&"eni-0".into(), true);
     let sizing = sizing(4, 10, 2, 0, 0);
-    assert_eq!(sizing.growth(&pool, at(OLD).mono, false, |_| false), new_eni(10), "row 18, V 10 of 20");
+    assert_eq!(sizing.growth(&pool, at(OLD).mono, &Outlook::default(), |_| false), new_eni(10), "row 18, V 10 of 20");
     let mut more = pool_of(&[(0, 10), (0, 10), (0, 10)], 30);
     more.set_excluded(&"eni-0".into(), true);
-    assert_eq!(sizing.growth(&more, at(OLD).mono, false, |_| false), None, "row 18, V 20");
+    assert_eq!(sizing.growth(&more, at(OLD).mono, &Outlook::default(), |_| false), None, "row 18, V 20");
 }
 
 #[test]
@@ -137,8 +143,8 @@ fn young_or_cooling_enis_stay() {
     let sizing = sizing(3, 3, 1, 0, 0);
     let mut pool = pool_of(&[(3, 3), (0, 3), (0, 3)], 30);
     assert_eq!(sizing.spare_eni(&pool, at(59).mono), None);
-    pool.assign(at(OLD), owner("a")).unwrap(); // lands on eni-1, the first with room
-    pool.release(at(OLD), &owner("a").key).unwrap();
+    pool.assign(at(OLD), 0, owner("a")).unwrap(); // lands on eni-1, the first with room
+    pool.release(at(OLD), &owner("a").key, 0).unwrap();
     assert_eq!(sizing.spare_eni(&pool, at(OLD + 1).mono), Some("eni-2".into()));
     pool.remove_eni(&"eni-2".into()).unwrap();
     assert!(!sizing.dispensable(&pool, &"eni-1".into(), at(OLD + 1).mono));
@@ -148,20 +154,25 @@ fn young_or_cooling_enis_stay() {
 fn exhausted_enis_are_skipped() {
     let pool = pool_of(&[(0, 0), (0, 0)], 30);
     let sizing = sizing(3, 14, 1, 0, 0);
-    assert_eq!(sizing.growth(&pool, at(OLD).mono, false, |id| id.as_str() == "eni-0"), assign(1, 14));
-    assert_eq!(sizing.growth(&pool, at(OLD).mono, false, |_| true), new_eni(14), "row 42");
+    assert_eq!(sizing.growth(&pool, at(OLD).mono, &Outlook::default(), |id| id.as_str() == "eni-0"), assign(1, 14));
+    assert_eq!(sizing.growth(&pool, at(OLD).mono, &Outlook::default(), |_| true), new_eni(14), "row 42");
 }
 
 #[test]
 fn a_waiting_pod_does_not_wait_for_cooldowns() {
     let mut pool = pool_of(&[(0, 2)], 30);
     for id in ["a", "b"] {
-        pool.assign(at(OLD), owner(id)).unwrap();
-        pool.release(at(OLD), &owner(id).key).unwrap();
+        pool.assign(at(OLD), 0, owner(id)).unwrap();
+        pool.release(at(OLD), &owner(id).key, 0).unwrap();
     }
     let sizing = sizing(3, 14, 0, 0, 0);
-    assert_eq!(sizing.growth(&pool, at(OLD + 1).mono, false, |_| false), None, "V counts cooling addresses");
-    assert_eq!(sizing.growth(&pool, at(OLD + 1).mono, true, |_| false), assign(0, 12), "B59");
+    let starved = Outlook { starved: true, ..Outlook::default() };
+    assert_eq!(
+        sizing.growth(&pool, at(OLD + 1).mono, &Outlook::default(), |_| false),
+        None,
+        "V counts cooling addresses"
+    );
+    assert_eq!(sizing.growth(&pool, at(OLD + 1).mono, &starved, |_| false), assign(0, 12), "B59");
 }
 
 // Prefix arithmetic: (row, W, M, WP, T, A, P, F) -> (too low, prefixes wanted, prefixes to free).
@@ -187,13 +198,13 @@ fn worked_decisions_of_prefix_mode() {
         let targets = Targets { warm_eni: 1, warm_ip: *warm_ip, minimum_ip: *minimum_ip, warm_prefix: *warm_prefix };
         let sizing = Sizing { targets, ..sizing(3, 3, 1, 0, 0) };
         let stats = Stats { total: *total, assigned: *assigned, cooling: 0, prefixes: *prefixes, free_prefixes: *free };
-        assert_eq!(sizing.too_low(&stats, true, false), *low, "row {row}");
+        assert_eq!(sizing.too_low(&stats, true), *low, "row {row}");
         let surplus = sizing.deviation(&stats, true).map_or(free.saturating_sub(*warm_prefix), |(_, over)| over);
         assert_eq!(surplus, *over, "row {row}");
     }
     let four_pods = Sizing { max_pods: 4, ..sizing(3, 3, 1, 0, 0) };
     let stats = Stats { total: 16, assigned: 3, cooling: 0, prefixes: 1, free_prefixes: 0 };
-    assert!(!four_pods.too_low(&stats, true, false), "row 23");
+    assert!(!four_pods.too_low(&stats, true), "row 23");
 }
 
 /// Runs the decisions to the end, with an EC2 that gives everything at once; returns the CIDRs per ENI.
@@ -213,8 +224,8 @@ fn settle(sizing: &Sizing, prefix_mode: bool, pods: usize) -> Vec<usize> {
     };
     for step in 0..500u64 {
         let now = at(OLD + step * 100);
-        waiting.retain(|id| pool.assign(now, owner(id)).is_err());
-        if let Some(growth) = sizing.growth(&pool, now.mono, false, |_| false) {
+        waiting.retain(|id| pool.assign(now, 0, owner(id)).is_err());
+        if let Some(growth) = sizing.growth(&pool, now.mono, &Outlook::default(), |_| false) {
             match growth {
                 Growth::Assign { eni, count } => grow(&mut pool, &eni, count),
                 Growth::NewEni { count } => {

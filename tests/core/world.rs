@@ -114,6 +114,7 @@ impl World {
             pod_eni: false,
             trunk_capable: false,
             annotate_pod_ip: false,
+            multi_nic: false,
             clean_leaked: true,
             subnet_discovery: true,
             manage_untagged: true,
@@ -382,7 +383,7 @@ impl World {
     pub fn check_at_rest(&self) {
         let core = self.core.as_ref().unwrap();
         let given: BTreeMap<PodKey, IpAddr> =
-            core.pool().allocations().map(|(ip, owner, _)| (owner.key.clone(), ip)).collect();
+            core.pool().allocations().map(|held| (held.owner.key.clone(), held.address)).collect();
         let living: BTreeMap<PodKey, IpAddr> = self.pods.iter().map(|(pod, ip)| (key(pod), *ip)).collect();
         assert_eq!(given, living, "the pool and the living pods: {:#?}", self.log);
         let mut held: BTreeSet<(EniId, IpAddr)> = BTreeSet::new();

@@ -2,7 +2,7 @@
 //! what EC2 told before stands in the checkpoint, and is checked as soon as EC2 answers (`spec/ipamd.md` 2, 5.3).
 
 use super::freeing::Free;
-use super::{Core, Effect, LINK_CHECK, Level, Op, PATIENCE, PLUGIN_MAX, Phase, Seen, Timer};
+use super::{Core, Effect, LINK_CHECK, Level, Op, PATIENCE, PLUGIN_MAX, Phase, Seen, TRUST, Timer};
 use crate::model::checkpoint::{Allocation, Checkpoint, Own};
 use crate::model::ids::{EniId, PodKey, PodName};
 use crate::model::imds::{self, Query};
@@ -22,24 +22,31 @@ fn nameless(address: IpAddr) -> PodKey {
 }
 
 impl Core {
-    pub(super) fn started(&mut self, checkpoint: Option<&str>, seen: &Seen, spool: Vec<Record>) {
+    pub(super) fn started(&mut self, checkpoints: &BTreeMap<u32, String>, seen: &Seen, spool: Vec<Record>) {
         self.phase = Phase::Booting;
-        match checkpoint.map(Checkpoint::parse) {
-            None => self.log(Level::Info, "no checkpoint: a fresh node".into()),
-            Some(Ok(checkpoint)) => {
-                self.restarted = true;
-                self.restore(&checkpoint.allocations, seen);
-                self.restore_own(checkpoint.enibox.unwrap_or_default());
+        if checkpoints.is_empty() {
+            self.log(Level::Info, "no checkpoint: a fresh node".into());
+        }
+        let mut unreadable = false;
+        for (card, text) in checkpoints {
+            self.restarted = true;
+            match Checkpoint::parse(text) {
+                Ok(checkpoint) => {
+                    self.restore(*card, &checkpoint.allocations, seen);
+                    self.restore_own(checkpoint.enibox.unwrap_or_default());
+                }
+                Err(error) => {
+                    let text = format!(
+                        "read checkpoint of card {card}: {error}; keeping the addresses that the rules lead to"
+                    );
+                    self.log(Level::Error, text);
+                    self.out.push(Effect::SetAside(*card, error));
+                    unreadable = true;
+                }
             }
-            Some(Err(error)) => {
-                self.restarted = true;
-                self.log(
-                    Level::Error,
-                    format!("read checkpoint: {error}; keeping the addresses that the rules lead to"),
-                );
-                self.out.push(Effect::SetAside(0, error));
-                self.reserve(seen);
-            }
+        }
+        if unreadable {
+            self.reserve(seen); // after all that is known by name
         }
         self.drain_spool(spool);
         self.changed();
@@ -58,10 +65,11 @@ impl Core {
         self.asked_ec2 = true;
         self.describe();
         self.set_timer(Timer::Patience, PATIENCE);
+        self.set_timer(Timer::Trust, TRUST);
     }
 
     // Living pods keep their addresses, first without a place: their CIDRs are not known yet.
-    fn restore(&mut self, allocations: &[Allocation], seen: &Seen) {
+    fn restore(&mut self, card: u32, allocations: &[Allocation], seen: &Seen) {
         for entry in allocations {
             let Some(address) = entry.address() else {
                 self.log(
@@ -85,7 +93,7 @@ impl Core {
                 self.log(Level::Info, format!("release {address} of {}: its pod is gone", owner.pod));
                 self.gone.insert(address);
                 self.cooling.insert(address, self.now.mono);
-            } else if let Err(other) = self.pool.restore(address, owner.clone()) {
+            } else if let Err(other) = self.pool.restore(card, address, owner.clone()) {
                 // The one that came first stays; the other pod keeps its packets until it is deleted.
                 let text = format!("checkpoint: {address} is given to {other} and to {}", owner.key);
                 self.log(Level::Error, text);
@@ -96,6 +104,9 @@ impl Core {
     }
 
     fn restore_own(&mut self, own: Own) {
+        for (id, facts) in &own.enis {
+            self.trusted.insert(id.clone(), facts.cidrs.iter().copied().gather());
+        }
         for (address, freed) in own.cooling {
             let age = self.now.wall.since(Wall::from_unix_nanos(freed));
             self.cooling.entry(address).or_insert(self.now.mono.minus(age));
@@ -107,9 +118,9 @@ impl Core {
         if own.leak_suspected {
             self.suspect_leak();
         }
-        self.facts = own.enis;
-        self.resume = own.creating.into();
-        self.freeing = own.freeing.into_iter().map(|(id, free)| (id, Free::resumed(free.attachment))).gather();
+        self.facts.extend(own.enis);
+        self.resume.extend(own.creating);
+        self.freeing.extend(own.freeing.into_iter().map(|(id, free)| (id, Free::resumed(free.attachment))));
     }
 
     // The checkpoint is unreadable: whatever address a rule leads to belongs to a living pod that we cannot name (B19).
@@ -117,7 +128,7 @@ impl Core {
         for address in &seen.routed {
             let key = nameless(*address);
             let owner = Owner { key: key.clone(), pod: PodName::default(), interfaces: 1, since: self.now.wall };
-            if self.pool.restore(*address, owner).is_ok() {
+            if self.pool.restore(0, *address, owner).is_ok() {
                 self.reserved.insert(*address, key);
             }
         }
@@ -156,8 +167,7 @@ impl Core {
         if !self.scanned {
             return;
         }
-        let creating = self.growth.as_ref().and_then(|growth| growth.creating()).and_then(|c| c.eni.clone());
-        let resuming = |id: &EniId| self.resume.iter().any(|c| c.eni.as_ref().is_some_and(|(eni, _)| eni == id));
+        let coming = self.coming();
         let new: Vec<imds::Eni> = self
             .attached
             .values()
@@ -165,8 +175,7 @@ impl Core {
                 self.managed(&eni.id)
                     && !self.wanted.contains_key(&eni.id)
                     && !self.freeing.contains_key(&eni.id)
-                    && creating.as_ref().is_none_or(|(id, _)| *id != eni.id)
-                    && !resuming(&eni.id)
+                    && !coming.contains(&eni.id)
                     && eni.own_address(self.config.v6).is_some()
             })
             .cloned()
@@ -174,6 +183,12 @@ impl Core {
         for eni in new {
             self.want(eni);
         }
+    }
+
+    /// ENIs that are being created.
+    pub(super) fn coming(&self) -> BTreeSet<EniId> {
+        let growing = self.growths.values().filter_map(|growth| growth.creating());
+        growing.chain(&self.resume).filter_map(|creating| creating.eni.as_ref()).map(|(id, _)| id.clone()).gather()
     }
 
     /// From now on the host's network includes this ENI.
@@ -234,8 +249,8 @@ impl Core {
         }
         // What a plugin may still be working on is its own.
         let settled = |owner: &Owner| self.now.wall.since(owner.since) > PLUGIN_MAX;
-        let pods = self.pool.allocations().filter(|(_, owner, _)| settled(owner));
-        intent.pods = pods.filter_map(|(ip, _, table)| table.map(|table| (ip, table))).collect();
+        let pods = self.pool.allocations().filter(|held| settled(held.owner));
+        intent.pods = pods.filter_map(|held| held.table.map(|table| (held.address, table))).collect();
         let swept = self.sweepable();
         let gone: BTreeSet<IpAddr> = self.gone.iter().copied().chain(swept).gather();
         intent.gone = gone.iter().copied().collect();
@@ -310,8 +325,16 @@ impl Core {
         let table = naming::table_of(eni.card, eni.device);
         let (Some(own), Ok(table)) = (self.own_net(&eni), table) else { return };
         let primary = *id == self.config.identity.primary_eni;
-        let entry =
-            Eni::new(eni.mac, eni.device, primary, self.kind(id), table, eni.subnet.clone(), own, self.now.mono);
+        let entry = Eni::new(
+            eni.mac,
+            (eni.card, eni.device),
+            primary,
+            self.kind(id),
+            table,
+            eni.subnet.clone(),
+            own,
+            self.now.mono,
+        );
         if self.pool.add_eni(id.clone(), entry).is_err() {
             return;
         }
@@ -320,13 +343,31 @@ impl Core {
         let told: BTreeSet<IpNet> =
             if self.config.v6 { prefixes.into_iter().gather() } else { singles.chain(prefixes).gather() };
         let cidrs = self.listed.get(id).filter(|_| !self.config.v6).cloned().unwrap_or(told);
+        // What only IMDS lists may be gone: nobody new gets it before EC2 has said so.
+        let confirmed = self.listed.contains_key(id) || self.config.imds_only;
         for net in cidrs {
             if !self.resting(&net) {
                 self.add_cidr(id, net);
+                self.pool.bar(id, &net, !confirmed);
             }
         }
+        if !confirmed && self.described.is_some() {
+            self.describe();
+        }
         self.acted();
-        self.growth_enrolled();
+        self.finish_complete();
+    }
+
+    /// EC2 has not answered: what it listed before the restart and IMDS lists now serves new pods all the same.
+    pub(super) fn trust(&mut self) {
+        if self.described.is_some() {
+            return;
+        }
+        for (id, nets) in std::mem::take(&mut self.trusted) {
+            for net in nets {
+                self.pool.bar(&id, &net, false);
+            }
+        }
     }
 
     /// Puts a CIDR into the pool, with the cooldowns that its addresses still have.
@@ -349,10 +390,10 @@ impl Core {
     /// Requests are served once the host stands and either pods run already or there is an address for the first.
     pub(super) fn become_ready(&mut self) {
         let primary = self.pool.eni(&self.config.identity.primary_eni).is_some();
-        let usable = self.restarted || self.pool.stats(self.now.mono).total > 0 || self.hopeless();
+        let usable = self.restarted || self.pool.stats(self.now.mono, 0).total > 0 || self.hopeless();
         if self.phase == Phase::Booting && primary && usable {
             self.phase = Phase::Ready;
-            let stats = self.pool.stats(self.now.mono);
+            let stats = self.pool.stats(self.now.mono, 0);
             let text = format!(
                 "ready: {} ENIs, {} addresses, {} in use, {} of unseen CIDRs",
                 self.pool.enis().count(),
@@ -368,6 +409,6 @@ impl Core {
 
     // Nothing will make the pool larger soon: better serve DELs and refuse ADDs with a reason than not to answer.
     fn hopeless(&self) -> bool {
-        self.described.is_some() && self.growth.is_none() && (self.grown_once || !self.config.provisioning)
+        self.described.is_some() && !self.growing_now() && (self.grown_once || !self.config.provisioning)
     }
 }

@@ -56,19 +56,21 @@ impl Free {
 impl Core {
     /// Gives back what is too much: single CIDRs at most every 30 s, then a whole ENI.
     pub(super) fn shrink(&mut self) {
-        let idle = self.phase == Phase::Ready && self.growth.is_none() && self.freeing.is_empty();
+        let idle = self.phase == Phase::Ready && !self.growing_now() && self.freeing.is_empty();
         let settled = self.absent.values().all(|absent| absent.confirmed);
         let allowed = self.config.provisioning && !self.config.v6 && self.described.is_some() && settled;
         if !idle || !allowed || !self.waiting.is_empty() || self.ops.values().any(|op| matches!(op, Op::Unassign(..))) {
             return;
         }
         let rested = self.last_shrink.is_none_or(|last| self.now.mono.since(last) > SHRINK_EVERY);
-        if rested {
-            for (eni, nets) in self.sizing().surplus(&self.pool, self.now.mono) {
+        let cards: Vec<u32> = self.config.cards.keys().copied().collect();
+        for card in cards.iter().filter(|_| rested) {
+            for (eni, nets) in self.sizing(*card).surplus(&self.pool, self.now.mono) {
                 self.unassign(&eni, &nets);
             }
         }
-        if let Some(eni) = self.sizing().spare_eni(&self.pool, self.now.mono) {
+        let spare = cards.iter().find_map(|card| self.sizing(*card).spare_eni(&self.pool, self.now.mono));
+        if let Some(eni) = spare {
             self.free_eni(&eni);
         } else if self.pool.enis().count() > 1
             || self.config.tunables.targets.warm_ip + self.config.tunables.targets.minimum_ip > 0
@@ -154,8 +156,7 @@ impl Core {
         }
         for interface in found {
             let id = &interface.id;
-            let creating = self.growth.iter().filter_map(|growth| growth.creating()).chain(&self.resume);
-            let expected = creating.filter_map(|creating| creating.eni.as_ref()).any(|(eni, _)| eni == id);
+            let expected = self.coming().contains(id);
             let ours = interface.attachment.is_none() && interface.description.starts_with("aws-K8S-");
             if ours && !expected && !self.freeing.contains_key(id) && self.pool.eni(id).is_none() {
                 self.log(Level::Warn, format!("eni {id}: made by us and forgotten; deleting it"));

@@ -1,11 +1,12 @@
-//! A larger pool: more addresses on an ENI, or a new ENI (`spec/ipamd.md` 6.6, 6.7; `spec/aws.md` 8).
+//! A larger pool: more addresses on ENIs, and new ENIs (`spec/ipamd.md` 6.6, 6.7; `spec/aws.md` 8).
 //!
-//! One growth at a time. A new ENI is three calls: create, attach, delete-on-termination; its intent (client token, tags)
-//! is durable before the first, so that after a crash the same call with the same token gives the same ENI. Then IMDS must
-//! show it and the host must be set up before a pod may have an address of it.
+//! The whole deficit is dealt with at once: several growths run side by side, each knowing what the others will bring. An
+//! ENI is assigned to by one growth at a time. A new ENI is three calls: create, attach, delete-on-termination; its intent
+//! (client token, tags) is durable before the first, so that after a crash the same call with the same token gives the
+//! same ENI. Then IMDS must show it and the host must be set up before a pod may have an address of it.
 
 use super::freeing::Free;
-use super::{Core, Level, Op, Phase, Tally, Timer, cidrs_of};
+use super::{Core, GrowthId, Level, Op, Phase, Tally, Timer, cidrs_of};
 use crate::model::checkpoint::Creating;
 use crate::model::ec2::{Call, Count, Create, Failure, Interface, Reply, Subnet};
 use crate::model::ids::{AttachmentId, EniId, SubnetId};
@@ -14,11 +15,13 @@ use crate::model::net::Mac;
 use crate::model::order::{self, Gather as _};
 use crate::model::time::Mono;
 use crate::plan::backoff::Backoff;
-use crate::plan::sizing;
+use crate::plan::sizing::{self, Outlook};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+/// Growths at one time; what they will bring counts for the next.
+const GROWTHS_MAX: usize = 8;
 /// Pauses after a growth that failed for another reason than an exhausted subnet.
 const AFTER_FAILURE: Backoff =
     Backoff { first: Duration::from_secs(5), cap: Duration::from_mins(2), jitter_percent: 20 };
@@ -37,11 +40,14 @@ const MODIFY_TRIES: u32 = 5;
 /// Device indexes of a card (`spec/aws.md` 7.3).
 const DEVICES: u32 = 100;
 
-/// The growth in progress.
+/// A growth in progress.
 #[derive(Debug)]
 pub(super) struct Growth {
+    card: u32,
     stage: Stage,
     creating: Option<Creating>,
+    // The device index that was asked for, from the attach on.
+    device: Option<u32>,
 }
 
 #[derive(Debug)]
@@ -50,18 +56,16 @@ enum Stage {
     Assign { eni: EniId, count: u32, single: bool },
     /// The outcome of an assign is doubtful: what does the ENI have?
     Inspect(EniId),
-    /// DescribeSubnets is out.
-    Subnets { count: u32 },
     /// The intent is being written down, at this generation.
     Journal(u64),
     /// CreateNetworkInterface is out; `again`: an earlier attempt may have made the ENI already.
     Create { again: bool },
     /// AttachNetworkInterface is out; indexes that turned out to be taken.
-    Attach { taken: BTreeSet<u32>, device: u32 },
+    Attach { taken: BTreeSet<u32> },
     /// The attach failed or its outcome is not known: is the ENI attached?
     Attached { taken: BTreeSet<u32>, failure: Option<Failure> },
     /// Attached: waits for IMDS.
-    Settle { since: Mono, looks: u32, modify: Modify },
+    Settle { since: Mono, looks: u32, look_at: Mono, modify: Modify },
     /// IMDS shows it: waits for the host's network.
     SetUp { since: Mono, modify: Modify },
 }
@@ -80,6 +84,11 @@ impl Growth {
     pub(super) fn creating(&self) -> Option<&Creating> {
         self.creating.as_ref()
     }
+
+    // The new ENI, once EC2 has made it.
+    fn eni(&self) -> Option<(EniId, Mac)> {
+        self.creating.as_ref()?.eni.clone()
+    }
 }
 
 impl Core {
@@ -88,84 +97,167 @@ impl Core {
         let allowed = self.config.provisioning && !self.config.v6 && self.phase != Phase::Stopping;
         let informed = self.described.is_some() && self.groups.is_some() && self.scanned && self.vpc_cidrs.is_some();
         let primary = self.pool.eni(&self.config.identity.primary_eni).is_some();
-        if self.growth.is_some() || !allowed || !informed || !primary || self.timers.contains_key(&Timer::Growth) {
+        if !allowed || !informed || !primary || self.timers.contains_key(&Timer::Growth) {
             return;
         }
-        if let Some(creating) = self.resume.pop_front() {
-            return self.resume_creating(creating);
+        while self.growths.len() < GROWTHS_MAX {
+            let Some(creating) = self.resume.pop_front() else { break };
+            self.resume_creating(creating);
         }
         if self.adopting() {
             return; // what is attached already may be enough
         }
         self.exhausted.retain(|_, until| *until > self.now.mono);
-        let starved = !self.waiting.is_empty();
-        let skip = |id: &EniId| {
-            self.pool.eni(id).is_some_and(|eni| self.exhausted.contains_key(&eni.subnet))
-                || self.absent.contains_key(&(id.clone(), None))
-        };
-        match self.sizing().growth(&self.pool, self.now.mono, starved, skip) {
-            None => {}
-            Some(sizing::Growth::Assign { eni, count }) => {
-                let count = u32::try_from(count).unwrap_or(u32::MAX);
-                self.assign(eni, count, false);
-            }
-            Some(sizing::Growth::NewEni { count }) => {
-                let count = u32::try_from(count).unwrap_or(u32::MAX);
-                let fresh = self.subnets.as_ref().is_some_and(|(at, _)| self.now.mono.since(*at) < SUBNETS_AGE_MAX);
-                if self.config.subnet_discovery && !fresh {
-                    self.stage(Stage::Subnets { count }, None);
-                    let identity = &self.config.identity;
-                    let call = Call::DescribeSubnets { vpc: identity.vpc.clone(), zone: identity.zone.clone() };
-                    self.ask_ec2(Op::Growth, call);
-                } else {
-                    self.create(count);
+        for card in self.config.cards.keys().copied().collect::<Vec<_>>() {
+            while self.growths.len() < GROWTHS_MAX && !self.timers.contains_key(&Timer::Growth) {
+                if !self.grow_card(card) {
+                    break;
                 }
             }
         }
     }
 
-    // ENIs that are attached but not yet in the pool.
-    fn adopting(&self) -> bool {
-        self.wanted.keys().any(|id| self.pool.eni(id).is_none())
+    // Begins the next growth of a card, if one is due.
+    fn grow_card(&mut self, card: u32) -> bool {
+        let skip = |id: &EniId| {
+            let in_exhausted = self.pool.eni(id).is_some_and(|eni| self.exhausted.contains_key(&eni.subnet));
+            in_exhausted || self.absent.contains_key(&(id.clone(), None))
+        };
+        let outlook = self.outlook(card);
+        match self.sizing(card).growth(&self.pool, self.now.mono, &outlook, skip) {
+            None => false,
+            Some(sizing::Growth::Assign { eni, count }) => {
+                let count = u32::try_from(count).unwrap_or(u32::MAX);
+                let id = self.begin_growth(card, None);
+                self.assign(id, eni, count, false);
+                true
+            }
+            Some(sizing::Growth::NewEni { count }) => {
+                self.subnets_known() && self.create(card, u32::try_from(count).unwrap_or(u32::MAX))
+            }
+        }
     }
 
-    fn stage(&mut self, stage: Stage, creating: Option<Creating>) {
-        self.growth = Some(Growth { stage, creating });
+    /// What is wanted on a card and what is on its way.
+    fn outlook(&self, card: u32) -> Outlook {
+        let mut outlook = Outlook::default();
+        let waiting = self.waiting.iter().filter(|waiting| waiting.needs(card)).count();
+        outlook.starved = waiting > 0;
+        outlook.demand = waiting;
+        if card == 0 {
+            let held = self.pool.allocations().filter(|held| held.card == 0).count();
+            outlook.demand = waiting.max(self.bound.saturating_sub(held));
+        }
+        let size = |count: u32| usize::try_from(count).unwrap_or(usize::MAX);
+        for growth in self.growths.values().filter(|growth| growth.card == card) {
+            match (&growth.stage, &growth.creating) {
+                (Stage::Assign { eni, count, .. }, _) => drop(outlook.assigning.insert(eni.clone(), size(*count))),
+                (Stage::Inspect(eni), _) => drop(outlook.assigning.insert(eni.clone(), 0)),
+                (_, Some(creating)) => outlook.creating.push(size(creating.count.cidrs())),
+                (_, None) => {}
+            }
+        }
+        outlook
+    }
+
+    // ENIs that are attached but not yet in the pool, besides those that a growth is waiting for.
+    fn adopting(&self) -> bool {
+        let growing = |id: &EniId| self.growths.values().any(|g| g.eni().is_some_and(|(new, _)| new == *id));
+        self.wanted.keys().any(|id| self.pool.eni(id).is_none() && !growing(id))
+    }
+
+    fn begin_growth(&mut self, card: u32, creating: Option<Creating>) -> GrowthId {
+        let id = self.next_op;
+        self.next_op += 1;
+        // Every path sets the stage before anything can look at it.
+        let growth = Growth { card, stage: Stage::Create { again: false }, creating, device: None };
+        self.growths.insert(id, growth);
+        id
+    }
+
+    fn stage(&mut self, id: GrowthId, stage: Stage) {
+        if let Some(growth) = self.growths.get_mut(&id) {
+            growth.stage = stage;
+        }
+    }
+
+    fn new_eni(&self, id: GrowthId) -> Option<(EniId, Mac)> {
+        self.growths.get(&id)?.eni()
     }
 
     fn count(&self, count: u32) -> Count {
         if self.config.prefix_mode { Count::Prefixes(count) } else { Count::Addresses(count) }
     }
 
-    fn assign(&mut self, eni: EniId, count: u32, single: bool) {
+    fn assign(&mut self, id: GrowthId, eni: EniId, count: u32, single: bool) {
         self.log(Level::Info, format!("eni {eni}: assign {count} more"));
-        self.stage(Stage::Assign { eni: eni.clone(), count, single }, None);
+        self.stage(id, Stage::Assign { eni: eni.clone(), count, single });
         let call = Call::Assign { eni, count: self.count(count) };
-        self.ask_ec2(Op::Growth, call);
+        self.ask_ec2(Op::Growth(id), call);
     }
 
-    fn create(&mut self, count: u32) {
-        let Some(subnet) = self.choose_subnet() else {
-            let Some(until) = self.exhausted.values().min().copied() else {
-                return self.growth_failed("create an ENI: no subnet may be used for pods", None);
-            };
-            self.growth = None;
-            self.grown_once = true;
-            self.wake_for(Timer::Growth, until); // no use before that
-            return;
+    // Whether a subnet can be chosen now; asks for the subnets if not.
+    fn subnets_known(&mut self) -> bool {
+        let fresh = self.subnets.as_ref().is_some_and(|(at, _)| self.now.mono.since(*at) < SUBNETS_AGE_MAX);
+        if fresh || !self.config.subnet_discovery {
+            return true;
+        }
+        if !self.ops.values().any(|op| *op == Op::Subnets) {
+            let identity = &self.config.identity;
+            let call = Call::DescribeSubnets { vpc: identity.vpc.clone(), zone: identity.zone.clone() };
+            self.ask_ec2(Op::Subnets, call);
+        }
+        false
+    }
+
+    pub(super) fn subnets_done(&mut self, result: Result<Reply, Failure>) {
+        let subnets = match result {
+            Ok(Reply::Subnets(subnets)) => Some(subnets),
+            Ok(reply) => {
+                self.log(Level::Error, format!("EC2 answered {reply:?} to DescribeSubnets"));
+                None
+            }
+            Err(failure) => {
+                // Without leave to look for others, the primary ENI's subnet is the one to use (`spec/aws.md` 8.2).
+                self.log(Level::Warn, format!("look for subnets: {failure}; using the primary ENI's"));
+                None
+            }
         };
+        self.subnets = Some((self.now.mono, subnets));
+    }
+
+    // Begins the creation of an ENI; false if there is no subnet for it.
+    fn create(&mut self, card: u32, count: u32) -> bool {
+        let Some(subnet) = self.choose_subnet() else {
+            if let Some(until) = self.exhausted.values().min().copied() {
+                self.grown_once = true;
+                self.wake_for(Timer::Growth, until); // no use before that
+            } else {
+                self.growth_failed(None, "create an ENI: no subnet may be used for pods", None);
+            }
+            return false;
+        };
+        if let Some((_, Some(subnets))) = &mut self.subnets {
+            // So that ENIs which are created side by side see each other.
+            for known in subnets.iter_mut().filter(|known| known.id == subnet) {
+                known.free = known.free.saturating_sub(count.saturating_add(1));
+            }
+        }
         let creating = Creating {
             token: self.random.uuid(),
+            card,
             subnet,
             groups: self.groups.clone().unwrap_or_default(),
-            count,
+            count: self.count(count),
             tags: self.tags(true),
             eni: None,
         };
         let text = format!("create an ENI with {count} CIDRs in {}", creating.subnet);
         self.log(Level::Info, text);
         let generation = self.changed();
-        self.stage(Stage::Journal(generation), Some(creating));
+        let id = self.begin_growth(card, Some(creating));
+        self.stage(id, Stage::Journal(generation));
+        true
     }
 
     /// Tags of an ENI of ours; `new`: with the time of creation (`spec/aws.md` 7.4).
@@ -188,7 +280,7 @@ impl Core {
         let primary = &self.config.identity.subnet;
         let open = |id: &SubnetId| !self.exhausted.contains_key(id);
         match &self.subnets {
-            Some((_, subnets)) if self.config.subnet_discovery => {
+            Some((_, Some(subnets))) if self.config.subnet_discovery => {
                 let mut valid: Vec<&Subnet> = subnets
                     .iter()
                     .filter(|s| open(&s.id) && usable_subnet(s, primary, &self.config.cluster_name))
@@ -200,139 +292,140 @@ impl Core {
         }
     }
 
-    fn send_create(&mut self, creating: Creating, again: bool) {
+    fn send_create(&mut self, id: GrowthId, again: bool) {
+        let Some(creating) = self.growths.get(&id).and_then(|growth| growth.creating.clone()) else { return };
         let create = Create {
-            subnet: creating.subnet.clone(),
+            subnet: creating.subnet,
             description: format!("aws-K8S-{}", self.config.identity.instance),
-            groups: creating.groups.clone(),
-            count: self.count(creating.count),
+            groups: creating.groups,
+            count: creating.count,
             conntrack: self.conntrack,
-            tags: creating.tags.clone(),
-            client_token: creating.token.clone(),
+            tags: creating.tags,
+            client_token: creating.token,
         };
-        self.stage(Stage::Create { again }, Some(creating));
-        self.ask_ec2(Op::Growth, Call::Create(create));
+        self.stage(id, Stage::Create { again });
+        self.ask_ec2(Op::Growth(id), Call::Create(create));
     }
 
-    fn send_attach(&mut self, taken: BTreeSet<u32>) {
-        let Some((eni, _)) = self.new_eni() else { return };
-        let used: BTreeSet<u32> = self.attached.values().filter(|e| e.card == 0).map(|e| e.device).gather();
+    fn send_attach(&mut self, id: GrowthId, taken: BTreeSet<u32>) {
+        let (Some((eni, _)), Some(card)) = (self.new_eni(id), self.growths.get(&id).map(|growth| growth.card)) else {
+            return;
+        };
+        let attached = self.attached.values().filter(|eni| eni.card == card).map(|eni| eni.device);
+        let asked = self.growths.iter().filter(|(other, growth)| **other != id && growth.card == card);
+        let used: BTreeSet<u32> = attached.chain(asked.filter_map(|(_, growth)| growth.device)).gather();
         let Some(device) = (0..DEVICES).find(|device| !used.contains(device) && !taken.contains(device)) else {
-            return self.abandon("no device index is free", None);
+            return self.abandon(id, "no device index is free", None);
         };
-        let creating = self.growth.take().and_then(|growth| growth.creating);
-        self.stage(Stage::Attach { taken, device }, creating);
+        if let Some(growth) = self.growths.get_mut(&id) {
+            growth.stage = Stage::Attach { taken };
+            growth.device = Some(device);
+        }
         let instance = self.config.identity.instance.clone();
-        self.ask_ec2(Op::Growth, Call::Attach { eni, instance, device, card: 0 });
-    }
-
-    fn new_eni(&self) -> Option<(EniId, Mac)> {
-        self.growth.as_ref()?.creating.as_ref()?.eni.clone()
+        self.ask_ec2(Op::Growth(id), Call::Attach { eni, instance, device, card });
     }
 
     // A crash came between two calls: the same call again, or a look at how far it went.
     fn resume_creating(&mut self, creating: Creating) {
-        match creating.eni.clone() {
+        let eni = creating.eni.clone();
+        let id = self.begin_growth(creating.card, Some(creating));
+        match eni {
             None => {
                 self.log(Level::Info, "go on with an ENI that was being created".into());
-                self.send_create(creating, true);
+                self.send_create(id, true);
             }
             Some((eni, _)) => {
                 self.log(Level::Info, format!("eni {eni}: go on with its creation"));
-                self.stage(Stage::Attached { taken: BTreeSet::new(), failure: None }, Some(creating));
-                self.ask_ec2(Op::Growth, Call::DescribeOne(eni));
+                self.stage(id, Stage::Attached { taken: BTreeSet::new(), failure: None });
+                self.ask_ec2(Op::Growth(id), Call::DescribeOne(eni));
             }
         }
     }
 
-    // What the growth waits for besides answers: the disk, time, the host.
+    // Intents that are durable by now.
     fn go_on(&mut self) {
-        let durable = match &self.growth {
-            Some(Growth { stage: Stage::Journal(generation), .. }) => self.saver.durable(*generation),
+        let durable = |growth: &Growth| match growth.stage {
+            Stage::Journal(generation) => self.saver.durable(generation),
             _ => false,
         };
-        if durable && let Some(creating) = self.growth.take().and_then(|growth| growth.creating) {
-            self.send_create(creating, false);
+        let ready = self.growths.iter().filter(|(_, growth)| durable(growth)).map(|(id, _)| *id);
+        for id in ready.collect::<Vec<_>>() {
+            self.send_create(id, false);
         }
     }
 
-    /// The answer to the call of the current stage.
-    pub(super) fn growth_done(&mut self, result: Result<Reply, Failure>) {
-        let Some(Growth { stage, creating }) = self.growth.take() else { return };
+    /// The answer to the call of the current stage of a growth.
+    pub(super) fn growth_done(&mut self, id: GrowthId, result: Result<Reply, Failure>) {
+        let Some(growth) = self.growths.get_mut(&id) else { return };
+        let stage = std::mem::replace(&mut growth.stage, Stage::Create { again: false });
         match (stage, result) {
-            (Stage::Assign { eni, count, .. }, Ok(Reply::Assigned(nets))) => self.assigned(&eni, count, &nets),
-            (Stage::Assign { eni, count, single }, Err(failure)) => self.assign_failed(eni, count, single, &failure),
+            (Stage::Assign { eni, count, .. }, Ok(Reply::Assigned(nets))) => self.assigned(id, &eni, count, &nets),
+            (Stage::Assign { eni, count, single }, Err(failure)) => {
+                self.assign_failed(id, eni, count, single, &failure);
+            }
             (Stage::Inspect(eni), Ok(Reply::Interfaces(found))) => {
                 if let Some(interface) = found.iter().find(|interface| interface.id == eni) {
                     self.sync_cidrs(interface);
                 }
-                self.growth_succeeded();
+                self.growth_succeeded(id);
             }
-            (Stage::Subnets { count }, Ok(Reply::Subnets(subnets))) => {
-                self.subnets = Some((self.now.mono, subnets));
-                self.create(count);
-            }
-            (Stage::Subnets { count }, Err(failure)) => {
-                // Without leave to look for others, the primary ENI's subnet is the one to use (`spec/aws.md` 8.2).
-                self.log(Level::Warn, format!("look for subnets: {failure}; using the primary ENI's"));
-                self.subnets = None;
-                self.create(count);
-            }
-            (Stage::Create { .. }, Ok(Reply::Created(interface))) => self.created(creating, &interface),
-            (Stage::Create { again }, Err(failure)) => self.create_failed(creating, again, &failure),
-            (Stage::Attach { .. }, Ok(Reply::Attached(attachment))) => self.settle(creating, attachment),
-            (Stage::Attach { taken, device }, Err(failure)) => self.attach_failed(creating, taken, device, failure),
+            (Stage::Create { .. }, Ok(Reply::Created(interface))) => self.created(id, &interface),
+            (Stage::Create { again }, Err(failure)) => self.create_failed(id, again, &failure),
+            (Stage::Attach { .. }, Ok(Reply::Attached(attachment))) => self.settle(id, attachment),
+            (Stage::Attach { taken }, Err(failure)) => self.attach_failed(id, taken, failure),
             (Stage::Attached { taken, failure }, Ok(Reply::Interfaces(found))) => {
-                self.attach_inspected(creating, taken, failure, found);
+                self.attach_inspected(id, taken, failure, found);
             }
             (stage, Err(failure)) => {
-                self.stage_lost(creating);
-                self.growth_failed(&format!("{stage:?}"), Some(&failure));
+                self.set_aside(id);
+                self.growth_failed(Some(id), &format!("{stage:?}"), Some(&failure));
             }
             (stage, Ok(reply)) => {
-                self.stage_lost(creating);
-                self.growth_failed(&format!("EC2 answered {reply:?} in {stage:?}"), None);
+                self.set_aside(id);
+                self.growth_failed(Some(id), &format!("EC2 answered {reply:?} in {stage:?}"), None);
             }
         }
     }
 
-    // A look at how far a creation went failed: it is still in the books, and is tried again after the pause.
-    fn stage_lost(&mut self, creating: Option<Creating>) {
+    // How far a creation went is not known: it stays in the books, and is tried again after the pause.
+    fn set_aside(&mut self, id: GrowthId) {
+        let creating = self.growths.get_mut(&id).and_then(|growth| growth.creating.take());
         self.resume.extend(creating);
     }
 
-    fn assigned(&mut self, eni: &EniId, asked: u32, nets: &[IpNet]) {
+    fn assigned(&mut self, id: GrowthId, eni: &EniId, asked: u32, nets: &[IpNet]) {
         self.log(Level::Info, format!("eni {eni}: {} of {asked} assigned", nets.len()));
         for net in nets {
             self.unassigned.remove(net);
             self.add_cidr(eni, *net);
         }
         if nets.is_empty() {
-            return self.growth_failed(&format!("eni {eni}: EC2 assigned nothing"), None);
+            return self.growth_failed(Some(id), &format!("eni {eni}: EC2 assigned nothing"), None);
         }
-        self.growth_succeeded();
+        self.growth_succeeded(id);
     }
 
-    fn assign_failed(&mut self, eni: EniId, count: u32, single: bool, failure: &Failure) {
+    fn assign_failed(&mut self, id: GrowthId, eni: EniId, count: u32, single: bool, failure: &Failure) {
         let full = failure.code == "PrivateIpAddressLimitExceeded";
         if full || failure.maybe_applied {
             // The store is out of step with EC2: see what the ENI has instead of asking for more.
             self.log(Level::Warn, format!("eni {eni}: {failure}; looking at what it has"));
-            self.stage(Stage::Inspect(eni.clone()), None);
-            return self.ask_ec2(Op::Growth, Call::DescribeOne(eni));
+            self.stage(id, Stage::Inspect(eni.clone()));
+            return self.ask_ec2(Op::Growth(id), Call::DescribeOne(eni));
         }
         if failure.subnet_exhausted() {
             if count > 1 && !single {
-                return self.assign(eni, 1, true);
+                return self.assign(id, eni, 1, true);
             }
             if let Some(subnet) = self.pool.eni(&eni).map(|eni| eni.subnet.clone()) {
                 self.exhaust(subnet, failure);
             }
+            self.growths.remove(&id);
             self.grown_once = true;
             return;
         }
         self.tally(Tally::Error("increaseIPPoolAllocIPAddressesFailed"));
-        self.growth_failed(&format!("eni {eni}: assign"), Some(failure));
+        self.growth_failed(Some(id), &format!("eni {eni}: assign"), Some(failure));
     }
 
     fn exhaust(&mut self, subnet: SubnetId, failure: &Failure) {
@@ -343,24 +436,27 @@ impl Core {
         self.wake_for(Timer::Shrink, until);
     }
 
-    fn created(&mut self, creating: Option<Creating>, interface: &Interface) {
-        let (Some(mut creating), Some(mac)) = (creating, interface.mac) else {
-            return self.growth_failed("CreateNetworkInterface answered without a MAC", None);
+    fn created(&mut self, id: GrowthId, interface: &Interface) {
+        let Some(mac) = interface.mac else {
+            self.set_aside(id);
+            return self.growth_failed(Some(id), "CreateNetworkInterface answered without a MAC", None);
         };
         self.log(Level::Info, format!("eni {}: created in {}", interface.id, interface.subnet));
-        creating.eni = Some((interface.id.clone(), mac));
+        if let Some(creating) = self.growths.get_mut(&id).and_then(|growth| growth.creating.as_mut()) {
+            creating.eni = Some((interface.id.clone(), mac));
+        }
         self.listed.insert(interface.id.clone(), cidrs_of(interface));
         self.changed();
-        self.stage(Stage::Create { again: false }, Some(creating));
-        self.send_attach(BTreeSet::new());
+        self.send_attach(id, BTreeSet::new());
     }
 
-    fn create_failed(&mut self, creating: Option<Creating>, again: bool, failure: &Failure) {
+    fn create_failed(&mut self, id: GrowthId, again: bool, failure: &Failure) {
         let elsewhere = matches!(failure.code.as_str(), "InvalidSubnetID.NotFound" | "InvalidParameterValue");
-        let subnet = creating.as_ref().map(|creating| creating.subnet.clone());
+        let growth = self.growths.get(&id);
+        let subnet = growth.and_then(|growth| growth.creating.as_ref()).map(|creating| creating.subnet.clone());
         if failure.maybe_applied || failure.code.is_empty() || failure.throttled() || failure.internal() {
             // It may exist: only the same call with the same token finds out without making a second one.
-            self.stage_lost(creating);
+            self.set_aside(id);
         } else {
             if again {
                 self.suspect_leak();
@@ -370,69 +466,67 @@ impl Core {
         match subnet.filter(|_| failure.subnet_exhausted() || elsewhere) {
             Some(subnet) => {
                 self.exhaust(subnet, failure);
+                self.growths.remove(&id);
                 self.grown_once = true;
             }
-            None => self.growth_failed("create an ENI", Some(failure)),
+            None => self.growth_failed(Some(id), "create an ENI", Some(failure)),
         }
         self.tally(Tally::Error("increaseIPPoolAllocENI"));
     }
 
-    fn attach_failed(&mut self, creating: Option<Creating>, mut taken: BTreeSet<u32>, device: u32, failure: Failure) {
+    fn attach_failed(&mut self, id: GrowthId, mut taken: BTreeSet<u32>, failure: Failure) {
+        let device = self.growths.get(&id).and_then(|growth| growth.device);
         if failure.code == "InvalidParameterValue" && failure.message.contains("device index") {
-            taken.insert(device);
-            self.stage(Stage::Create { again: false }, creating);
-            return self.send_attach(taken);
+            taken.extend(device);
+            return self.send_attach(id, taken);
         }
-        let eni = creating.as_ref().and_then(|creating| creating.eni.as_ref()).map(|(id, _)| id.clone());
-        self.stage(Stage::Attached { taken, failure: Some(failure) }, creating);
-        if let Some(eni) = eni {
-            self.ask_ec2(Op::Growth, Call::DescribeOne(eni));
+        let eni = self.new_eni(id);
+        self.stage(id, Stage::Attached { taken, failure: Some(failure) });
+        if let Some((eni, _)) = eni {
+            self.ask_ec2(Op::Growth(id), Call::DescribeOne(eni));
         }
     }
 
     fn attach_inspected(
         &mut self,
-        creating: Option<Creating>,
+        id: GrowthId,
         taken: BTreeSet<u32>,
         failure: Option<Failure>,
         found: Vec<Interface>,
     ) {
-        let id = creating.as_ref().and_then(|c| c.eni.as_ref()).map(|(id, _)| id.clone());
-        let interface = found.into_iter().find(|interface| Some(&interface.id) == id.as_ref());
+        let eni = self.new_eni(id).map(|(eni, _)| eni);
+        let interface = found.into_iter().find(|interface| Some(&interface.id) == eni.as_ref());
+        if let Some(interface) = &interface {
+            self.listed.insert(interface.id.clone(), cidrs_of(interface));
+        }
         match (interface.map(|interface| interface.attachment), failure) {
             (Some(Some(attachment)), _) if attachment.instance == self.config.identity.instance => {
-                self.settle(creating, attachment.id);
+                self.settle(id, attachment.id);
             }
-            (Some(None), None) => {
-                self.stage(Stage::Create { again: false }, creating);
-                self.send_attach(taken);
-            }
+            (Some(None), None) => self.send_attach(id, taken),
             // EC2 is busy, which is no reason to give the ENI back: after the pause it is looked at and attached.
             (Some(None), Some(failure)) if failure.throttled() || failure.status >= 500 => {
-                self.stage_lost(creating);
-                self.growth_failed("attach the new ENI", Some(&failure));
+                self.set_aside(id);
+                self.growth_failed(Some(id), "attach the new ENI", Some(&failure));
             }
             // Not listed may only mean not yet: what becomes of it is found out by deleting it.
-            (_, failure) => {
-                self.stage(Stage::Create { again: false }, creating);
-                self.abandon("it cannot be attached", failure.as_ref());
-            }
+            (_, failure) => self.abandon(id, "it cannot be attached", failure.as_ref()),
         }
     }
 
     // Gives the new ENI back; the intent becomes that of freeing it.
-    fn abandon(&mut self, why: &str, failure: Option<&Failure>) {
-        if let Some((eni, _)) = self.new_eni() {
+    fn abandon(&mut self, id: GrowthId, why: &str, failure: Option<&Failure>) {
+        if let Some((eni, _)) = self.new_eni(id) {
             self.freeing.insert(eni, Free::resumed(None));
         }
-        self.growth = None;
+        self.growths.remove(&id);
         self.changed();
         self.tally(Tally::Error("increaseIPPoolAllocENI"));
-        self.growth_failed(&format!("attach the new ENI: {why}"), failure);
+        self.growth_failed(None, &format!("attach the new ENI: {why}"), failure);
     }
 
-    fn settle(&mut self, creating: Option<Creating>, attachment: AttachmentId) {
-        let Some((eni, _)) = creating.as_ref().and_then(|creating| creating.eni.clone()) else { return };
+    fn settle(&mut self, id: GrowthId, attachment: AttachmentId) {
+        let Some((eni, _)) = self.new_eni(id) else { return };
         self.log(Level::Info, format!("eni {eni}: attached ({attachment})"));
         let facts = self.facts.entry(eni.clone()).or_default();
         facts.managed = true;
@@ -440,49 +534,50 @@ impl Core {
         facts.attachment = attachment.clone();
         self.changed();
         let call = Call::DeleteOnTermination { eni, attachment: attachment.clone() };
-        self.ask_ec2(Op::Modify, call);
+        self.ask_ec2(Op::Modify(id), call);
         let modify = Modify { attachment, tries: 1, done: false, again_at: None };
-        let stage = Stage::Settle { since: self.now.mono, looks: 0, modify };
-        self.stage(stage, creating);
-        self.look();
+        let now = self.now.mono;
+        self.stage(id, Stage::Settle { since: now, looks: 0, look_at: now, modify });
+        self.look(id);
     }
 
-    fn look(&mut self) {
-        if let Some((_, mac)) = self.new_eni() {
-            self.ask_imds(Op::Look, Query::Eni(mac));
+    fn look(&mut self, id: GrowthId) {
+        if let Some((_, mac)) = self.new_eni(id) {
+            self.ask_imds(Op::Look(id), Query::Eni(mac));
         }
     }
 
     /// IMDS told about the new ENI, or not yet.
-    pub(super) fn look_done(&mut self, seen: Option<imds::Eni>) {
-        let Some((eni, _)) = self.new_eni() else { return };
-        let wanted = self.growth.as_ref().and_then(|g| g.creating.as_ref()).map_or(0, |creating| creating.count);
-        let Some(Growth { stage: Stage::Settle { since, looks, modify, .. }, .. }) = &mut self.growth else { return };
+    pub(super) fn look_done(&mut self, id: GrowthId, seen: Option<imds::Eni>) {
+        let Some(growth) = self.growths.get_mut(&id) else { return };
+        let (Some((eni, _)), Some(wanted)) = (growth.eni(), growth.creating.as_ref().map(|c| c.count.cidrs())) else {
+            return;
+        };
+        let Stage::Settle { since, looks, look_at, modify } = &mut growth.stage else { return };
         let complete = seen.filter(|seen| {
             let carried = seen.ipv4s.len().saturating_sub(1) + seen.v4_prefixes.len();
             seen.id == eni && carried >= usize::try_from(wanted).unwrap_or(usize::MAX)
         });
-        if let Some(seen) = complete {
-            let (since, modify) = (*since, modify.clone());
-            if let Some(growth) = &mut self.growth {
-                growth.stage = Stage::SetUp { since, modify };
-            }
-            self.attached.insert(seen.id.clone(), seen.clone());
-            self.wake_for(Timer::Growth, since.plus(SETTLE_MAX));
-            if self.wanted.contains_key(&seen.id) {
-                self.finish_if_complete(); // the description of all ENIs was faster
-            } else {
-                self.want(seen);
-            }
-            return;
+        let Some(seen) = complete else {
+            let at = self.now.mono.plus(LOOK.pause(*looks, &mut self.random));
+            *looks += 1;
+            *look_at = at;
+            return self.wake_for(Timer::Growing, at);
+        };
+        let (since, modify) = (*since, modify.clone());
+        growth.stage = Stage::SetUp { since, modify };
+        self.attached.insert(seen.id.clone(), seen.clone());
+        self.wake_for(Timer::Growing, since.plus(SETTLE_MAX));
+        if self.wanted.contains_key(&seen.id) {
+            self.finish_complete(); // the description of all ENIs was faster
+        } else {
+            self.want(seen);
         }
-        let pause = LOOK.pause(*looks, &mut self.random);
-        *looks += 1;
-        self.wake_for(Timer::Growth, self.now.mono.plus(pause));
     }
 
-    pub(super) fn modify_done(&mut self, result: Result<Reply, Failure>) {
-        let Some(Growth { stage: Stage::Settle { modify, .. } | Stage::SetUp { modify, .. }, .. }) = &mut self.growth
+    pub(super) fn modify_done(&mut self, id: GrowthId, result: Result<Reply, Failure>) {
+        let Some(Stage::Settle { modify, .. } | Stage::SetUp { modify, .. }) =
+            self.growths.get_mut(&id).map(|growth| &mut growth.stage)
         else {
             return;
         };
@@ -493,7 +588,7 @@ impl Core {
                 let at = self.now.mono.plus(pause);
                 modify.tries += 1;
                 modify.again_at = Some(at);
-                self.wake_for(Timer::Growth, at);
+                self.wake_for(Timer::Growing, at);
                 self.log(Level::Warn, format!("delete the new ENI on termination: {failure}"));
             }
             Err(failure) => {
@@ -502,65 +597,77 @@ impl Core {
                 self.log(Level::Error, text);
             }
         }
-        self.finish_if_complete();
+        self.finish_complete();
     }
 
-    /// The pause after a failure is over, or the growth in progress wants to go on.
-    pub(super) fn growth_timer(&mut self) {
+    /// Running growths want to go on.
+    pub(super) fn growing_timer(&mut self) {
+        for id in self.growths.keys().copied().collect::<Vec<_>>() {
+            self.growing(id);
+        }
+    }
+
+    fn growing(&mut self, id: GrowthId) {
         let now = self.now.mono;
-        let Some(growth) = &mut self.growth else { return };
-        let (since, settling, modify) = match &mut growth.stage {
-            Stage::Settle { since, modify, .. } => (*since, true, modify),
-            Stage::SetUp { since, modify } => (*since, false, modify),
+        let Some(growth) = self.growths.get_mut(&id) else { return };
+        let (since, look_at, modify) = match &mut growth.stage {
+            Stage::Settle { since, look_at, modify, .. } => (*since, Some(*look_at), modify),
+            Stage::SetUp { since, modify } => (*since, None, modify),
             _ => return,
         };
+        let mut next = modify.again_at;
         if modify.again_at.is_some_and(|at| at <= now) {
-            modify.again_at = None;
+            (modify.again_at, next) = (None, None);
             let attachment = modify.attachment.clone();
-            if let Some((eni, _)) = self.new_eni() {
-                self.ask_ec2(Op::Modify, Call::DeleteOnTermination { eni, attachment });
+            if let Some((eni, _)) = self.new_eni(id) {
+                self.ask_ec2(Op::Modify(id), Call::DeleteOnTermination { eni, attachment });
             }
         }
-        if now.since(since) >= SETTLE_MAX {
-            self.growth = None;
+        let end = since.plus(SETTLE_MAX);
+        if now >= end {
             self.changed();
             self.tally(Tally::Error("increaseIPPoolwaitENIAttachedFailed"));
-            self.growth_failed("the new ENI does not show up; it is taken in when it does", None);
-        } else if settling {
-            self.look();
-        } else {
-            self.wake_for(Timer::Growth, since.plus(SETTLE_MAX));
+            return self.growth_failed(Some(id), "the new ENI does not show up; it is taken in when it does", None);
         }
+        match look_at {
+            Some(at) if at <= now => self.look(id),
+            at => next = next.into_iter().chain(at).min(),
+        }
+        self.wake_for(Timer::Growing, next.map_or(end, |at| at.min(end)));
     }
 
-    /// An ENI entered the pool: perhaps the new one.
-    pub(super) fn growth_enrolled(&mut self) {
-        self.finish_if_complete();
-    }
-
-    fn finish_if_complete(&mut self) {
-        let Some((eni, _)) = self.new_eni() else { return };
-        let modified = matches!(&self.growth, Some(Growth { stage: Stage::SetUp { modify, .. }, .. }) if modify.done);
-        if modified && self.pool.eni(&eni).is_some() {
-            self.growth = None;
+    /// Ends the growths whose new ENI is in the pool and goes with the instance.
+    pub(super) fn finish_complete(&mut self) {
+        let complete = |growth: &Growth| {
+            let modified = matches!(&growth.stage, Stage::SetUp { modify, .. } if modify.done);
+            modified && growth.eni().is_some_and(|(eni, _)| self.pool.eni(&eni).is_some())
+        };
+        let complete = self.growths.iter().filter(|(_, growth)| complete(growth)).map(|(id, _)| *id);
+        for id in complete.collect::<Vec<_>>() {
             self.changed();
-            self.growth_succeeded();
+            self.growth_succeeded(id);
         }
     }
 
-    fn growth_succeeded(&mut self) {
-        self.growth = None;
+    fn growth_succeeded(&mut self, id: GrowthId) {
+        self.growths.remove(&id);
         self.timers.remove(&Timer::Growth);
         self.growth_failures = 0;
         self.grown_once = true;
         self.acted();
     }
 
-    fn growth_failed(&mut self, what: &str, failure: Option<&Failure>) {
+    fn growth_failed(&mut self, id: Option<GrowthId>, what: &str, failure: Option<&Failure>) {
         let cause = failure.map(|failure| format!(": {failure}")).unwrap_or_default();
         self.log(Level::Error, format!("grow the pool: {what}{cause}"));
-        self.growth = None;
+        self.last_failure = Some(format!("{what}{cause}"));
+        if let Some(id) = id {
+            self.growths.remove(&id);
+        }
         self.grown_once = true;
+        if self.timers.contains_key(&Timer::Growth) {
+            return; // several failed together
+        }
         let pause = AFTER_FAILURE.pause(self.growth_failures, &mut self.random);
         self.growth_failures = self.growth_failures.saturating_add(1);
         self.set_timer(Timer::Growth, pause);

@@ -27,7 +27,16 @@ const VETH_GRACE_RESTART: Duration = Duration::from_mins(1);
 pub(super) struct Waiting {
     call: CallId,
     owner: Owner,
+    // One address on every card, and not just one.
+    every_card: bool,
     pub(super) deadline: Mono,
+}
+
+impl Waiting {
+    /// Whether an address of this card would help. Pods that need one only are meant for card 0.
+    pub(super) fn needs(&self, card: u32) -> bool {
+        card == 0 || self.every_card
+    }
 }
 
 impl Core {
@@ -40,44 +49,69 @@ impl Core {
         if key.network.is_empty() || key.container.is_empty() || key.ifname.is_empty() {
             return self.refuse(call, &key, "network name, container id and interface name must be given");
         }
-        if request.requires_multi_nic {
+        let every_card = request.requires_multi_nic;
+        if every_card && !self.config.multi_nic {
             return self.refuse(call, &key, "several interfaces are wanted, but ENABLE_MULTI_NIC is off");
         }
         let pod = PodName { namespace: request.pod_namespace, name: request.pod_name };
-        let owner = Owner { key, pod, interfaces: 1, since: self.now.wall };
+        let interfaces = if every_card { u32::try_from(self.config.cards.len()).unwrap_or(u32::MAX) } else { 1 };
+        let owner = Owner { key, pod, interfaces, since: self.now.wall };
         // Those who came earlier are served first.
-        let first = self.waiting.is_empty() || self.pool.find(&owner.key).is_some();
-        if first && self.try_assign(call, &owner) {
+        let first = self.waiting.is_empty() || !self.pool.cards_of(&owner.key).is_empty();
+        if first && self.try_assign(call, &owner, every_card) {
             return;
         }
         if self.waiting.len() >= WAITING_MAX {
             return self.refuse(call, &owner.key, "too many requests wait already");
         }
         let deadline = self.now.mono.plus(self.config.tunables.add_wait);
-        self.waiting.push_back(Waiting { call, owner, deadline });
+        self.waiting.push_back(Waiting { call, owner, every_card, deadline });
     }
 
-    // Gives an address if there is one; the reply leaves when it is durable.
-    fn try_assign(&mut self, call: CallId, owner: &Owner) -> bool {
-        let Ok((place, fresh)) = self.pool.assign(self.now, owner.clone()) else { return false };
+    // Gives what is wanted if all of it is there; the reply leaves when it is durable.
+    fn try_assign(&mut self, call: CallId, owner: &Owner, every_card: bool) -> bool {
+        let held = self.pool.cards_of(&owner.key);
+        let cards: Vec<u32> = self.config.cards.keys().copied().collect();
+        // An ordinary pod takes the first card that has an address, and gets the same again if it asks twice.
+        let wanted = if every_card || held.is_empty() { cards } else { held.iter().copied().collect() };
+        let (mut places, mut fresh) = (Vec::new(), Vec::new());
+        for card in wanted {
+            match self.pool.assign(self.now, card, owner.clone()) {
+                Ok((place, new)) => {
+                    fresh.extend(new.then_some(card));
+                    places.push(place);
+                    if !every_card {
+                        break;
+                    }
+                }
+                Err(_) if !every_card => {}
+                Err(_) => {
+                    fresh.iter().for_each(|card| self.pool.undo_assign(&owner.key, *card));
+                    return false;
+                }
+            }
+        }
+        if places.is_empty() {
+            return false;
+        }
         self.missing_veth.remove(&owner.key); // a look at the links that is under way may be older than this ADD
         let mut undo = Undo::Nothing;
-        if fresh {
-            self.log(
-                Level::Info,
-                format!("assign {} to {} ({}) on {}", place.address, owner.pod, owner.key, place.eni),
-            );
-            self.gone.remove(&place.address);
-            self.released.remove(&place.address);
+        if !fresh.is_empty() {
+            for place in &places {
+                let text = format!("assign {} to {} ({}) on {}", place.address, owner.pod, owner.key, place.eni);
+                self.log(Level::Info, text);
+                self.gone.remove(&place.address);
+                self.released.remove(&place.address);
+            }
             self.changed();
-            undo = Undo::Assign(owner.key.clone());
+            undo = Undo::Assign(owner.key.clone(), fresh);
         }
-        let answer = Answer::Add(self.add_reply(&place));
+        let answer = Answer::Add(self.add_reply(&places));
         self.when_durable(Effect::Reply(call, answer), undo);
         true
     }
 
-    fn add_reply(&self, place: &Place) -> AddNetworkReply {
+    fn add_reply(&self, places: &[Place]) -> AddNetworkReply {
         let texts = |nets: &[ipnet::IpNet]| nets.iter().map(ToString::to_string).collect::<Vec<_>>();
         let mut cidrs = texts(self.vpc_cidrs.as_deref().unwrap_or_default());
         let host = &self.config.tunables.host;
@@ -86,7 +120,7 @@ impl Core {
         }
         AddNetworkReply {
             success: true,
-            allocations: vec![allocation(place)],
+            allocations: places.iter().map(allocation).collect(),
             use_external_snat: !self.config.v6 && host.external_snat,
             vpc_v4_cidrs: if self.config.v6 { Vec::new() } else { cidrs.clone() },
             vpc_v6_cidrs: if self.config.v6 { cidrs } else { Vec::new() },
@@ -104,7 +138,7 @@ impl Core {
     /// Serves the waiting in their order, as far as there are addresses.
     pub(super) fn serve_waiting(&mut self) {
         while let Some(waiting) = self.waiting.pop_front() {
-            if !self.try_assign(waiting.call, &waiting.owner) {
+            if !self.try_assign(waiting.call, &waiting.owner, waiting.every_card) {
                 return self.waiting.push_front(waiting);
             }
         }
@@ -118,15 +152,8 @@ impl Core {
             std::mem::take(&mut self.waiting).into_iter().partition(|waiting| expected(self, waiting.deadline));
         self.waiting = rest.into();
         for Waiting { call, owner, .. } in hopeless {
-            let stats = self.pool.stats(now);
-            let why = format!(
-                "all {} addresses are in use or cooling ({} cooling), {} of {} ENIs attached",
-                stats.total,
-                stats.cooling,
-                self.pool.enis().count(),
-                self.eni_limit(0)
-            );
-            self.tally(Tally::NoAddress("unknown"));
+            let (cause, why) = self.why_no_address();
+            self.tally(Tally::NoAddress(cause));
             self.refuse(call, &owner.key, &why);
         }
     }
@@ -134,7 +161,7 @@ impl Core {
     // Whether an address may turn up before the deadline: an allocation is under way, or one ends its cooldown.
     fn address_expected(&self, deadline: Mono) -> bool {
         let cooldown = self.pool.cooldown();
-        self.growth.is_some() || self.pool.cooling(self.now.mono).any(|(_, freed)| freed.plus(cooldown) <= deadline)
+        self.growing_now() || self.pool.cooling(self.now.mono).any(|(_, freed)| freed.plus(cooldown) <= deadline)
     }
 
     pub(super) fn del(&mut self, call: CallId, request: &DelNetworkRequest) {
@@ -148,39 +175,48 @@ impl Core {
             ifname: request.if_name.clone(),
         };
         self.cancel_waiting(&key);
-        let Some(released) = self.take_back(&key) else {
+        let released = self.take_back(&key);
+        if released.is_empty() {
             return self.out.push(Effect::Reply(call, Answer::Error(UNKNOWN_POD.into())));
-        };
-        self.log(
-            Level::Info,
-            format!("release {} of {} ({key}): {}", released.address, released.owner.pod, request.reason),
-        );
-        self.changed();
-        self.released.insert(released.address, self.now.mono);
-        self.wake_for(Timer::Host, self.now.mono.plus(PLUGIN_MAX));
-        let mut allocations = vec![IpAllocation::default()];
-        if let Some(place) = &released.place {
-            allocations = vec![allocation(place)];
-        } else {
-            // Table 0: the plugin removes the pod's rules whatever table they name.
-            set_address(&mut allocations[0], released.address);
         }
+        self.changed();
+        let mut allocations = Vec::new();
+        for Released { address, owner, place, .. } in &released {
+            self.log(Level::Info, format!("release {address} of {} ({key}): {}", owner.pod, request.reason));
+            self.released.insert(*address, self.now.mono);
+            // Without a place, table 0: the plugin removes the pod's rules whatever table they name.
+            let mut given = place.as_ref().map(allocation).unwrap_or_default();
+            set_address(&mut given, *address);
+            allocations.push(given);
+        }
+        self.wake_for(Timer::Host, self.now.mono.plus(PLUGIN_MAX));
         let reply = DelNetworkReply {
             success: true,
             allocations,
             network_policy_mode: self.config.network_policy_mode.clone(),
             ..DelNetworkReply::default()
         };
-        self.when_durable(Effect::Reply(call, Answer::Del(reply)), Undo::Release(Box::new(released)));
+        self.when_durable(Effect::Reply(call, Answer::Del(reply)), Undo::Release(released));
     }
 
-    // Takes the address of a key back. Where its CIDR has not been seen yet, its cooldown is kept here until it has.
-    fn take_back(&mut self, key: &PodKey) -> Option<Released> {
-        let released = self.pool.release(self.now, key)?;
-        if released.place.is_none() {
-            self.cooling.insert(released.address, self.now.mono);
+    // Takes the addresses of a key back. Where a CIDR has not been seen yet, its cooldown is kept here until it has.
+    fn take_back(&mut self, key: &PodKey) -> Vec<Released> {
+        let cards = self.pool.cards_of(key).into_iter();
+        let released: Vec<Released> = cards.filter_map(|card| self.pool.release(self.now, key, card)).collect();
+        for unplaced in released.iter().filter(|released| released.place.is_none()) {
+            self.cooling.insert(unplaced.address, self.now.mono);
         }
-        Some(released)
+        released
+    }
+
+    // The same for a pod that is gone without a DEL of ours: what is left of it on the host goes too.
+    fn take_back_gone(&mut self, level: Level, key: &PodKey, why: &str) {
+        for released in self.take_back(key) {
+            self.log(level, format!("release {} of {key}: {why}", released.address));
+            self.gone.insert(released.address);
+            self.host_dirty = true;
+            self.changed();
+        }
     }
 
     // The runtime has given up the ADD that still waits.
@@ -199,14 +235,8 @@ impl Core {
         let mut done = Vec::new();
         for record in records {
             let meant = self.pool.owner(&record.key).is_some_and(|owner| owner.since <= record.time);
-            if meant && let Some(released) = self.take_back(&record.key) {
-                self.log(
-                    Level::Info,
-                    format!("release {} of {}: deleted while the daemon was away", released.address, record.key),
-                );
-                self.gone.insert(released.address);
-                self.host_dirty = true;
-                self.changed();
+            if meant {
+                self.take_back_gone(Level::Info, &record.key, "deleted while the daemon was away");
             }
             done.push(record);
         }
@@ -239,8 +269,8 @@ impl Core {
         let missing: BTreeSet<PodKey> = self
             .pool
             .allocations()
-            .filter(|(_, owner, _)| old(owner) && Self::without_veth(owner, seen))
-            .map(|(_, owner, _)| owner.key.clone())
+            .filter(|held| old(held.owner) && Self::without_veth(held.owner, seen))
+            .map(|held| held.owner.key.clone())
             .gather();
         let mut dead: Vec<PodKey> = missing.intersection(&self.missing_veth).cloned().collect();
         self.missing_veth = missing;
@@ -252,15 +282,7 @@ impl Core {
             dead.push(key);
         }
         for key in dead {
-            if let Some(released) = self.take_back(&key) {
-                self.log(
-                    Level::Warn,
-                    format!("release {} of {key}: its pod is gone and no DEL came", released.address),
-                );
-                self.gone.insert(released.address);
-                self.host_dirty = true;
-                self.changed();
-            }
+            self.take_back_gone(Level::Warn, &key, "its pod is gone and no DEL came");
         }
     }
 }

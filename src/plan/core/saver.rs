@@ -3,11 +3,11 @@
 //! that requests which arrive meanwhile share the next one.
 
 use super::{Answer, Core, Effect, Level, Timer};
-use crate::model::checkpoint::{Allocation, Checkpoint, Freeing, Metadata, Own, VERSION};
+use crate::model::checkpoint::{Allocation, Checkpoint, EniFacts, Freeing, Metadata, Own, VERSION};
 use crate::model::ec2::{Call, Failure};
-use crate::model::ids::PodKey;
+use crate::model::ids::{EniId, PodKey};
 use crate::model::order::Gather as _;
-use crate::plan::pool::Released;
+use crate::plan::pool::{Eni, Released};
 use std::net::IpAddr;
 
 // An effect that waits for a generation. If that cannot be made durable, the change is undone and the caller is told.
@@ -22,8 +22,8 @@ struct Pending {
 #[derive(Debug)]
 pub(super) enum Undo {
     Nothing,
-    Assign(PodKey),
-    Release(Box<Released>),
+    Assign(PodKey, Vec<u32>),
+    Release(Vec<Released>),
 }
 
 #[derive(Debug, Default)]
@@ -69,10 +69,18 @@ impl Core {
     pub(super) fn when_durable(&mut self, effect: Effect, undo: Undo) {
         let generation = self.saver.current;
         if self.saver.durable(generation) {
-            self.out.push(effect);
+            self.let_out(effect);
         } else {
             self.saver.pending.push(Pending { generation, effect, undo });
             self.timers.remove(&Timer::Save); // somebody waits: no pause before the next attempt
+        }
+    }
+
+    // Calls to EC2 take their turn.
+    fn let_out(&mut self, effect: Effect) {
+        match effect {
+            Effect::Ec2(op, call) => self.pacer.submit(op, call),
+            effect => self.out.push(effect),
         }
     }
 
@@ -80,8 +88,9 @@ impl Core {
         let paused = self.timers.contains_key(&Timer::Save);
         if !self.saver.in_flight && !paused && self.saver.written < self.saver.current {
             self.saver.in_flight = true;
-            let content = self.checkpoint().to_text();
-            self.out.push(Effect::Save(self.saver.current, vec![(0, content)]));
+            let cards = self.config.cards.keys();
+            let content = cards.map(|card| (*card, self.checkpoint(*card).to_text())).collect();
+            self.out.push(Effect::Save(self.saver.current, content));
         }
     }
 
@@ -92,7 +101,7 @@ impl Core {
             self.saver.written = self.saver.written.max(generation);
             for pending in std::mem::take(&mut self.saver.pending) {
                 if self.saver.durable(pending.generation) {
-                    self.out.push(pending.effect);
+                    self.let_out(pending.effect);
                 } else {
                     self.saver.pending.push(pending);
                 }
@@ -104,11 +113,13 @@ impl Core {
         for Pending { effect, undo, .. } in std::mem::take(&mut self.saver.pending).into_iter().rev() {
             match undo {
                 Undo::Nothing => {}
-                Undo::Assign(key) => self.pool.undo_assign(&key),
-                Undo::Release(released) => {
-                    self.released.remove(&released.address);
-                    self.cooling.remove(&released.address);
-                    self.pool.undo_release(*released);
+                Undo::Assign(key, cards) => cards.iter().for_each(|card| self.pool.undo_assign(&key, *card)),
+                Undo::Release(all) => {
+                    for released in all {
+                        self.released.remove(&released.address);
+                        self.cooling.remove(&released.address);
+                        self.pool.undo_release(released);
+                    }
                 }
             }
             match effect {
@@ -124,12 +135,14 @@ impl Core {
         self.retry(Timer::Save);
     }
 
-    fn checkpoint(&self) -> Checkpoint {
-        let allocations = self.pool.allocations().map(|(address, owner, _)| {
-            let (ipv4, ipv6) = match address {
+    // Each card's file holds its allocations; what is ours stands in that of card 0.
+    fn checkpoint(&self, card: u32) -> Checkpoint {
+        let allocations = self.pool.allocations().filter(|held| held.card == card).map(|held| {
+            let (ipv4, ipv6) = match held.address {
                 IpAddr::V4(ip) => (Some(ip), None),
                 IpAddr::V6(ip) => (None, Some(ip)),
             };
+            let owner = held.owner;
             Allocation {
                 network: owner.key.network.clone(),
                 container: owner.key.container.clone(),
@@ -144,6 +157,18 @@ impl Core {
                 },
             }
         });
+        let allocations = allocations.collect();
+        Checkpoint { version: VERSION.into(), allocations, enibox: (card == 0).then(|| self.own()) }
+    }
+
+    // What EC2 has confirmed may be trusted after a restart, should EC2 not answer then.
+    fn facts_with_cidrs(&self, id: &EniId, facts: &EniFacts) -> EniFacts {
+        let cidrs = self.pool.eni(id).into_iter().flat_map(Eni::cidrs);
+        let confirmed = cidrs.filter(|(_, cidr)| !cidr.barred).map(|(net, _)| *net);
+        EniFacts { cidrs: confirmed.collect(), ..facts.clone() }
+    }
+
+    fn own(&self) -> Own {
         let unseen = self.cooling.iter().map(|(ip, freed)| (*ip, *freed));
         let unseen = unseen.filter(|(_, freed)| self.now.mono.since(*freed) < self.pool.cooldown());
         let cooling = self.pool.cooling(self.now.mono).chain(unseen);
@@ -152,20 +177,16 @@ impl Core {
             self.now.wall.as_unix_nanos().saturating_sub(age)
         };
         let given_back = self.unassigned.iter().map(|(net, at)| (*net, freed_at(*at)));
-        let creating = self.growth.iter().filter_map(|growth| growth.creating().cloned());
+        let creating = self.growths.values().filter_map(|growth| growth.creating().cloned());
         let freeing =
             self.freeing.iter().map(|(id, free)| (id.clone(), Freeing { attachment: free.attachment.clone() }));
-        Checkpoint {
-            version: VERSION.into(),
-            allocations: allocations.collect(),
-            enibox: Some(Own {
-                enis: self.facts.clone(),
-                cooling: cooling.map(|(ip, freed)| (ip, freed_at(freed))).gather(),
-                given_back: given_back.gather(),
-                leak_suspected: self.leak_checks > 0,
-                creating: creating.chain(self.resume.iter().cloned()).collect(),
-                freeing: freeing.gather(),
-            }),
+        Own {
+            enis: self.facts.iter().map(|(id, facts)| (id.clone(), self.facts_with_cidrs(id, facts))).gather(),
+            cooling: cooling.map(|(ip, freed)| (ip, freed_at(freed))).gather(),
+            given_back: given_back.gather(),
+            leak_suspected: self.leak_checks > 0,
+            creating: creating.chain(self.resume.iter().cloned()).collect(),
+            freeing: freeing.gather(),
         }
     }
 }

@@ -44,12 +44,9 @@ impl Core {
         }
         let listed: BTreeSet<&EniId> = interfaces.iter().map(|interface| &interface.id).gather();
         self.miss_enis(&listed);
-        let creating = self.growth.as_ref().and_then(|growth| growth.creating()).and_then(|c| c.eni.clone());
+        let coming = self.coming();
         self.facts.retain(|id, _| {
-            listed.contains(id)
-                || self.pool.eni(id).is_some()
-                || self.freeing.contains_key(id)
-                || creating.as_ref().is_some_and(|(new, _)| new == id)
+            listed.contains(id) || self.pool.eni(id).is_some() || self.freeing.contains_key(id) || coming.contains(id)
         });
         for interface in interfaces {
             self.sync_cidrs(interface);
@@ -64,7 +61,7 @@ impl Core {
                 && !self.attached.contains_key(&interface.id)
                 && !self.freeing.contains_key(&interface.id)
         });
-        if unseen && self.growth.is_none() {
+        if unseen && self.growths.is_empty() {
             self.set_timer(Timer::Scan, SCAN_AGAIN);
         }
         // What we gave back ourselves is no riddle.
@@ -90,9 +87,14 @@ impl Core {
             self.conntrack = interface.conntrack;
         }
         let attachment = interface.attachment.as_ref().map(|attachment| attachment.id.clone()).unwrap_or_default();
-        let facts =
-            EniFacts { managed: managed || primary, interface_type: interface.interface_type.clone(), attachment };
-        if self.facts.get(&interface.id) != Some(&facts) {
+        let facts = EniFacts {
+            managed: managed || primary,
+            interface_type: interface.interface_type.clone(),
+            attachment,
+            cidrs: Vec::new(),
+        };
+        let known = self.facts.get(&interface.id);
+        if known.is_none_or(|known| (known.managed, &known.interface_type) != (facts.managed, &facts.interface_type)) {
             let text = format!(
                 "eni {}: {} {}",
                 interface.id,
@@ -100,8 +102,8 @@ impl Core {
                 if facts.managed { "managed" } else { "not ours" }
             );
             self.log(Level::Info, text);
-            self.facts.insert(interface.id.clone(), facts);
         }
+        self.facts.insert(interface.id.clone(), facts);
         let kind = self.kind(&interface.id);
         self.pool.set_kind(&interface.id, kind);
     }
@@ -118,7 +120,7 @@ impl Core {
             let Some(again) = self.miss(key) else { continue };
             if !again {
                 self.log(Level::Warn, format!("eni {id}: EC2 does not list it"));
-                self.pool.set_excluded(&id, true);
+                self.pool.set_missing(&id, true);
             } else if self.drop_eni(&id) {
                 self.log(Level::Warn, format!("eni {id}: detached by somebody else, dropped"));
                 self.tally(Tally::Reconcile("eniReconcileDel"));
@@ -127,10 +129,7 @@ impl Core {
             }
         }
         for id in listed {
-            let held = self.absent.keys().any(|(eni, net)| eni == *id && net.is_none());
-            if !held && self.pool.eni(id).is_some_and(|eni| eni.excluded) {
-                self.pool.set_excluded(id, false);
-            }
+            self.pool.set_missing(id, false);
         }
     }
 
@@ -156,8 +155,10 @@ impl Core {
             let key = (id.clone(), Some(*net));
             if listed.contains(net) {
                 self.absent.remove(&key);
+                self.pool.bar(id, net, false);
                 continue;
             }
+            self.pool.bar(id, net, true);
             if self.miss(key.clone()) != Some(true) {
                 continue;
             }
@@ -264,7 +265,7 @@ impl Core {
         self.set_timer(Timer::Scan, RECONCILE);
         let quiet = self.now.mono.since(self.last_action) >= RECONCILE;
         let overdue = self.now.mono.since(self.last_reconcile) >= RECONCILE_MAX;
-        if self.growth.is_some() || !(quiet || overdue) || self.phase == Phase::Stopping {
+        if !self.growths.is_empty() || !(quiet || overdue) || self.phase == Phase::Stopping {
             return;
         }
         self.last_reconcile = self.now.mono;

@@ -1,0 +1,235 @@
+//! How fast the node may call EC2: a token bucket per action, and patience when EC2 asks for it.
+//!
+//! EC2's limits are shared by all nodes of the account (`spec/aws.md` 11.3), so a node that retries at once takes from
+//! the others. Calls wait here until their action may be called again; whoever asks for the next one says which matter
+//! most. A throttled call was not carried out: it is sent again after a pause that grows with each refusal.
+
+use super::backoff::Random;
+use crate::model::ec2::{Call, Failure, Reply};
+use crate::model::time::Mono;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// Calls of one action that may leave at once.
+const BURST: u32 = 10;
+/// One token comes back in this time, for calls that only look and for those that change something.
+const REFILL_READ: Duration = Duration::from_secs(1);
+const REFILL_WRITE: Duration = Duration::from_secs(2);
+/// After a refusal tokens come back half as fast for so long.
+const SLOW: Duration = Duration::from_mins(1);
+/// The pause after a refusal is a random part of this, which doubles with each further one.
+const PAUSE_FIRST: Duration = Duration::from_secs(1);
+const PAUSE_MAX: Duration = Duration::from_mins(2);
+/// A call that was refused so often is given up, and its sender decides what then.
+const REFUSALS_MAX: u32 = 8;
+
+/// One action's bucket.
+#[derive(Clone, Debug)]
+struct Bucket {
+    refill: Duration,
+    // The moment at which the bucket would have been empty, had it been filled ever since: a token is there for each
+    // refill time that has passed since then, at most `BURST`.
+    empty_at: Mono,
+    paused_until: Mono,
+    slow_until: Mono,
+    refusals: u32,
+}
+
+impl Bucket {
+    fn new(call: &Call, now: Mono) -> Bucket {
+        let refill = if call.action().starts_with("Describe") { REFILL_READ } else { REFILL_WRITE };
+        let (paused_until, slow_until) = (Mono::default(), Mono::default());
+        Bucket { refill, empty_at: now.minus(refill * BURST), paused_until, slow_until, refusals: 0 }
+    }
+
+    fn refill(&self, now: Mono) -> Duration {
+        if now < self.slow_until { self.refill * 2 } else { self.refill }
+    }
+
+    // When the next call may leave.
+    fn ready_at(&self, now: Mono) -> Mono {
+        self.empty_at.plus(self.refill(now)).max(self.paused_until)
+    }
+
+    fn take(&mut self, now: Mono) {
+        let refill = self.refill(now);
+        self.empty_at = self.empty_at.max(now.minus(refill * BURST)).plus(refill);
+    }
+
+    fn refused(&mut self, now: Mono, random: &mut Random) {
+        let most = PAUSE_FIRST.saturating_mul(1 << self.refusals.min(16)).min(PAUSE_MAX);
+        // Never less than a tenth: a pause of nothing is none.
+        let part = random.below(u64::try_from(most.as_millis() * 9 / 10).unwrap_or(u64::MAX));
+        let pause = most / 10 + Duration::from_millis(part);
+        self.paused_until = self.paused_until.max(now.plus(pause));
+        self.slow_until = now.plus(SLOW);
+        self.refusals += 1;
+    }
+}
+
+/// A call and how often EC2 has refused it for its rate.
+#[derive(Clone, Debug)]
+struct Paced {
+    call: Call,
+    refusals: u32,
+}
+
+/// The calls that wait, and those that are out. `N` numbers a call; lower ones came first.
+#[derive(Clone, Debug)]
+pub struct Pacer<N> {
+    buckets: BTreeMap<&'static str, Bucket>,
+    waiting: BTreeMap<N, Paced>,
+    out: BTreeMap<N, Paced>,
+}
+
+impl<N: Copy + Ord> Default for Pacer<N> {
+    fn default() -> Self {
+        Pacer { buckets: BTreeMap::new(), waiting: BTreeMap::new(), out: BTreeMap::new() }
+    }
+}
+
+impl<N: Copy + Ord> Pacer<N> {
+    /// Takes a call that is to be sent.
+    pub fn submit(&mut self, number: N, call: Call) {
+        self.waiting.insert(number, Paced { call, refusals: 0 });
+    }
+
+    /// The next call that may be sent now: the lowest `rank` first, then the lowest number.
+    pub fn next(&mut self, now: Mono, rank: impl Fn(N) -> u8) -> Option<(N, Call)> {
+        let buckets = &self.buckets;
+        let ready = self
+            .waiting
+            .iter()
+            .filter(|(_, paced)| buckets.get(paced.call.action()).is_none_or(|bucket| bucket.ready_at(now) <= now));
+        let number = ready.min_by_key(|(number, _)| (rank(**number), **number)).map(|(number, _)| *number)?;
+        let paced = self.waiting.remove(&number)?;
+        let bucket = self.buckets.entry(paced.call.action()).or_insert_with(|| Bucket::new(&paced.call, now));
+        bucket.take(now);
+        let call = paced.call.clone();
+        self.out.insert(number, paced);
+        Some((number, call))
+    }
+
+    /// When [`Pacer::next`] should be asked again, if calls wait.
+    pub fn wake_at(&self, now: Mono) -> Option<Mono> {
+        let ready = |paced: &Paced| self.buckets.get(paced.call.action()).map_or(now, |bucket| bucket.ready_at(now));
+        self.waiting.values().map(ready).min()
+    }
+
+    /// Hears the answer to a call; true if the call waits again and its sender need not know.
+    pub fn answered(&mut self, now: Mono, number: N, result: &Result<Reply, Failure>, random: &mut Random) -> bool {
+        let Some(mut paced) = self.out.remove(&number) else { return false };
+        let Some(bucket) = self.buckets.get_mut(paced.call.action()) else { return false };
+        let throttled = result.as_ref().is_err_and(|failure| failure.throttled() && !failure.maybe_applied);
+        if !throttled {
+            bucket.refusals /= 2; // one success does not mean that everybody may rush
+            return false;
+        }
+        bucket.refused(now, random);
+        paced.refusals += 1;
+        let again = paced.refusals < REFUSALS_MAX;
+        if again {
+            self.waiting.insert(number, paced);
+        }
+        again
+    }
+
+    /// Until when EC2 wants to be left alone, by action.
+    pub fn paused(&self, now: Mono) -> impl Iterator<Item = (&'static str, Mono)> {
+        let paused = self.buckets.iter().filter(move |(_, bucket)| bucket.paused_until > now);
+        paused.map(|(action, bucket)| (*action, bucket.paused_until))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(millis: u64) -> Mono {
+        Mono::from_nanos((1_000_000 + millis) * 1_000_000)
+    }
+
+    fn call(n: u32) -> Call {
+        Call::Delete(format!("eni-{n}").as_str().into())
+    }
+
+    fn throttled() -> Result<Reply, Failure> {
+        Err(Failure {
+            action: "DeleteNetworkInterface",
+            code: "RequestLimitExceeded".into(),
+            message: String::new(),
+            status: 503,
+            request_id: String::new(),
+            maybe_applied: false,
+        })
+    }
+
+    // Sends what may be sent until `until` and notes when, in milliseconds.
+    fn drain(pacer: &mut Pacer<u32>, until: u64) -> Vec<(u64, u32)> {
+        let mut sent = Vec::new();
+        for millis in (0..=until).step_by(100) {
+            while let Some((number, _)) = pacer.next(at(millis), |_| 0) {
+                sent.push((millis, number));
+            }
+        }
+        sent
+    }
+
+    #[test]
+    fn a_burst_leaves_at_once_and_the_rest_as_tokens_come_back() {
+        let mut pacer = Pacer::default();
+        for n in 0..13 {
+            pacer.submit(n, call(n));
+        }
+        let sent = drain(&mut pacer, 6000);
+        assert!(sent[..10].iter().all(|(millis, _)| *millis == 0), "{sent:?}");
+        assert_eq!(sent[10..], [(2000, 10), (4000, 11), (6000, 12)]);
+        assert_eq!(pacer.wake_at(at(6000)), None);
+    }
+
+    #[test]
+    fn what_matters_most_goes_first() {
+        let mut pacer = Pacer::default();
+        for n in 0..3 {
+            pacer.submit(n, call(n));
+        }
+        let order: Vec<u32> = std::iter::from_fn(|| pacer.next(at(0), |n| u8::from(n != 2)).map(|(n, _)| n)).collect();
+        assert_eq!(order, [2, 0, 1]);
+    }
+
+    #[test]
+    fn a_throttled_call_comes_again_later_and_later_and_then_fails() {
+        let (mut pacer, mut random) = (Pacer::default(), Random::new(3));
+        pacer.submit(1, call(1));
+        let (mut now, mut pauses) = (0, Vec::new());
+        for refusal in 1..=REFUSALS_MAX {
+            assert_eq!(pacer.next(at(now), |_| 0).map(|(n, _)| n), Some(1));
+            let again = pacer.answered(at(now), 1, &throttled(), &mut random);
+            assert_eq!(again, refusal < REFUSALS_MAX);
+            if let Some(wake) = pacer.wake_at(at(now)) {
+                assert!(wake > at(now), "{wake:?}");
+                pauses.push(wake.since(at(now)));
+                now += u64::try_from(wake.since(at(now)).as_millis()).unwrap() + 1;
+            }
+        }
+        assert!(pauses.iter().all(|pause| *pause >= Duration::from_millis(100) && *pause <= PAUSE_MAX), "{pauses:?}");
+        assert!(pauses.last() > pauses.first(), "{pauses:?}");
+        // Others of the action wait too; other actions do not.
+        pacer.submit(2, call(2));
+        pacer.submit(3, Call::DescribeOne("eni-1".into()));
+        assert_eq!(pacer.next(at(now), |_| 0).map(|(n, _)| n), Some(3));
+        assert_eq!(pacer.paused(at(now)).map(|(action, _)| action).collect::<Vec<_>>(), ["DeleteNetworkInterface"]);
+    }
+
+    #[test]
+    fn success_ends_the_patience() {
+        let (mut pacer, mut random) = (Pacer::default(), Random::new(3));
+        for n in 1..3 {
+            pacer.submit(n, call(n));
+            pacer.next(at(0), |_| 0);
+        }
+        assert!(pacer.answered(at(0), 1, &throttled(), &mut random));
+        assert!(!pacer.answered(at(10), 2, &Ok(Reply::Done), &mut random));
+        assert_eq!(pacer.buckets["DeleteNetworkInterface"].refusals, 0);
+    }
+}
