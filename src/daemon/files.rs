@@ -30,7 +30,7 @@ pub(super) fn read_start(store: &Path, cards: impl Iterator<Item = u32>, v6: boo
     }
     let seen =
         look_at_family(if v6 { Family::V6 } else { Family::V4 }).context("look at the host's links and rules")?;
-    Ok(Event::Started { checkpoints, seen, spool: read_spool() })
+    Ok(Event::Started { checkpoints, seen, spool: read_spool(Path::new(spool::DIRECTORY)) })
 }
 
 /// The checkpoint of a network card: card 0 has the configured name, card 1 `ipam-nic-1.json` (`spec/ipamd.md` 5.1).
@@ -103,13 +103,12 @@ pub(super) fn set_aside(store: &Path) -> Result<()> {
 }
 
 /// DELs that could not reach us. A file that is no record is moved out of the way, so that it is told once.
-pub(super) fn read_spool() -> Vec<Record> {
+pub(super) fn read_spool(folder: &Path) -> Vec<Record> {
     let mut records = Vec::new();
-    for entry in fs::read_dir(spool::DIRECTORY).into_iter().flatten().flatten().take(spool::RECORDS_MAX) {
+    let named = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().ends_with(spool::SUFFIX);
+    // What is no record, left by plugins that were killed or set aside here, must not hide those that are.
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten().filter(named).take(spool::RECORDS_MAX) {
         let path = entry.path();
-        if !entry.file_name().to_string_lossy().ends_with(spool::SUFFIX) {
-            continue;
-        }
         match read_record(&path) {
             Ok(record) => records.push(record),
             Err(error) => {
@@ -188,6 +187,24 @@ mod tests {
         assert!(!path.exists());
         remove_record(&folder, &at(6));
         fs::remove_dir(&folder).unwrap();
+    }
+
+    #[test]
+    fn what_is_no_record_hides_none() {
+        let folder = std::env::temp_dir().join(format!("enibox-litter-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let key = PodKey { network: "aws-cni".into(), container: "6f2c".into(), ifname: "eth0".into() };
+        let record = Record { key, pod: PodName::default(), uid: String::new(), time: Wall::default() };
+        // File systems list the oldest first, the newest first, or by a hash.
+        for number in 0..2 * spool::RECORDS_MAX {
+            File::create(folder.join(format!("{number}.partial-1"))).unwrap();
+            if number == spool::RECORDS_MAX {
+                fs::write(folder.join(Record::file_name(&record.key)), record.to_bytes()).unwrap();
+            }
+        }
+        let read = read_spool(&folder);
+        fs::remove_dir_all(&folder).unwrap();
+        assert_eq!(read, [record]);
     }
 
     #[test]
