@@ -9,14 +9,40 @@ use crate::model::spool::{self, Record};
 use crate::netlink::{link, route, rule, socket::Socket};
 use crate::plan::core::{Event, Seen};
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Read, Write};
 use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+/// Between two looks at the lock of a daemon that is ending.
+const LOCK_PAUSE: Duration = Duration::from_millis(50);
 /// A larger checkpoint is not ours: 737 pods take 200 KiB.
 const CHECKPOINT_BYTES_MAX: u64 = 64 << 20;
+
+/// Takes the lock that keeps two daemons from giving out the same addresses, for as long as the file lives; waits for one
+/// that is just ending. A socket would not do: a new daemon takes over the name of the old one's. The kernel takes the lock
+/// from a daemon that was killed.
+pub(super) fn lock(store: &Path, patience: Duration) -> Result<File> {
+    let name = store.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let path = store.with_file_name(format!("{name}.lock"));
+    let what = || format!("lock {}", path.display());
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).with_context(what)?;
+    }
+    let file =
+        OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path).with_context(what)?;
+    let until = clock::instant() + patience;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) if clock::instant() < until => std::thread::sleep(LOCK_PAUSE),
+            Err(TryLockError::WouldBlock) => return Err(Error::new("another daemon runs on this node").context(what())),
+            Err(TryLockError::Error(error)) => return Err(error).with_context(what),
+        }
+    }
+}
 
 /// Everything that the core wants to know before it starts.
 pub(super) fn read_start(store: &Path, cards: impl Iterator<Item = u32>, v6: bool) -> Result<Event> {
@@ -187,6 +213,22 @@ mod tests {
         assert!(!path.exists());
         remove_record(&folder, &at(6));
         fs::remove_dir(&folder).unwrap();
+    }
+
+    #[test]
+    fn one_daemon_at_a_time() {
+        let folder = std::env::temp_dir().join(format!("enibox-lock-{}", std::process::id()));
+        let store = folder.join("run/ipam.json");
+        let first = lock(&store, Duration::ZERO).unwrap();
+        let refused = lock(&store, Duration::from_millis(60)).unwrap_err().to_string();
+        assert!(refused.contains("another daemon runs on this node"), "{refused}");
+        let ending = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            drop(first);
+        });
+        drop(lock(&store, Duration::from_secs(10)).unwrap());
+        ending.join().unwrap();
+        fs::remove_dir_all(&folder).unwrap();
     }
 
     #[test]

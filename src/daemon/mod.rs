@@ -44,6 +44,8 @@ const EVENTS_MAX: usize = 1024;
 const ADD_WAIT: Duration = Duration::from_secs(3);
 /// How long the process waits for its threads at the end.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
+/// How long a daemon waits for its predecessor to end: longer than that one waits for its threads.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 /// What operators see is renewed when nothing has happened for so long, and so often when something happens all the time.
 const PUBLISH_AFTER: Duration = Duration::from_millis(50);
 const PUBLISH_EVERY: Duration = Duration::from_secs(1);
@@ -146,6 +148,7 @@ fn serve(settings: &Settings) -> Result<()> {
     let (ended, ends) = sync_channel(16);
     let stop = Stop::new();
     let store = PathBuf::from(&settings.backing_store);
+    let _only = files::lock(&store, LOCK_PATIENCE)?;
     let started = files::read_start(&store, config.cards.keys().copied(), config.v6)?;
     let board = Board::default();
     introspect::start(settings, board.clone(), &metrics, &ended)?;
