@@ -370,38 +370,3 @@ fn check_finds_what_is_taken_away() {
         [format!("host interface \"{name}\" is missing"), format!("interface \"eth0\" is missing in {}", pod.netns),]
     );
 }
-
-#[test]
-fn a_second_network_does_not_cut_off_the_first() {
-    let (node, pod) = (node(), sandbox());
-    let first = pod_of("one", &[("10.20.11.50", 254)]);
-    add(&node, &first, &pod).unwrap();
-    let mut second = pod_of("one", &[("10.20.11.51", 254)]);
-    second.interfaces[0].ifname = "net1".into();
-    let before = (holds(&node), holds(&pod));
-    let error = add(&node, &second, &pod).unwrap_err().to_string();
-    assert!(error.contains("already serves interface \"eth0\" of this pod"), "{error}");
-    assert_eq!((holds(&node), holds(&pod)), before);
-    both_ways(&pod, "10.20.11.50", &node, NODE_IP);
-}
-
-#[test]
-fn containers_without_a_pods_name_do_not_cut_each_other_off() {
-    let (node, one, other) = (node(), sandbox(), sandbox());
-    let nameless = |address| {
-        let mut pod = pod_of("", &[(address, 254)]);
-        pod.namespace.clear();
-        pod.interfaces[0].host_veth = enibox::model::naming::host_veth("eni", "", "", 0).unwrap();
-        pod
-    };
-    let (first, second) = (nameless("10.20.11.50"), nameless("10.20.11.51"));
-    add(&node, &first, &one).unwrap();
-    let before = holds(&node);
-    let error = add(&node, &second, &other).unwrap_err().to_string();
-    assert!(error.contains("already serves another container"), "{error}");
-    assert_eq!(holds(&node), before);
-    both_ways(&one, "10.20.11.50", &node, NODE_IP);
-    // The same one again is built anew.
-    add(&node, &first, &one).unwrap();
-    both_ways(&one, "10.20.11.50", &node, NODE_IP);
-}

@@ -6,7 +6,7 @@
 use super::Host;
 use crate::clock;
 use crate::error::{Context, Error, List, Result};
-use crate::model::naming::{self, priority};
+use crate::model::naming::priority;
 use crate::model::net::{Link, Rule, TABLE_MAIN};
 use crate::netlink::netns::Namespace;
 use crate::netlink::{KernelError, Request, Socket, addr, conntrack, link, neigh, route, rule, sysctl};
@@ -117,9 +117,8 @@ impl Host {
                 interface.ifname,
                 netns.path().display()
             ))),
+            // Of an earlier sandbox of a pod of this name.
             (None, Some(outer)) if outer.kind.as_deref() == Some("veth") => {
-                keep_the_living(&outer, inside)?;
-                // Of an earlier sandbox of a pod of this name.
                 self.route.run(&[link::delete(outer.index).or_not_found()])
             }
             (None, Some(outer)) => {
@@ -246,25 +245,6 @@ impl Host {
         let inside = side(&mut inside).with_context(|| format!("look at {}", netns.path().display()))?;
         Ok(check(pod, &host, &inside))
     }
-}
-
-/// Refuses what would cut off somebody alive: the veth of the name is another interface of this very pod (a second network
-/// of the same plugin), or it stands for containers whose runtime names no pod, which all share it.
-fn keep_the_living(outer: &Link, inside: &mut Socket) -> Result<()> {
-    let name = &outer.name;
-    let other = outer.parent.map(|index| link::by_index(inside, index)).transpose()?.flatten();
-    if let Some(other) = other.filter(|other| pair(outer, other)) {
-        return Err(Error::new(format!(
-            "host interface {name:?} already serves interface {:?} of this pod",
-            other.name
-        )));
-    }
-    if name.ends_with(&naming::suffix("", "", 0)) {
-        return Err(Error::new(format!(
-            "host interface {name:?} already serves another container without a pod's name"
-        )));
-    }
-    Ok(())
 }
 
 fn side(socket: &mut Socket) -> Result<Side> {

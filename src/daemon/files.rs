@@ -9,40 +9,14 @@ use crate::model::spool::{self, Record};
 use crate::netlink::{link, route, rule, socket::Socket};
 use crate::plan::core::{Event, Seen};
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-/// Between two looks at the lock of a daemon that is ending.
-const LOCK_PAUSE: Duration = Duration::from_millis(50);
 /// A larger checkpoint is not ours: 737 pods take 200 KiB.
 const CHECKPOINT_BYTES_MAX: u64 = 64 << 20;
-
-/// Takes the lock that keeps two daemons from giving out the same addresses, for as long as the file lives; waits for one
-/// that is just ending. A socket would not do: a new daemon takes over the name of the old one's. The kernel takes the lock
-/// from a daemon that was killed.
-pub(super) fn lock(store: &Path, patience: Duration) -> Result<File> {
-    let name = store.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let path = store.with_file_name(format!("{name}.lock"));
-    let what = || format!("lock {}", path.display());
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).with_context(what)?;
-    }
-    let file =
-        OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path).with_context(what)?;
-    let until = clock::instant() + patience;
-    loop {
-        match file.try_lock() {
-            Ok(()) => return Ok(file),
-            Err(TryLockError::WouldBlock) if clock::instant() < until => std::thread::sleep(LOCK_PAUSE),
-            Err(TryLockError::WouldBlock) => return Err(Error::new("another daemon runs on this node").context(what())),
-            Err(TryLockError::Error(error)) => return Err(error).with_context(what),
-        }
-    }
-}
 
 /// Everything that the core wants to know before it starts.
 pub(super) fn read_start(store: &Path, cards: impl Iterator<Item = u32>, v6: bool) -> Result<Event> {
@@ -56,7 +30,7 @@ pub(super) fn read_start(store: &Path, cards: impl Iterator<Item = u32>, v6: boo
     }
     let seen =
         look_at_family(if v6 { Family::V6 } else { Family::V4 }).context("look at the host's links and rules")?;
-    Ok(Event::Started { checkpoints, seen, spool: read_spool(Path::new(spool::DIRECTORY)) })
+    Ok(Event::Started { checkpoints, seen, spool: read_spool() })
 }
 
 /// The checkpoint of a network card: card 0 has the configured name, card 1 `ipam-nic-1.json` (`spec/ipamd.md` 5.1).
@@ -129,12 +103,13 @@ pub(super) fn set_aside(store: &Path) -> Result<()> {
 }
 
 /// DELs that could not reach us. A file that is no record is moved out of the way, so that it is told once.
-pub(super) fn read_spool(folder: &Path) -> Vec<Record> {
+pub(super) fn read_spool() -> Vec<Record> {
     let mut records = Vec::new();
-    let named = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().ends_with(spool::SUFFIX);
-    // What is no record, left by plugins that were killed or set aside here, must not hide those that are.
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten().filter(named).take(spool::RECORDS_MAX) {
+    for entry in fs::read_dir(spool::DIRECTORY).into_iter().flatten().flatten().take(spool::RECORDS_MAX) {
         let path = entry.path();
+        if !entry.file_name().to_string_lossy().ends_with(spool::SUFFIX) {
+            continue;
+        }
         match read_record(&path) {
             Ok(record) => records.push(record),
             Err(error) => {
@@ -213,40 +188,6 @@ mod tests {
         assert!(!path.exists());
         remove_record(&folder, &at(6));
         fs::remove_dir(&folder).unwrap();
-    }
-
-    #[test]
-    fn one_daemon_at_a_time() {
-        let folder = std::env::temp_dir().join(format!("enibox-lock-{}", std::process::id()));
-        let store = folder.join("run/ipam.json");
-        let first = lock(&store, Duration::ZERO).unwrap();
-        let refused = lock(&store, Duration::from_millis(60)).unwrap_err().to_string();
-        assert!(refused.contains("another daemon runs on this node"), "{refused}");
-        let ending = std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(100));
-            drop(first);
-        });
-        drop(lock(&store, Duration::from_secs(10)).unwrap());
-        ending.join().unwrap();
-        fs::remove_dir_all(&folder).unwrap();
-    }
-
-    #[test]
-    fn what_is_no_record_hides_none() {
-        let folder = std::env::temp_dir().join(format!("enibox-litter-{}", std::process::id()));
-        fs::create_dir_all(&folder).unwrap();
-        let key = PodKey { network: "aws-cni".into(), container: "6f2c".into(), ifname: "eth0".into() };
-        let record = Record { key, pod: PodName::default(), uid: String::new(), time: Wall::default() };
-        // File systems list the oldest first, the newest first, or by a hash.
-        for number in 0..2 * spool::RECORDS_MAX {
-            File::create(folder.join(format!("{number}.partial-1"))).unwrap();
-            if number == spool::RECORDS_MAX {
-                fs::write(folder.join(Record::file_name(&record.key)), record.to_bytes()).unwrap();
-            }
-        }
-        let read = read_spool(&folder);
-        fs::remove_dir_all(&folder).unwrap();
-        assert_eq!(read, [record]);
     }
 
     #[test]

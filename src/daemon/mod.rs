@@ -21,18 +21,15 @@ use crate::model::naming;
 use crate::model::settings::{Mode, Settings, Valid};
 use crate::model::time::Mono;
 use crate::model::wire::NetworkPolicyAgentConfig;
-use crate::plan::core::{Answer, CallId, Config, Core, Effect, Event, Level, Tunables};
-use crate::plan::host::Intent;
-use crate::plan::sizing::Targets;
+use crate::plan::configure;
+use crate::plan::core::{Answer, CallId, Config, Core, Effect, Event, Level};
 use crate::rpc::stop::Stop;
 use crate::sys;
 use executors::Executors;
 use introspect::{Board, View};
-use ipnet::IpNet;
 use metrics::Metrics;
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -40,12 +37,8 @@ use std::time::Duration;
 
 /// Events that wait for the core. 32 connections bring at most one each; the rest are outcomes of operations.
 const EVENTS_MAX: usize = 1024;
-/// How long an ADD waits for an address that is on its way.
-const ADD_WAIT: Duration = Duration::from_secs(3);
 /// How long the process waits for its threads at the end.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
-/// How long a daemon waits for its predecessor to end: longer than that one waits for its threads.
-const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 /// What operators see is renewed when nothing has happened for so long, and so often when something happens all the time.
 const PUBLISH_AFTER: Duration = Duration::from_millis(50);
 const PUBLISH_EVERY: Duration = Duration::from_secs(1);
@@ -148,7 +141,6 @@ fn serve(settings: &Settings) -> Result<()> {
     let (ended, ends) = sync_channel(16);
     let stop = Stop::new();
     let store = PathBuf::from(&settings.backing_store);
-    let _only = files::lock(&store, LOCK_PATIENCE)?;
     let started = files::read_start(&store, config.cards.keys().copied(), config.v6)?;
     let board = Board::default();
     introspect::start(settings, board.clone(), &metrics, &ended)?;
@@ -237,61 +229,7 @@ fn configure(settings: &Settings, valid: &Valid, limits: &Limits, identity: &Ide
     }
     let mut seed = [0; 8];
     sys::random_bytes(&mut seed).context("seed the random numbers")?;
-    Ok(Config {
-        identity: identity.clone(),
-        v6: false,
-        prefix_mode: false,
-        slots: size(limits.slots_per_eni()),
-        cards: [(0, size(valid.enis_per_card.first().copied().unwrap_or(limits.enis)))].into(),
-        max_pods: size(limits.max_pods()),
-        provisioning: !settings.read_only(),
-        imds_only: settings.imds_only,
-        custom_networking: None,
-        pod_eni: false,
-        trunk_capable: limits::takes_trunk(&identity.instance_type),
-        annotate_pod_ip: false,
-        multi_nic: false,
-        clean_leaked: settings.cleans_leaked_enis(),
-        subnet_discovery: settings.subnet_discovery,
-        manage_untagged: settings.manage_untagged_eni,
-        cluster_name: settings.cluster_name.clone(),
-        additional_tags: settings.additional_eni_tags.clone(),
-        network_policy_mode: settings.network_policy_mode.clone().unwrap_or_default(),
-        tunables: tunables(settings, identity),
-        seed: u64::from_ne_bytes(seed),
-    })
-}
-
-fn tunables(settings: &Settings, identity: &Identity) -> Tunables {
-    let nets = |nets: &[ipnet::Ipv4Net]| nets.iter().map(|net| IpNet::V4(*net)).collect::<Vec<_>>();
-    Tunables {
-        targets: Targets {
-            warm_eni: size(settings.warm_eni_target),
-            warm_ip: size(settings.warm_ip_target),
-            minimum_ip: size(settings.minimum_ip_target),
-            warm_prefix: size(settings.warm_prefix_target),
-        },
-        ip_cooldown: Duration::from_secs(settings.ip_cooldown_s.into()),
-        add_wait: ADD_WAIT,
-        manage_unschedulable: settings.manage_non_schedulable,
-        host: Intent {
-            node_ip: IpAddr::V4(identity.local_ipv4),
-            primary_mac: identity.mac,
-            eni_mtu: settings.eni_mtu,
-            external_snat: settings.external_snat,
-            node_port: settings.node_port,
-            snat_ports: settings.snat_ports,
-            mark: settings.connmark,
-            veth_prefix: settings.veth_prefix.clone(),
-            excluded_cidrs: nets(&settings.exclude_snat_cidrs),
-            external_service_cidrs: nets(&settings.external_service_cidrs),
-            ..Intent::default()
-        },
-    }
-}
-
-fn size(n: u32) -> usize {
-    usize::try_from(n).unwrap_or(usize::MAX)
+    Ok(configure::config(settings, valid, limits, identity, u64::from_ne_bytes(seed)))
 }
 
 /// What the core's thread acts with.

@@ -1,13 +1,11 @@
 //! Restarts: what is served while the daemon is away, how soon it is back, and what that costs.
 
-use crate::stage::{CHECKPOINT, PROGRAM, Stage, Subject, TRY_AGAIN, eventually};
+use crate::stage::{CHECKPOINT, Stage, Subject, TRY_AGAIN, eventually};
 use crate::talk::Talk;
 use enibox::clock;
-use enibox::sandbox::agents::Agent;
 use enibox::sim::vpc::Planned;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
-use std::path::Path;
 use std::time::Duration;
 
 fn pods(stage: &Stage, prefix: &str, count: usize) -> Vec<Subject> {
@@ -206,22 +204,5 @@ fn running_requests_are_finished_at_a_sigterm() {
     stage.start();
     stage.wait_ready();
     stage.probe_all(living.iter());
-    stage.assert_no_complaints();
-}
-
-#[test]
-fn a_second_daemon_does_not_give_out_the_same_addresses() {
-    let stage = Stage::ready("m5.large", 15, &[]);
-    let mut living = pods(&stage, "pod", 2);
-    let second = Agent::start(Path::new(PROGRAM), &stage.logs, &stage.node, &[]).unwrap();
-    eventually(Duration::from_secs(30), "the second one gives up", || {
-        let log = stage.log();
-        if log.contains("another daemon runs on this node") { Ok(()) } else { Err(log) }
-    });
-    assert!(second.stop().is_err(), "it ends with an error");
-    living.extend(pods(&stage, "more", 2));
-    stage.probe_all(living.iter());
-    let told: BTreeMap<String, Ipv4Addr> = living.iter().map(|pod| (pod.container.clone(), pod.address())).collect();
-    assert_eq!(stage.allocations(), told);
     stage.assert_no_complaints();
 }

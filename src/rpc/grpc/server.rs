@@ -2,8 +2,7 @@
 //!
 //! At most [`BindOptions::connections`] are served. Go clients keep a channel open for as long as they live, so a further
 //! connection takes the place of the one that has been idle longest (which gets a GOAWAY and reconnects when it needs to);
-//! when all are busy it waits, and after [`BindOptions::read_timeout`] it is turned away with a GOAWAY. A client that has
-//! just connected is not idle: its request is on its way.
+//! when all are busy it waits, and after [`BindOptions::read_timeout`] it is turned away with a GOAWAY.
 
 use super::{CONTENT_TYPE, Code, Status, find, frame_message, is_grpc, parse_timeout, percent_encode, unframe_message};
 use crate::clock;
@@ -31,9 +30,6 @@ const STACK_SIZE: usize = 256 * 1024;
 const FORGIVE_AFTER: Duration = Duration::from_secs(10);
 /// Pause after accept failed for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// A connection on which nothing has come yet keeps its place for so long. Between a plugin's connect and its request lie
-/// microseconds, or, when many start at once, some turns of the scheduler.
-const FRESH: Duration = Duration::from_secs(1);
 /// How long a connection that is closed or turned away may take to be told so.
 const FAREWELL_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -235,8 +231,6 @@ struct RegistryState {
 struct Open {
     stream: Arc<UnixStream>,
     idle_since: Option<u64>,
-    /// Until when it keeps its place, although nothing has come on it yet.
-    fresh_until: Option<Instant>,
     leaving: bool,
 }
 
@@ -249,9 +243,7 @@ impl Registry {
     fn enter(registry: &Arc<Registry>, stream: &Arc<UnixStream>, (limit, timeout): (usize, Duration)) -> Option<Slot> {
         let full = |state: &mut RegistryState| {
             if state.open.len() >= limit && !state.stopped && !state.open.values().any(|open| open.leaving) {
-                let now = clock::instant();
-                let old = |open: &&mut Open| open.fresh_until.is_none_or(|until| until <= now);
-                let idle = state.open.values_mut().filter(|open| open.idle_since.is_some()).filter(old);
+                let idle = state.open.values_mut().filter(|open| open.idle_since.is_some());
                 if let Some(oldest) = idle.min_by_key(|open| open.idle_since) {
                     oldest.leave();
                 }
@@ -265,15 +257,13 @@ impl Registry {
             if left.is_zero() {
                 return None;
             }
-            // Nobody tells when a fresh connection has become an old one.
-            state = registry.changed.wait_timeout(state, left.min(FRESH)).unwrap_or_else(PoisonError::into_inner).0;
+            state = registry.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
         if state.stopped {
             return None;
         }
         let number = (0..limit).find(|number| !state.open.contains_key(number))?;
-        let fresh_until = Some(clock::instant() + FRESH);
-        state.open.insert(number, Open { stream: Arc::clone(stream), idle_since: None, fresh_until, leaving: false });
+        state.open.insert(number, Open { stream: Arc::clone(stream), idle_since: None, leaving: false });
         drop(state);
         Some(Slot { registry: Arc::clone(registry), number })
     }
@@ -325,9 +315,6 @@ impl Slot {
         let mut leaving = state.stopped;
         if let Some(open) = state.open.get_mut(&self.number) {
             open.idle_since = idle.then_some(turn);
-            if !idle {
-                open.fresh_until = None; // something has come
-            }
             leaving |= open.leaving;
         }
         // Somebody may be waiting for a place.

@@ -250,27 +250,6 @@ fn idle_connections_make_room_and_busy_ones_do_not() {
     server.check_alive();
 }
 
-/// More plugins than places: each connects, and only then, which on a busy machine is a while, sends its request.
-#[test]
-fn a_burst_of_clients_larger_than_the_server_is_served() {
-    let server = Running::start(BindOptions { connections: 2, ..BindOptions::default() });
-    std::thread::scope(|scope| {
-        let calls: Vec<_> = (0..8)
-            .map(|number| {
-                let mut client = server.connect();
-                scope.spawn(move || {
-                    std::thread::sleep(Duration::from_millis(50));
-                    let reply: AddNetworkReply =
-                        client.call(path::ADD_NETWORK, &add("a", 0), PATIENCE).map_err(|s| format!("{number}: {s}"))?;
-                    Ok::<_, String>(reply.success)
-                })
-            })
-            .collect();
-        let answers: Vec<_> = calls.into_iter().map(|call| call.join().unwrap()).collect();
-        assert_eq!(answers, vec![Ok(true); 8]);
-    });
-}
-
 #[test]
 fn thirty_two_calls_run_at_once() {
     let server = Running::start(BindOptions::default());

@@ -23,7 +23,7 @@ impl Vpc {
             Call::DescribeInstanceType(name) => self.describe_type(name),
             Call::DescribeSubnets { vpc, zone } => Ok(Reply::Subnets(self.subnets_in(vpc, zone))),
             Call::Create(create) => self.create(create),
-            Call::Attach { eni, instance, device, card } => self.attach(eni, instance, *device, *card),
+            Call::Attach { eni, instance, device, card } => self.attach(now.mono, eni, instance, (*device, *card)),
             Call::DeleteOnTermination { eni, attachment } => self.delete_on_termination(eni, attachment),
             Call::ModifyGroups { eni, groups } => self.modify_groups(eni, groups),
             Call::CreateTags { eni, tags } => self.create_tags(eni, tags),
@@ -137,12 +137,13 @@ impl Vpc {
             tags: tags.clone(),
             ..Interface::default()
         };
-        self.enis.insert(id.clone(), EniState { interface, detached_at: None });
+        self.enis.insert(id.clone(), EniState { interface, attached_at: None, detached_at: None });
         self.touched.insert(id.clone());
         Ok(id)
     }
 
-    fn attach(&mut self, eni: &EniId, instance: &InstanceId, device: u32, card: u32) -> Done<Reply> {
+    fn attach(&mut self, now: Mono, eni: &EniId, instance: &InstanceId, place: (u32, u32)) -> Done<Reply> {
+        let (device, card) = place;
         self.known(eni)?;
         let Some(host) = self.instances.get(instance) else {
             return refuse("InvalidInstanceID.NotFound", format!("The instance ID '{instance}' does not exist"));
@@ -171,29 +172,33 @@ impl Vpc {
         if slots(&state.interface) > host.kind.ipv4_per_eni as usize {
             return too_many_addresses();
         }
-        let id = self.bind(eni, instance, device, card, false);
+        let id = self.bind(now, eni, instance, place, false);
         Ok(Reply::Attached(id))
     }
 
     /// Every attachment of an instance, those being detached included.
     pub(super) fn attachments(&self, instance: &InstanceId) -> impl Iterator<Item = &Attachment> {
-        let attached = self.enis.values().filter_map(|eni| eni.interface.attachment.as_ref());
-        attached.filter(move |attachment| attachment.instance == *instance)
+        self.attached_to(instance).filter_map(|interface| interface.attachment.as_ref())
     }
 
     pub(super) fn bind(
         &mut self,
+        now: Mono,
         eni: &EniId,
         instance: &InstanceId,
-        device: u32,
-        card: u32,
+        (device, card): (u32, u32),
         delete_on_termination: bool,
     ) -> AttachmentId {
         let id = self.new_attachment();
         self.touched.insert(eni.clone());
         self.touched_instances.insert(instance.clone());
+        self.attachments.insert(id.clone(), eni.clone());
+        if let Some(host) = self.instances.get_mut(instance) {
+            host.enis.insert(eni.clone());
+        }
         if let Some(state) = self.enis.get_mut(eni) {
             let instance = instance.clone();
+            state.attached_at = Some(now);
             state.interface.status = "in-use".into();
             state.interface.attachment =
                 Some(Attachment { id: id.clone(), instance, device, card, delete_on_termination });
@@ -361,9 +366,10 @@ impl Vpc {
     }
 
     fn detach(&mut self, now: Mono, attachment: &AttachmentId) -> Done<Reply> {
-        let found = self.enis.values().find_map(|state| {
+        let state = self.attachments.get(attachment).and_then(|eni| self.enis.get(eni));
+        let found = state.and_then(|state| {
             let at = state.interface.attachment.as_ref()?;
-            (at.id == *attachment).then(|| (state.interface.id.clone(), at.device, at.card, state.detached_at))
+            Some((state.interface.id.clone(), at.device, at.card, state.detached_at))
         });
         let Some((eni, device, card, under_way)) = found else {
             let text = format!("The attachment ID '{attachment}' does not exist");
@@ -380,20 +386,25 @@ impl Vpc {
         let state = self.change(&eni)?;
         state.interface.status = "detaching".into();
         state.detached_at = Some(done);
+        self.detaching.insert((done, eni));
         self.finish_detaches(now);
         Ok(Reply::Done)
     }
 
     pub(super) fn finish_detaches(&mut self, now: Mono) {
-        for (id, state) in &mut self.enis {
-            if state.detached_at.is_some_and(|at| at <= now) {
-                state.detached_at = None;
-                state.interface.status = "available".into();
-                if let Some(attachment) = state.interface.attachment.take() {
-                    self.touched_instances.insert(attachment.instance);
+        while self.detaching.first().is_some_and(|(at, _)| *at <= now) {
+            let Some((_, id)) = self.detaching.pop_first() else { return };
+            let Some(state) = self.enis.get_mut(&id) else { continue };
+            state.detached_at = None;
+            state.interface.status = "available".into();
+            if let Some(attachment) = state.interface.attachment.take() {
+                self.attachments.remove(&attachment.id);
+                if let Some(host) = self.instances.get_mut(&attachment.instance) {
+                    host.enis.remove(&id);
                 }
-                self.touched.insert(id.clone());
+                self.touched_instances.insert(attachment.instance);
             }
+            self.touched.insert(id);
         }
     }
 

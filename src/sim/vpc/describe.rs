@@ -2,9 +2,11 @@
 
 use super::{Refusal, Vpc, refuse};
 use crate::model::ec2::{Call, Interface, Subnet};
-use crate::model::ids::{EniId, VpcId};
-use crate::model::order;
+use crate::model::ids::{EniId, InstanceId, VpcId};
+use crate::model::order::{self, Gather as _};
 use crate::model::time::Now;
+use std::collections::BTreeSet;
+use std::time::Duration;
 
 /// One filter: a name and the values of which one must match; `*` and `?` stand for any text and any character.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,9 +55,21 @@ pub(super) fn filters_of(call: &Call) -> Vec<Filter> {
 impl Vpc {
     pub(super) fn list(&mut self, now: Now, ids: &[EniId], filters: &[Filter]) -> Result<Vec<Interface>, Refusal> {
         let vpc = self.id.clone();
-        let seen = self.described.values_mut().filter_map(|lagged| lagged.seen(now.mono)?.clone());
-        let seen = seen.filter(|interface| ids.is_empty() || ids.contains(&interface.id)).collect::<Vec<_>>();
-        let missing = ids.iter().filter(|id| seen.iter().all(|interface| interface.id != **id)).collect::<Vec<_>>();
+        let mut found = Vec::new();
+        let mut known = BTreeSet::new();
+        for id in self.candidates(ids, filters) {
+            let told = self.described.get_mut(&id).and_then(|lagged| lagged.seen(now.mono)?.as_ref());
+            let Some(interface) = told else { continue };
+            known.insert(id);
+            let mut all = true;
+            for filter in filters {
+                all &= passes(interface, filter, &vpc)?;
+            }
+            if all {
+                found.push(interface.clone());
+            }
+        }
+        let missing = ids.iter().filter(|id| !known.contains(*id)).collect::<Vec<_>>();
         match missing.as_slice() {
             [] => {}
             [one] => {
@@ -68,17 +82,40 @@ impl Vpc {
                 return refuse("InvalidNetworkInterfaceID.NotFound", text);
             }
         }
-        let mut found = Vec::new();
-        for interface in seen {
-            let mut all = true;
-            for filter in filters {
-                all &= passes(&interface, filter, &vpc)?;
-            }
-            if all {
-                found.push(interface);
-            }
-        }
         Ok(found)
+    }
+
+    // The ENIs that may pass, so that an account with thousands need not be gone through for the few of one instance.
+    fn candidates(&mut self, ids: &[EniId], filters: &[Filter]) -> BTreeSet<EniId> {
+        if !ids.is_empty() {
+            return ids.iter().cloned().gather();
+        }
+        let exact = |name: &str| {
+            let filter = filters.iter().find(|filter| filter.name == name)?;
+            filter.values.iter().all(|value| !value.contains(['*', '?'])).then_some(&filter.values)
+        };
+        if let Some(values) = exact("network-interface-id") {
+            return values.iter().map(|id| EniId(id.clone())).gather();
+        }
+        let described = &self.described;
+        let told = |id: &EniId, fits: &dyn Fn(&Interface) -> bool| {
+            described.get(id).is_some_and(|lagged| lagged.stages().any(|state| state.as_ref().is_some_and(fits)))
+        };
+        if let Some(values) = exact("attachment.instance-id") {
+            let mut all = BTreeSet::new();
+            for value in values {
+                let Some(host) = self.instances.get_mut(&InstanceId(value.clone())) else { continue };
+                let here = |i: &Interface| i.attachment.as_ref().is_some_and(|at| at.instance.as_str() == value);
+                host.described.retain(|id| told(id, &here));
+                all.extend(host.described.iter().cloned());
+            }
+            return all;
+        }
+        if exact("status").is_some_and(|values| values.iter().all(|value| value == "available")) {
+            self.loose.retain(|id| told(id, &|interface| interface.attachment.is_none()));
+            return self.loose.clone();
+        }
+        self.described.keys().cloned().gather()
     }
 
     /// The subnets of a zone, most free addresses first.
@@ -98,12 +135,33 @@ impl Vpc {
         let visible = now.mono.plus(self.knobs.describe_lag);
         for id in std::mem::take(&mut self.touched) {
             let state = self.enis.get(&id).map(|state| state.interface.clone());
-            if let Some(attachment) = state.as_ref().and_then(|interface| interface.attachment.as_ref()) {
-                self.touched_instances.insert(attachment.instance.clone());
+            match state.as_ref().map(|interface| &interface.attachment) {
+                Some(Some(attachment)) => {
+                    self.touched_instances.insert(attachment.instance.clone());
+                    if let Some(host) = self.instances.get_mut(&attachment.instance) {
+                        host.described.insert(id.clone());
+                    }
+                }
+                Some(None) => {
+                    self.loose.insert(id.clone());
+                }
+                None => {
+                    self.vanishing.insert((visible, id.clone()));
+                }
             }
-            self.described.entry(id).or_default().set(visible, state);
+            let told = self.described.entry(id).or_default();
+            told.set(visible, state);
+            told.seen(now.mono);
         }
-        self.described.retain(|_, lagged| lagged.seen(now.mono) != Some(&None));
+        while self.vanishing.first().is_some_and(|(at, _)| *at <= now.mono) {
+            let Some((_, id)) = self.vanishing.pop_first() else { break };
+            // A lag that was made shorter lets a later state wait for an earlier one.
+            if self.described.get_mut(&id).is_some_and(|lagged| lagged.seen(now.mono) == Some(&None)) {
+                self.described.remove(&id);
+            } else if self.described.contains_key(&id) {
+                self.vanishing.insert((now.mono.plus(Duration::from_secs(1)), id));
+            }
+        }
         let visible = now.mono.plus(self.knobs.imds_lag);
         for id in std::mem::take(&mut self.touched_instances) {
             let truth = self.imds_truth(&id);

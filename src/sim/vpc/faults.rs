@@ -140,6 +140,11 @@ impl<T: Clone + PartialEq> Lagged<T> {
         self.stages.push_back((visible, value));
     }
 
+    /// Everything that is or will be seen.
+    pub fn stages(&self) -> impl Iterator<Item = &T> {
+        self.stages.iter().map(|(_, value)| value)
+    }
+
     /// What is seen at `now`; forgets what nobody will see again.
     pub fn seen(&mut self, now: Mono) -> Option<&T> {
         while self.stages.get(1).is_some_and(|(visible, _)| *visible <= now) {

@@ -65,6 +65,8 @@ pub struct Journal {
     entries: VecDeque<Entry>,
     counts: BTreeMap<&'static str, u64>,
     failures: u64,
+    throttled: u64,
+    counts_only: bool,
 }
 
 impl Journal {
@@ -83,13 +85,26 @@ impl Journal {
         self.failures
     }
 
-    fn note(&mut self, entry: Entry) {
-        *self.counts.entry(entry.action).or_default() += 1;
-        self.failures += u64::from(entry.error.is_some());
+    /// Calls that were throttled; they count as failed too.
+    pub fn throttled(&self) -> u64 {
+        self.throttled
+    }
+
+    fn note(&mut self, at: Wall, action: &'static str, call: impl FnOnce() -> String, failure: Option<&Failure>) {
+        *self.counts.entry(action).or_default() += 1;
+        self.failures += u64::from(failure.is_some());
+        self.throttled += u64::from(failure.is_some_and(Failure::throttled));
+        if self.counts_only {
+            return;
+        }
         if self.entries.len() == JOURNAL_LIMIT {
             self.entries.pop_front();
         }
-        self.entries.push_back(entry);
+        let error = failure.map(|failure| match failure.code.as_str() {
+            "" => "no answer".to_owned(),
+            code => code.to_owned(),
+        });
+        self.entries.push_back(Entry { at, action, call: call(), error });
     }
 }
 
@@ -108,6 +123,8 @@ struct Instance {
     zone: String,
     primary: EniId,
     seen: Lagged<Vec<ImdsEni>>,
+    enis: BTreeSet<EniId>,      // attached in truth
+    described: BTreeSet<EniId>, // attached to it in anything that Describe tells or will tell; may hold more
 }
 
 impl Instance {
@@ -119,6 +136,7 @@ impl Instance {
 #[derive(Clone, Debug)]
 struct EniState {
     interface: Interface,
+    attached_at: Option<Mono>,
     detached_at: Option<Mono>, // a detach is under way until then
 }
 
@@ -134,7 +152,11 @@ pub struct Vpc {
     instances: BTreeMap<InstanceId, Instance>,
     types: BTreeMap<String, InstanceType>,
     enis: BTreeMap<EniId, EniState>,
+    attachments: BTreeMap<AttachmentId, EniId>,
+    detaching: BTreeSet<(Mono, EniId)>,
     described: BTreeMap<EniId, Lagged<Option<Interface>>>,
+    loose: BTreeSet<EniId>, // detached in anything that Describe tells or will tell; may hold more
+    vanishing: BTreeSet<(Mono, EniId)>, // deleted, and told of until then
     tokens: BTreeMap<String, (Create, EniId)>,
     touched: BTreeSet<EniId>,
     touched_instances: BTreeSet<InstanceId>,
@@ -178,7 +200,11 @@ impl Vpc {
             instances: BTreeMap::new(),
             types: BTreeMap::new(),
             enis: BTreeMap::new(),
+            attachments: BTreeMap::new(),
+            detaching: BTreeSet::new(),
             described: BTreeMap::new(),
+            loose: BTreeSet::new(),
+            vanishing: BTreeSet::new(),
             tokens: BTreeMap::new(),
             touched: BTreeSet::new(),
             touched_instances: BTreeSet::new(),
@@ -257,12 +283,18 @@ impl Vpc {
         subnet: &SubnetId,
         groups: &[GroupId],
     ) -> Result<InstanceId, Failure> {
-        let result = self.launch_inner(kind, subnet, groups);
+        let result = self.launch_inner(now.mono, kind, subnet, groups);
         self.publish(now);
         result.map_err(|refusal| self.failure("RunInstances", refusal))
     }
 
-    fn launch_inner(&mut self, kind: &str, subnet: &SubnetId, groups: &[GroupId]) -> Result<InstanceId, Refusal> {
+    fn launch_inner(
+        &mut self,
+        now: Mono,
+        kind: &str,
+        subnet: &SubnetId,
+        groups: &[GroupId],
+    ) -> Result<InstanceId, Refusal> {
         let Some(kind) = self.instance_type(kind) else {
             return refuse("InvalidInstanceType", format!("The instance type '{kind}' does not exist"));
         };
@@ -271,9 +303,11 @@ impl Vpc {
             return refuse("InvalidSubnetID.NotFound", format!("The subnet ID '{subnet}' does not exist"));
         };
         let primary = self.new_interface(subnet, "", groups, &BTreeMap::new())?;
-        let instance = Instance { kind, zone, primary: primary.clone(), seen: Lagged::default() };
+        let (primary_eni, seen) = (primary.clone(), Lagged::default());
+        let (enis, described) = (BTreeSet::new(), BTreeSet::new());
+        let instance = Instance { kind, zone, primary: primary_eni, seen, enis, described };
         self.instances.insert(id.clone(), instance);
-        self.bind(&primary, &id, 0, 0, true);
+        self.bind(now, &primary, &id, (0, 0), true);
         Ok(id)
     }
 
@@ -316,6 +350,11 @@ impl Vpc {
         &self.journal
     }
 
+    /// From now on the journal only counts: a run with millions of calls has no use for their texts.
+    pub fn count_only(&mut self) {
+        self.journal.counts_only = true;
+    }
+
     /// Free addresses of a subnet.
     pub fn free(&self, subnet: &SubnetId) -> Option<u32> {
         self.subnets.get(subnet).map(|subnet| subnet.space.free())
@@ -326,6 +365,22 @@ impl Vpc {
         self.enis.values().map(|eni| &eni.interface)
     }
 
+    /// The truth about the ENIs attached to an instance, those being detached included.
+    pub fn attached_to(&self, instance: &InstanceId) -> impl Iterator<Item = &Interface> {
+        let ids = self.instances.get(instance).into_iter().flat_map(|host| &host.enis);
+        ids.filter_map(|id| self.enis.get(id)).map(|eni| &eni.interface)
+    }
+
+    /// The truth about one ENI.
+    pub fn interface(&self, eni: &EniId) -> Option<&Interface> {
+        self.enis.get(eni).map(|eni| &eni.interface)
+    }
+
+    /// The ENI of an attachment.
+    pub fn attachment(&self, attachment: &AttachmentId) -> Option<&EniId> {
+        self.attachments.get(attachment)
+    }
+
     /// How many ENIs the account may have (EC2's default is 5000 per region).
     pub fn set_eni_quota(&mut self, quota: usize) {
         self.eni_quota = quota;
@@ -333,16 +388,15 @@ impl Vpc {
 
     /// Carries out a call.
     pub fn execute(&mut self, now: Now, call: &Call) -> Outcome {
-        let outcome = self.perform(now, call.action(), &format!("{call:?}"), |vpc| vpc.act(now, call));
+        let outcome = self.perform(now, call.action(), || format!("{call:?}"), |vpc| vpc.act(now, call));
         self.publish(now);
         outcome
     }
 
     /// DescribeNetworkInterfaces with any ids and filters, as they come over the wire.
     pub fn describe(&mut self, now: Now, ids: &[EniId], filters: &[Filter]) -> Outcome {
-        self.perform(now, "DescribeNetworkInterfaces", &format!("{ids:?} {filters:?}"), |vpc| {
-            vpc.list(now, ids, filters).map(Reply::Interfaces)
-        })
+        let text = || format!("{ids:?} {filters:?}");
+        self.perform(now, "DescribeNetworkInterfaces", text, |vpc| vpc.list(now, ids, filters).map(Reply::Interfaces))
     }
 
     /// Lets time pass: detaches that were under way come to an end.
@@ -355,7 +409,7 @@ impl Vpc {
         &mut self,
         now: Now,
         action: &'static str,
-        call: &str,
+        call: impl FnOnce() -> String,
         work: impl FnOnce(&mut Vpc) -> Result<Reply, Refusal>,
     ) -> Outcome {
         self.settle(now);
@@ -373,11 +427,7 @@ impl Vpc {
             }
             Some(Planned::RequestLost) => Err(silence(action)),
         };
-        let error = result.as_ref().err().map(|failure| match failure.code.as_str() {
-            "" => "no answer".to_owned(),
-            code => code.to_owned(),
-        });
-        self.journal.note(Entry { at: now.wall, action, call: call.to_owned(), error });
+        self.journal.note(now.wall, action, call, result.as_ref().err());
         Outcome { result, after }
     }
 

@@ -1,7 +1,6 @@
 //! The free addresses of one subnet.
 
 use ipnet::Ipv4Net;
-use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
 /// Addresses of a subnet that EC2 keeps: the network, the router, DNS, one for the future, and the last one.
@@ -14,13 +13,22 @@ const BLOCK: u32 = 16;
 #[derive(Clone, Debug)]
 pub struct Space {
     cidr: Ipv4Net,
-    used: BTreeSet<u32>, // offsets from the network address
+    used: Vec<u16>, // one bit per address, one word per /28
+    taken: u32,
 }
 
 impl Space {
-    /// All free but what EC2 keeps. EC2 allows /16 to /28.
+    /// All free but what EC2 keeps. EC2 allows /16 to /28; of a larger one only the first /16 is used.
     pub fn new(cidr: Ipv4Net) -> Space {
-        Space { cidr: cidr.trunc(), used: BTreeSet::new() }
+        let cidr = cidr.trunc();
+        let mut space = Space { cidr, used: Vec::new(), taken: 0 };
+        space.used = vec![0; space.size().div_ceil(BLOCK) as usize];
+        let last = space.size() - 1;
+        for offset in [0, 1, 2, 3, last] {
+            space.mark(offset, true);
+        }
+        space.taken = 0;
+        space
     }
 
     /// The CIDR.
@@ -29,11 +37,23 @@ impl Space {
     }
 
     fn size(&self) -> u32 {
-        1 << (32 - u32::from(self.cidr.prefix_len())).min(31)
+        1 << (32 - u32::from(self.cidr.prefix_len())).min(16)
     }
 
     fn usable(&self, offset: u32) -> bool {
-        (4..self.size() - 1).contains(&offset) && !self.used.contains(&offset)
+        self.used.get((offset / BLOCK) as usize).is_some_and(|word| word & (1 << (offset % BLOCK)) == 0)
+    }
+
+    fn mark(&mut self, offset: u32, taken: bool) {
+        let Some(word) = self.used.get_mut((offset / BLOCK) as usize) else { return };
+        let bit = 1 << (offset % BLOCK);
+        if taken {
+            *word |= bit;
+            self.taken += 1;
+        } else {
+            *word &= !bit;
+            self.taken -= 1;
+        }
     }
 
     fn at(&self, offset: u32) -> Ipv4Addr {
@@ -46,16 +66,12 @@ impl Space {
 
     /// How many addresses are free (`availableIpAddressCount`).
     pub fn free(&self) -> u32 {
-        self.size().saturating_sub(RESERVED).saturating_sub(u32::try_from(self.used.len()).unwrap_or(u32::MAX))
+        self.size().saturating_sub(RESERVED).saturating_sub(self.taken)
     }
 
     /// How many aligned /28 blocks are free.
     pub fn free_blocks(&self) -> usize {
-        (0..self.size() / BLOCK).filter(|block| self.block_free(*block)).count()
-    }
-
-    fn block_free(&self, block: u32) -> bool {
-        (block * BLOCK..(block + 1) * BLOCK).all(|offset| self.usable(offset))
+        self.used.iter().filter(|word| **word == 0).count()
     }
 
     /// Takes one address: the first free one from the place that `dice` points at, so that holes appear as they do in a
@@ -63,8 +79,15 @@ impl Space {
     pub fn take(&mut self, dice: u64) -> Option<Ipv4Addr> {
         let size = self.size();
         let start = u32::try_from(dice % u64::from(size)).unwrap_or(0);
-        let found = (start..size).chain(0..start).find(|offset| self.usable(*offset))?;
-        self.used.insert(found);
+        // Word by word: a nearly full /16 is looked through in 4096 steps.
+        let from = |word: u32, least: u32| {
+            let free = !self.used.get(word as usize)? & (u16::MAX << least);
+            (free != 0).then(|| word * BLOCK + free.trailing_zeros())
+        };
+        let (words, first) = (size.div_ceil(BLOCK), start / BLOCK);
+        let after = from(first, start % BLOCK).or_else(|| (first + 1..words).find_map(|word| from(word, 0)));
+        let found = after.or_else(|| (0..=first).find_map(|word| from(word, 0)))?;
+        self.mark(found, true);
         Some(self.at(found))
     }
 
@@ -72,23 +95,28 @@ impl Space {
     pub fn take_block(&mut self, dice: u64) -> Option<Ipv4Net> {
         let blocks = self.size() / BLOCK;
         let start = u32::try_from(dice % u64::from(blocks.max(1))).unwrap_or(0);
-        let found = (start..blocks).chain(0..start).find(|block| self.block_free(*block))?;
-        self.used.extend(found * BLOCK..(found + 1) * BLOCK);
+        let found = (start..blocks).chain(0..start).find(|block| self.used[*block as usize] == 0)?;
+        self.used[found as usize] = u16::MAX;
+        self.taken += BLOCK;
         Ipv4Net::new(self.at(found * BLOCK), 28).ok()
     }
 
     /// Takes a certain address; false if it is taken, kept by EC2, or of another subnet.
     pub fn reserve(&mut self, addr: Ipv4Addr) -> bool {
         match self.offset(addr) {
-            Some(offset) if self.usable(offset) => self.used.insert(offset),
+            Some(offset) if self.usable(offset) => {
+                self.mark(offset, true);
+                true
+            }
             _ => false,
         }
     }
 
     /// Gives one address back.
     pub fn release(&mut self, addr: Ipv4Addr) {
-        let was = self.offset(addr).is_some_and(|offset| self.used.remove(&offset));
-        assert!(was, "address {addr} was not taken from {}", self.cidr);
+        let taken = self.offset(addr).filter(|offset| !self.usable(*offset));
+        assert!(taken.is_some(), "address {addr} was not taken from {}", self.cidr);
+        self.mark(taken.unwrap_or_default(), false);
     }
 
     /// Gives a block back.
@@ -114,6 +142,7 @@ impl IntoIterator for Ipv4AddrsOf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
 
     fn space(cidr: &str) -> Space {
         Space::new(cidr.parse().unwrap())

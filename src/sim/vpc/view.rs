@@ -6,7 +6,7 @@ use crate::model::ids::{EniId, GroupId, InstanceId, SubnetId};
 use crate::model::imds::{Eni, Identity};
 use crate::model::net::Mac;
 use crate::model::order;
-use crate::model::time::Now;
+use crate::model::time::{Mono, Now};
 use ipnet::{IpNet, Ipv4Net};
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -64,6 +64,18 @@ impl Vpc {
         self.instances.get_mut(instance)?.seen.seen(now.mono).cloned()
     }
 
+    /// Since when an ENI is attached to an instance, as the host sees it; None if it is not, or is being detached.
+    pub fn plugged(&self, instance: &InstanceId, eni: &EniId) -> Option<Mono> {
+        let state = self.enis.get(eni).filter(|state| state.detached_at.is_none())?;
+        let here = state.interface.attachment.as_ref().is_some_and(|at| at.instance == *instance);
+        state.attached_at.filter(|_| here)
+    }
+
+    /// IPv6 CIDRs of the VPC: those of its subnets.
+    pub fn v6_cidrs(&self) -> Vec<IpNet> {
+        self.subnets.values().filter_map(|subnet| subnet.v6.map(IpNet::V6)).collect()
+    }
+
     /// All instances.
     pub fn instances(&self) -> impl Iterator<Item = &InstanceId> {
         self.instances.keys()
@@ -99,7 +111,7 @@ impl Vpc {
 
     pub(super) fn imds_truth(&self, instance: &InstanceId) -> Vec<ImdsEni> {
         let mut listed =
-            self.enis.values().filter_map(|state| self.imds_eni(&state.interface, instance)).collect::<Vec<_>>();
+            self.attached_to(instance).filter_map(|interface| self.imds_eni(interface, instance)).collect::<Vec<_>>();
         order::sort_by_key(&mut listed, |listed| (listed.eni.card, listed.eni.device));
         listed
     }

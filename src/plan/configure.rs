@@ -1,0 +1,82 @@
+//! From the operator's settings and the instance to what the core is told: one mapping for the daemon, the simulator and
+//! the planner, so that what is simulated is what will run.
+
+use super::core::{Config, Tunables};
+use super::host::Intent;
+use super::sizing::Targets;
+use crate::model::imds::Identity;
+use crate::model::limits::{self, Limits};
+use crate::model::order::Gather as _;
+use crate::model::settings::{Mode, Settings, Valid};
+use ipnet::IpNet;
+use std::net::IpAddr;
+use std::time::Duration;
+
+/// How long an ADD waits for an address that is on its way.
+const ADD_WAIT: Duration = Duration::from_secs(3);
+
+/// The core's configuration. `seed` makes its random numbers; on a node it is random itself.
+pub fn config(settings: &Settings, valid: &Valid, limits: &Limits, identity: &Identity, seed: u64) -> Config {
+    let managed = if settings.multi_nic { valid.enis_per_card.len() } else { 1 };
+    let cards = (0..).zip(&valid.enis_per_card).take(managed).map(|(card, enis)| (card, size(*enis)));
+    let names = (settings.eni_config_annotation.clone(), settings.eni_config_label.clone());
+    Config {
+        identity: identity.clone(),
+        v6: valid.mode == Mode::Ipv6Prefixes,
+        prefix_mode: valid.mode != Mode::Ipv4Addresses,
+        slots: size(limits.slots_per_eni()),
+        cards: cards.gather(),
+        max_pods: size(limits.max_pods()),
+        provisioning: !settings.read_only(),
+        imds_only: settings.imds_only,
+        custom_networking: settings.custom_networking.then_some(names),
+        pod_eni: settings.pod_eni,
+        trunk_capable: limits::takes_trunk(&identity.instance_type),
+        annotate_pod_ip: settings.annotate_pod_ip,
+        multi_nic: settings.multi_nic,
+        clean_leaked: settings.cleans_leaked_enis(),
+        subnet_discovery: settings.subnet_discovery,
+        manage_untagged: settings.manage_untagged_eni,
+        cluster_name: settings.cluster_name.clone(),
+        additional_tags: settings.additional_eni_tags.clone(),
+        network_policy_mode: settings.network_policy_mode.clone().unwrap_or_default(),
+        tunables: tunables(settings, identity),
+        seed,
+    }
+}
+
+/// The part that may change while the daemon runs.
+pub fn tunables(settings: &Settings, identity: &Identity) -> Tunables {
+    let nets = |nets: &[ipnet::Ipv4Net]| nets.iter().map(|net| IpNet::V4(*net)).collect::<Vec<_>>();
+    let v6 = settings.mode_wished() == Mode::Ipv6Prefixes;
+    let node_ip = identity.local_ipv6.filter(|_| v6).map_or(IpAddr::V4(identity.local_ipv4), IpAddr::V6);
+    Tunables {
+        targets: Targets {
+            warm_eni: size(settings.warm_eni_target),
+            warm_ip: size(settings.warm_ip_target),
+            minimum_ip: size(settings.minimum_ip_target),
+            warm_prefix: size(settings.warm_prefix_target),
+        },
+        ip_cooldown: Duration::from_secs(settings.ip_cooldown_s.into()),
+        add_wait: ADD_WAIT,
+        manage_unschedulable: settings.manage_non_schedulable,
+        host: Intent {
+            v6,
+            node_ip,
+            primary_mac: identity.mac,
+            eni_mtu: settings.eni_mtu,
+            external_snat: settings.external_snat,
+            node_port: settings.node_port,
+            snat_ports: settings.snat_ports,
+            mark: settings.connmark,
+            veth_prefix: settings.veth_prefix.clone(),
+            excluded_cidrs: nets(&settings.exclude_snat_cidrs),
+            external_service_cidrs: nets(&settings.external_service_cidrs),
+            ..Intent::default()
+        },
+    }
+}
+
+fn size(n: u32) -> usize {
+    usize::try_from(n).unwrap_or(usize::MAX)
+}
