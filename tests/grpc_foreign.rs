@@ -1,13 +1,17 @@
 //! Our gRPC against Google's (Python's grpcio), in both directions. The package is installed into a directory under
 //! `target/` on the first run; without `python3` the tests say SKIP and pass, any other obstacle fails them.
 
+#[path = "support/python.rs"]
+mod python;
+
 use enibox::clock;
 use enibox::error::Result;
 use enibox::model::wire::{AddNetworkReply, AddNetworkRequest, DelNetworkReply, DelNetworkRequest};
 use enibox::rpc::grpc::{BindOptions, Call, Client, Code, Server, Status};
 use enibox::rpc::proto::{Empty, HealthCheckRequest, HealthCheckResponse, Message, NpReply, path};
 use enibox::rpc::{health, stop::Stop};
-use std::fs::{self, File};
+use python::{run, skip};
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -17,35 +21,10 @@ use std::time::Duration;
 const PATIENCE: Duration = Duration::from_mins(1);
 const MESSAGE: &str = "datastore: unknown pod (100% sure ☃)";
 
-/// Says so aloud, past the capture of the test's output; where everything must be tried it is a failure.
-fn skip(why: &str) {
-    assert!(std::env::var_os("CI").is_none(), "{why}");
-    _ = std::io::Write::write_all(&mut std::io::stderr(), format!("SKIP: {why}\n").as_bytes());
-}
-
 /// The interpreter of an environment that has grpcio; `None` where there is no python3.
 fn python() -> Option<PathBuf> {
-    if Command::new("python3").arg("--version").output().is_err() {
-        skip("no python3 here, gRPC is not tried against a foreign implementation");
-        return None;
-    }
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    fs::create_dir_all(target).unwrap();
-    let lock = File::create(target.join("venv-grpc.lock")).unwrap();
-    enibox::sys::lock_exclusive(&lock).unwrap();
-    let environment = target.join("venv-grpc");
-    let (interpreter, complete) = (environment.join("bin/python"), environment.join("complete"));
-    if !complete.exists() {
-        run(Command::new("python3").args(["-m", "venv"]).arg(&environment));
-        run(Command::new(&interpreter).args(["-m", "pip", "install", "--quiet", "grpcio>=1.60,<2"]));
-        File::create(complete).unwrap();
-    }
-    Some(interpreter)
-}
-
-fn run(command: &mut Command) {
-    let status = command.status().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    assert!(status.success(), "{command:?}: {status}");
+    let what = "gRPC is not tried against a foreign implementation";
+    python::environment("venv-grpc", &["grpcio>=1.60,<2"], what)
 }
 
 fn peer(python: &Path, role: &str, socket: &Path) -> Command {

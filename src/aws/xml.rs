@@ -94,12 +94,11 @@ pub(super) fn most_free_first(subnets: &mut [Subnet]) {
 pub fn parse_error(text: &str) -> Option<ApiError> {
     let document = parse(text).ok()?;
     let root = document.root_element();
-    // EC2: Response/Errors/Error and RequestID. STS: ErrorResponse/Error and RequestId.
-    let error = match root.tag_name().name() {
-        "Response" => child(child(root, "Errors")?, "Error")?,
-        "ErrorResponse" => child(root, "Error")?,
-        _ => return None,
-    };
+    // EC2: Response/Errors/Error and RequestID. STS: ErrorResponse/Error and RequestId. Emulators mix them.
+    if !matches!(root.tag_name().name(), "Response" | "ErrorResponse") {
+        return None;
+    }
+    let error = child(child(root, "Errors").unwrap_or(root), "Error")?;
     let code = text_of(error, "Code")?.to_owned();
     let request_id = text_of(root, "RequestID").or_else(|| text_of(root, "RequestId")).unwrap_or_default();
     Some(ApiError {
