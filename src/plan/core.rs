@@ -238,6 +238,8 @@ pub struct Core {
     // Absent inside: EC2 would not tell.
     subnets: Option<(Mono, Option<Vec<Subnet>>)>,
     exhausted: BTreeMap<SubnetId, Mono>,
+    // ENIs that take no more CIDRs by EC2's word, although we know of fewer: until when that is believed.
+    full: BTreeMap<EniId, Mono>,
     absent: BTreeMap<(EniId, Option<IpNet>), Absent>,
     unassigned: BTreeMap<IpNet, Mono>,
 
@@ -297,6 +299,7 @@ impl Core {
             groups: None,
             subnets: None,
             exhausted: BTreeMap::new(),
+            full: BTreeMap::new(),
             absent: BTreeMap::new(),
             unassigned: BTreeMap::new(),
             wanted: BTreeMap::new(),
@@ -332,10 +335,9 @@ impl Core {
             Event::Imds(op, result) => self.imds_done(op, result),
             Event::Ec2(op, result) => self.ec2_done(op, result),
             Event::Kernel(op, result) => self.kernel_done(op, result),
-            Event::Kube(..) | Event::NodeSeen(_) => {}
             Event::PodsSeen(bound) => self.bound = bound,
             Event::Retuned(tunables) => self.retune(*tunables),
-            Event::Tick => {}
+            Event::Tick | Event::Kube(..) | Event::NodeSeen(_) => {}
             Event::Stop => self.stop(),
         }
         self.advance();

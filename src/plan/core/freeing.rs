@@ -127,9 +127,17 @@ impl Core {
 
     pub(super) fn unassign_done(&mut self, eni: &EniId, nets: &[IpNet], result: Result<Reply, Failure>) {
         if let Err(failure) = result {
-            // Still there, as far as is known: the reconciliation takes them in again after the cooldown.
             self.log(Level::Warn, format!("eni {eni}: give back {nets:?}: {failure}"));
             self.tally(Tally::Error("decreaseIPPool"));
+            if failure.maybe_applied {
+                return; // the reconciliation takes in what is still there after the cooldown
+            }
+            for net in nets {
+                self.unassigned.remove(net);
+                self.add_cidr(eni, *net);
+                self.pool.bar(eni, net, true);
+            }
+            self.describe(); // serves pods again when EC2 lists it
         }
     }
 

@@ -33,6 +33,8 @@ const MODIFY: Backoff = Backoff { first: Duration::from_secs(1), cap: Duration::
 const SETTLE_MAX: Duration = Duration::from_secs(162);
 /// How long a subnet without free addresses is left alone (`spec/ipamd.md` 6.1, per subnet by B23).
 const EXHAUSTED: Duration = Duration::from_mins(2);
+/// How long an ENI that EC2 calls full is left alone; what it holds and we do not know of is found out meanwhile.
+const FULL: Duration = Duration::from_mins(1);
 /// How long a list of subnets is good (`spec/aws.md` 8.2).
 const SUBNETS_AGE_MAX: Duration = Duration::from_mins(5);
 /// Attempts to set delete-on-termination. A working ENI is not given up for a throttled call.
@@ -108,6 +110,7 @@ impl Core {
             return; // what is attached already may be enough
         }
         self.exhausted.retain(|_, until| *until > self.now.mono);
+        self.full.retain(|_, until| *until > self.now.mono);
         for card in self.config.cards.keys().copied().collect::<Vec<_>>() {
             while self.growths.len() < GROWTHS_MAX && !self.timers.contains_key(&Timer::Growth) {
                 if !self.grow_card(card) {
@@ -121,7 +124,7 @@ impl Core {
     fn grow_card(&mut self, card: u32) -> bool {
         let skip = |id: &EniId| {
             let in_exhausted = self.pool.eni(id).is_some_and(|eni| self.exhausted.contains_key(&eni.subnet));
-            in_exhausted || self.absent.contains_key(&(id.clone(), None))
+            in_exhausted || self.full.contains_key(id) || self.absent.contains_key(&(id.clone(), None))
         };
         let outlook = self.outlook(card);
         match self.sizing(card).growth(&self.pool, self.now.mono, &outlook, skip) {
@@ -407,6 +410,11 @@ impl Core {
 
     fn assign_failed(&mut self, id: GrowthId, eni: EniId, count: u32, single: bool, failure: &Failure) {
         let full = failure.code == "PrivateIpAddressLimitExceeded";
+        if full {
+            let until = self.now.mono.plus(FULL);
+            self.full.insert(eni.clone(), until);
+            self.wake_for(Timer::Shrink, until);
+        }
         if full || failure.maybe_applied {
             // The store is out of step with EC2: see what the ENI has instead of asking for more.
             self.log(Level::Warn, format!("eni {eni}: {failure}; looking at what it has"));
@@ -627,6 +635,7 @@ impl Core {
         if now >= end {
             self.changed();
             self.tally(Tally::Error("increaseIPPoolwaitENIAttachedFailed"));
+            self.suspect_leak(); // somebody may have detached it
             return self.growth_failed(Some(id), "the new ENI does not show up; it is taken in when it does", None);
         }
         match look_at {

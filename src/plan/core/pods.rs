@@ -86,7 +86,9 @@ impl Core {
                 }
                 Err(_) if !every_card => {}
                 Err(_) => {
-                    fresh.iter().for_each(|card| self.pool.undo_assign(&owner.key, *card));
+                    for card in fresh {
+                        self.pool.undo_assign(&owner.key, card);
+                    }
                     return false;
                 }
             }
