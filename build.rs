@@ -17,4 +17,12 @@ fn main() {
     // No tables for unwinding: see build.ld.
     println!("cargo::rustc-link-arg-bins=-Wl,--no-eh-frame-hdr");
     println!("cargo::rustc-link-arg-bins=-Wl,-T,{}/build.ld", var("CARGO_MANIFEST_DIR").unwrap_or_default());
+    // src/sys.rs replaces one function out of a larger member of libgcc's archive: the first definition stays.
+    println!("cargo::rustc-link-arg-bins=-Wl,-z,muldefs");
+    // Functions with the same machine code become one, 30 KB. Nothing may tell them apart by their addresses: Rust promises
+    // none for functions, and nothing here compares any. Only lld can do it, which rustc brings along and uses
+    // for this target since 1.90.
+    if has("CARGO_CFG_TARGET_ARCH", "x86_64") {
+        println!("cargo::rustc-link-arg-bins=-Wl,--icf=all");
+    }
 }
