@@ -1,7 +1,7 @@
 //! HTTP towards AWS and the API server: agents with every option set by us, since the defaults of the library are not
 //! ours (no time-outs, 128 KiB buffers, a proxy from the environment, redirects followed, statuses turned into errors).
 //!
-//! One [`Agent`] talks to one endpoint and keeps its connections. The TLS provider is chosen in one function, and
+//! One [`Agent`] talks to one endpoint and keeps its connections. The TLS provider is chosen in [`tls`], and
 //! trusted roots are read on the first request to an `https` endpoint: a plain one needs none. What went wrong is told
 //! by [`Broken`], which knows whether the request may have reached the other side. It must not retry.
 
@@ -232,11 +232,6 @@ impl Agent {
     }
 }
 
-/// The TLS provider, here and nowhere else.
-fn tls_provider() -> Arc<rustls::crypto::CryptoProvider> {
-    Arc::new(rustls::crypto::ring::default_provider())
-}
-
 fn build(options: &Options, proxy: Option<ureq::Proxy>, roots: Vec<ureq::tls::Certificate<'static>>) -> ureq::Agent {
     let tls = TlsConfig::builder()
         .provider(ureq::tls::TlsProvider::Rustls)
@@ -244,7 +239,7 @@ fn build(options: &Options, proxy: Option<ureq::Proxy>, roots: Vec<ureq::tls::Ce
         .root_certs(RootCerts::Specific(Arc::new(roots)))
         .use_sni(true)
         .disable_verification(false)
-        .unversioned_rustls_crypto_provider(tls_provider())
+        .unversioned_rustls_crypto_provider(tls::provider())
         .build();
     let config = ureq::Agent::config_builder()
         .http_status_as_error(false)
@@ -536,3 +531,4 @@ fn matches_exception(entry: &str, host: &str, addr: Option<IpAddr>) -> bool {
 pub(crate) mod script;
 #[cfg(test)]
 mod tests;
+mod tls;
