@@ -55,7 +55,7 @@ fn init_with(destination: &str, level: &str, stdout: Stdout, bytes_max: u64) {
         },
     };
     let built = env_logger::Builder::new()
-        .filter_level(level_filter(level))
+        .filter_level(LevelFilter::Debug) // the level itself is the facade's, which can be changed later
         // The netlink library logs every field that it decodes, the others every header: never wanted from a node.
         .filter_module("neli", LevelFilter::Warn)
         .filter_module("ureq", LevelFilter::Warn)
@@ -65,8 +65,14 @@ fn init_with(destination: &str, level: &str, stdout: Stdout, bytes_max: u64) {
         .target(env_logger::Target::Pipe(Box::new(sink)))
         .try_init();
     if built.is_ok() {
+        set_level(level);
         log::info!("enibox {VERSION} logs at level {}", log::max_level());
     }
+}
+
+/// Changes the level of a running process; the texts are those of [`init`].
+pub fn set_level(level: &str) {
+    log::set_max_level(level_filter(level));
 }
 
 fn level_filter(text: &str) -> LevelFilter {

@@ -1,6 +1,7 @@
 //! The README's list of settings is the table that the program reads; `UPDATE=1` writes it anew.
 
 use enibox::model::settings::Settings;
+use enibox::model::settings::layers::Scope;
 use std::fmt::Write as _;
 use std::fs;
 
@@ -13,11 +14,16 @@ fn settings_as_markdown() -> String {
     for doc in Settings::docs() {
         if doc.group != group {
             group = doc.group;
-            _ = write!(text, "\n### {group}\n\n| variable | default | |\n|---|---|---|\n");
+            _ = write!(text, "\n### {group}\n\n| variable | default | per node | |\n|---|---|---|---|\n");
         }
         let default = if doc.default.is_empty() { String::new() } else { format!("`{}`", doc.default) };
         let not_yet = if doc.not_yet { " *Not yet.*" } else { "" };
-        _ = writeln!(text, "| `{}` | {default} | {}{not_yet} |", doc.variable, doc.help);
+        let per_node = match doc.scope {
+            Scope::Process => "",
+            Scope::Start => "at start",
+            Scope::Live => "at once",
+        };
+        _ = writeln!(text, "| `{}` | {default} | {per_node} | {}{not_yet} |", doc.variable, doc.help);
     }
     text.push('\n');
     text

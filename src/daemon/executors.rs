@@ -156,8 +156,9 @@ fn kernel_loop(work: &Receiver<Host>, events: &SyncSender<Event>, metrics: &Metr
                     let failed = report.enis.into_iter();
                     Ok(failed.filter_map(|(id, result)| result.err().map(|error| (id, error.to_string()))).gather())
                 });
-                metrics.rules(result.is_ok());
-                Event::Kernel(op, result.map_err(|error| error.to_string()))
+                let result = result.map_err(|error| error.to_string());
+                metrics.rules(result.as_ref().err().map(String::as_str));
+                Event::Kernel(op, result)
             }
             Host::List => Event::Seen(files::look_at_host().map_err(|error| error.to_string())),
         };

@@ -4,14 +4,20 @@
 //! core, and the core never for them.
 
 use super::metrics::Metrics;
-use super::{End, spawn};
+use super::tuning::Known;
+use super::{End, spawn, status};
+use crate::clock;
 use crate::error::{Context, Result};
-use crate::model::settings::Settings;
+use crate::model::imds::Identity;
+use crate::model::settings::{Mode, Settings};
 use crate::model::time::{Mono, Now};
-use crate::plan::pool::{Eni, Pool, Slot};
-use crate::rpc::http1::{Limits, Method, Request, Response, Server, Verdict};
+use crate::plan::core::Status;
+use crate::plan::pool::{Cidr, Eni, Pool, Slot};
+use crate::plan::sizing::PREFIX_ADDRESSES;
+use crate::rpc::http1::{Limits, Listener, Method, Request, Response, Server, Verdict};
 use serde_json::{Map, Value, json};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::path::Path;
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -22,33 +28,68 @@ const METRICS_PORT: u16 = 61678;
 const TRANSFER_MAX: Duration = Duration::from_secs(5);
 /// Pauses between attempts to bind a port that is taken.
 const BIND_AGAIN: Duration = Duration::from_secs(10);
+/// What is served besides `/`.
+const PATHS: [&str; 6] = [
+    "/v1/enis",
+    "/v1/eni-configs",
+    "/v1/networkutils-env-settings",
+    "/v1/ipamd-env-settings",
+    "/v1/enibox/status",
+    "/v1/enibox/config",
+];
 
 /// A copy of what the core knows.
 #[derive(Clone, Debug)]
 pub(super) struct View {
     pub(super) pool: Pool,
+    /// `None` until the core has said something.
+    pub(super) status: Option<Status>,
     pub(super) at: Now,
+    pub(super) mode: Mode,
     pub(super) eni_limit: usize,
     pub(super) slots: usize,
 }
 
 impl Default for View {
     fn default() -> Self {
-        View { pool: Pool::new(false, Duration::ZERO), at: Now::default(), eni_limit: 0, slots: 0 }
+        View {
+            pool: Pool::new(false, Duration::ZERO),
+            status: None,
+            at: Now::default(),
+            mode: Mode::Ipv4Addresses,
+            eni_limit: 0,
+            slots: 0,
+        }
     }
 }
 
 impl View {
-    /// Gauges without labels: name, help, value.
+    /// Gauges without labels: name, help, value. Sums over all network cards (B53).
     pub(super) fn gauges(&self) -> [(&'static str, &'static str, usize); 6] {
         let all = self.pool.stats_of(self.at.mono, |_, _| true);
+        let (per_slot, prefixes) = match self.mode {
+            Mode::Ipv4Addresses => (1, all.prefixes),
+            Mode::Ipv4Prefixes => (PREFIX_ADDRESSES, all.prefixes),
+            Mode::Ipv6Prefixes => (0, 0),
+        };
         [
             ("awscni_assigned_ip_addresses", "addresses that pods use", all.assigned),
             ("awscni_eni_allocated", "ENIs in the pool", self.pool.enis().count()),
             ("awscni_eni_max", "ENIs that the node may have", self.eni_limit),
-            ("awscni_ip_max", "addresses that the node may have", self.eni_limit * self.slots),
+            ("awscni_ip_max", "addresses that the node may have", self.eni_limit * self.slots * per_slot),
             ("awscni_total_ip_addresses", "addresses in the pool", all.total),
-            ("awscni_total_ipv4_prefixes", "IPv4 prefixes in the pool", all.prefixes),
+            ("awscni_total_ipv4_prefixes", "IPv4 prefixes in the pool", prefixes),
+        ]
+    }
+
+    /// What is going on, by the original's names.
+    pub(super) fn doing(&self) -> [(&'static str, usize); 4] {
+        let doing = |of: fn(&Status) -> usize| self.status.as_ref().map_or(0, of);
+        [
+            ("decreaseDatastorePool", doing(|status| status.freeing.len())),
+            ("increaseDatastorePool", doing(|status| status.growing)),
+            ("nodeIPPoolReconcile", doing(|status| usize::from(status.observing))),
+            ("nodeInit", doing(|status| usize::from(matches!(status.phase, "starting" | "booting")))),
         ]
     }
 
@@ -61,22 +102,26 @@ impl View {
     }
 
     fn eni(&self, id: &str, eni: &Eni) -> Value {
-        let cidrs: Map<String, Value> = eni
-            .cidrs()
-            .map(|(net, cidr)| {
-                let known: Map<String, Value> =
-                    cidr.slots().map(|(ip, slot)| (ip.to_string(), self.address(*ip, slot))).collect();
-                let value = json!({
-                    "Cidr": {"IP": net.addr(), "Mask": mask(net)},
-                    "IPAddresses": known, "IsPrefix": cidr.prefix, "AddressFamily": "",
-                });
-                (net.to_string(), value)
-            })
-            .collect();
+        let (mut v4, mut v6) = (Map::new(), Map::new());
+        for (net, cidr) in eni.cidrs() {
+            let family = if net.addr().is_ipv4() { &mut v4 } else { &mut v6 };
+            family.insert(net.to_string(), self.cidr(net, cidr));
+        }
         json!({
             "ID": id, "IsPrimary": eni.primary, "IsTrunk": eni.kind == crate::plan::pool::Kind::Trunk,
-            "IsEFA": eni.kind == crate::plan::pool::Kind::Efa, "DeviceNumber": eni.device, "AvailableIPv4Cidrs": cidrs,
-            "IPv6Cidrs": {}, "IsExcludedForPodIPs": eni.excluded, "RouteTableID": eni.table, "SubnetID": eni.subnet,
+            "IsEFA": eni.kind == crate::plan::pool::Kind::Efa, "DeviceNumber": eni.device, "AvailableIPv4Cidrs": v4,
+            "IPv6Cidrs": v6, "IsExcludedForPodIPs": eni.excluded, "RouteTableID": eni.table, "SubnetID": eni.subnet,
+        })
+    }
+
+    fn cidr(&self, net: &ipnet::IpNet, cidr: &Cidr) -> Value {
+        let mut known = Map::new();
+        for (ip, slot) in cidr.slots() {
+            known.insert(ip.to_string(), self.address(*ip, slot));
+        }
+        json!({
+            "Cidr": {"IP": net.addr(), "Mask": mask(net)},
+            "IPAddresses": known, "IsPrefix": cidr.prefix, "AddressFamily": "",
         })
     }
 
@@ -120,52 +165,95 @@ fn mask(net: &ipnet::IpNet) -> String {
     text
 }
 
-/// Where the core's thread puts its view.
-#[derive(Clone, Default)]
-pub(super) struct Board(Arc<Mutex<Arc<View>>>);
+/// The instance, once IMDS has told.
+#[derive(Clone, Debug)]
+pub(super) struct About {
+    pub(super) node: String,
+    pub(super) instance: Option<(Identity, Mode)>,
+}
+
+/// What operators are shown.
+#[derive(Clone)]
+pub(super) struct Shown {
+    pub(super) view: Arc<View>,
+    pub(super) known: Arc<Known>,
+    pub(super) about: Arc<About>,
+}
+
+/// Where the threads put what operators are shown.
+#[derive(Clone)]
+pub(super) struct Board(Arc<Mutex<Shown>>);
 
 impl Board {
-    pub(super) fn publish(&self, view: View) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(view);
+    pub(super) fn new(settings: &Settings, known: Known) -> Board {
+        let about = About { node: settings.node_name.clone(), instance: None };
+        let shown = Shown { view: Arc::default(), known: Arc::new(known), about: Arc::new(about) };
+        Board(Arc::new(Mutex::new(shown)))
     }
 
-    fn read(&self) -> Arc<View> {
-        Arc::clone(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    fn change(&self, change: impl FnOnce(&mut Shown)) {
+        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
     }
+
+    pub(super) fn publish(&self, view: View) {
+        self.change(|shown| shown.view = Arc::new(view));
+    }
+
+    /// The settings have changed.
+    pub(super) fn tell(&self, known: Known) {
+        self.change(|shown| shown.known = Arc::new(known));
+    }
+
+    /// The instance is known.
+    pub(super) fn introduce(&self, identity: &Identity, mode: Mode) {
+        self.change(|shown| {
+            let node = shown.about.node.clone();
+            shown.about = Arc::new(About { node, instance: Some((identity.clone(), mode)) });
+        });
+    }
+
+    fn read(&self) -> Shown {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Where to listen.
+enum Place {
+    Tcp(Vec<SocketAddr>),
+    Unix(String),
 }
 
 /// Serves metrics and introspection as far as the settings want them, on a thread that binds their ports for as long as it
 /// takes: a port that another program holds is no reason to leave pods without addresses.
-pub(super) fn start(settings: &Settings, board: Board, metrics: &Arc<Metrics>, ended: &SyncSender<End>) -> Result<()> {
-    let mut wanted: Vec<(&'static str, Vec<SocketAddr>, Page)> = Vec::new();
+pub(super) fn start(settings: &Settings, board: &Board, metrics: &Arc<Metrics>, ended: &SyncSender<End>) -> Result<()> {
+    let mut wanted: Vec<(&'static str, Place, Page)> = Vec::new();
     if !settings.metrics_disabled {
         let (board, metrics) = (board.clone(), Arc::clone(metrics));
         let page: Page = Arc::new(move |request: &Request| match request.path.as_str() {
-            "/metrics" => Response::new(200, "text/plain; version=0.0.4", metrics.page(&board.read())),
+            "/metrics" => Response::new(200, "text/plain; version=0.0.4", metrics.page(&board.read().view)),
             _ => Response::text(404, "Not Found\n"),
         });
         // Both families on one socket; on a kernel without IPv6 the other one alone.
         let all = [IpAddr::V6(Ipv6Addr::UNSPECIFIED), IpAddr::V4(Ipv4Addr::UNSPECIFIED)];
-        wanted.push(("metrics", all.map(|ip| SocketAddr::new(ip, METRICS_PORT)).to_vec(), page));
+        wanted.push(("metrics", Place::Tcp(all.map(|ip| SocketAddr::new(ip, METRICS_PORT)).to_vec()), page));
     }
     if !settings.introspection_disabled {
-        let environment = environment(settings);
-        match settings.introspection_address.parse::<SocketAddr>() {
-            Ok(address) => {
-                let page: Page = Arc::new(move |request: &Request| answer(request, &board, &environment));
-                wanted.push(("introspect", vec![address], page));
-            }
+        let (board, metrics) = (board.clone(), Arc::clone(metrics));
+        let page: Page = Arc::new(move |request: &Request| answer(request, &board.read(), &metrics));
+        let text = settings.introspection_address.as_str();
+        match (text.strip_prefix("unix:"), text.replace("localhost:", "127.0.0.1:").parse::<SocketAddr>()) {
+            (Some(path), _) => wanted.push(("introspect", Place::Unix(path.to_owned()), page)),
+            (None, Ok(address)) => wanted.push(("introspect", Place::Tcp(vec![address]), page)),
             // No reason to leave pods without addresses.
-            Err(_) => log::error!(
-                "INTROSPECTION_BIND_ADDRESS={:?}: only address:port is supported; not served",
-                settings.introspection_address
+            (None, Err(_)) => log::error!(
+                "INTROSPECTION_BIND_ADDRESS={text:?} is neither address:port nor unix:path; introspection is not served"
             ),
         }
     }
     spawn("http", ended, move || {
         let mut servers = Vec::new();
         while !wanted.is_empty() {
-            wanted.retain(|(name, address, page)| match serve(name, address, Arc::clone(page)) {
+            wanted.retain(|(name, place, page)| match serve(name, place, Arc::clone(page)) {
                 Ok(server) => {
                     servers.push(server);
                     false
@@ -186,47 +274,64 @@ pub(super) fn start(settings: &Settings, board: Board, metrics: &Arc<Metrics>, e
 
 type Page = Arc<dyn Fn(&Request) -> Response + Send + Sync>;
 
-fn serve(name: &'static str, addresses: &[SocketAddr], page: Page) -> Result<Server> {
-    let listener = TcpListener::bind(addresses).with_context(|| format!("serve {name} on {addresses:?}"))?;
+fn serve(name: &'static str, place: &Place, page: Page) -> Result<Server> {
+    let listener = match place {
+        Place::Tcp(addresses) => {
+            let bound = TcpListener::bind(addresses.as_slice());
+            Listener::Tcp(bound.with_context(|| format!("serve {name} on {addresses:?}"))?)
+        }
+        Place::Unix(path) => Listener::unix(Path::new(path)).with_context(|| format!("serve {name}"))?,
+    };
     let limits = Limits { connections: 16, transfer: TRANSFER_MAX, ..Limits::default() };
     let handler = move |request: &Request| match request.method {
         Method::Get => Verdict::Answer(page(request)),
         Method::Put | Method::Post => Verdict::Answer(Response::text(405, "Method Not Allowed\n")),
     };
-    Server::start(name, listener, limits, Arc::new(handler))
+    Server::serve(name, listener, limits, Arc::new(handler))
 }
 
 // The two environment documents of the original (`spec/ipamd.md` 11).
-fn environment(settings: &Settings) -> (Value, Value) {
+fn network_settings(settings: &Settings) -> Value {
     let cidrs = |nets: &[ipnet::Ipv4Net]| if nets.is_empty() { Value::Null } else { json!(nets) };
     let ports = match settings.snat_ports {
         crate::model::nft::SnatPorts::Keep => 0,
         crate::model::nft::SnatPorts::Random => 1,
         crate::model::nft::SnatPorts::FullyRandom => 2,
     };
-    let network = json!({
+    json!({
         "AWS_EXTERNAL_SERVICE_CIDRS": cidrs(&settings.external_service_cidrs),
         "AWS_VPC_CNI_NODE_PORT_SUPPORT": settings.node_port, "AWS_VPC_ENI_MTU": settings.eni_mtu,
         "AWS_VPC_K8S_CNI_CONNMARK": settings.connmark,
         "AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS": cidrs(&settings.exclude_snat_cidrs),
         "AWS_VPC_K8S_CNI_EXTERNALSNAT": settings.external_snat, "AWS_VPC_K8S_CNI_RANDOMIZESNAT": ports,
         "AWS_VPC_K8S_CNI_VETHPREFIX": settings.veth_prefix,
-    });
-    let daemon = json!({
+    })
+}
+
+fn daemon_settings(settings: &Settings) -> Value {
+    json!({
         "AWS_MANAGE_ENIS_NON_SCHEDULABLE": settings.manage_non_schedulable,
         "AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG": settings.custom_networking,
         "ENABLE_SUBNET_DISCOVERY": settings.subnet_discovery, "WARM_ENI_TARGET": settings.warm_eni_target,
         "WARM_IP_TARGET": settings.warm_ip_target,
-    });
-    (network, daemon)
+    })
 }
 
-fn answer(request: &Request, board: &Board, (network, daemon): &(Value, Value)) -> Response {
+fn answer(request: &Request, shown: &Shown, metrics: &Metrics) -> Response {
+    log::debug!("introspection: {}", request.path);
+    let settings = &shown.known.layered.settings;
     let body = match request.path.as_str() {
-        "/v1/enis" => board.read().enis(),
-        "/v1/networkutils-env-settings" => network.clone(),
-        "/v1/ipamd-env-settings" => daemon.clone(),
-        _ => json!({"AvailableCommands": ["/v1/enis", "/v1/networkutils-env-settings", "/v1/ipamd-env-settings"]}),
+        "/v1/enis" => shown.view.enis(),
+        "/v1/eni-configs" => match &shown.known.eni_config {
+            Some(name) => json!(name),
+            None => return Response::text(404, "Not Found\n"),
+        },
+        "/v1/networkutils-env-settings" => network_settings(settings),
+        "/v1/ipamd-env-settings" => daemon_settings(settings),
+        "/v1/enibox/status" => status::document(shown, metrics, clock::now()),
+        "/v1/enibox/config" => status::configuration(&shown.known),
+        path if path.starts_with("/v1/") => return Response::text(404, "Not Found\n"),
+        _ => json!({"AvailableCommands": PATHS}),
     };
     Response::new(200, "application/json", body.to_string())
 }

@@ -9,6 +9,8 @@ mod files;
 mod introspect;
 mod metrics;
 mod rpc_server;
+mod status;
+mod tuning;
 
 use crate::aws::{creds, ec2, imds};
 use crate::clock;
@@ -34,6 +36,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use tuning::{Known, Notes, Tuner};
 
 /// Events that wait for the core. 32 connections bring at most one each; the rest are outcomes of operations.
 const EVENTS_MAX: usize = 1024;
@@ -84,17 +87,19 @@ enum End {
 
 /// Runs the daemon until a signal ends it; the exit code.
 pub fn run() -> u8 {
-    let (settings, complaints) = Settings::parse(|name| std::env::var(name).ok());
+    let tuner = Tuner::read();
+    let Known { layered, wrong, .. } = tuner.known().clone();
+    let settings = &layered.settings;
     logging::init(&settings.log_file, &settings.log_level, logging::Stdout::Allowed);
     log::info!("enibox {} starting as the node's IPAM daemon", crate::VERSION);
-    for complaint in &complaints {
-        log::warn!("{complaint}");
+    for line in &wrong {
+        log::warn!("{line}");
     }
     for line in settings.effective().filter(|line| !line.is_default) {
-        log::info!("setting {line}");
+        log::info!("setting {line} ({})", layered.source(line.variable));
     }
-    let fatal = complaints.iter().find(|complaint| complaint.fatal);
-    match fatal.map_or_else(|| serve(&settings), |complaint| Err(Error::new(complaint.to_string()))) {
+    let fatal = layered.complaints.iter().find(|complaint| complaint.fatal);
+    match fatal.map_or_else(|| serve(settings, tuner), |complaint| Err(Error::new(complaint.to_string()))) {
         Ok(()) => exit::OK,
         Err(error) => {
             log::error!("{error}");
@@ -107,13 +112,16 @@ pub fn run() -> u8 {
     }
 }
 
-fn serve(settings: &Settings) -> Result<()> {
+fn serve(settings: &Settings, tuner: Tuner) -> Result<()> {
     // Before any thread starts, so that all inherit the mask and only the waiting thread gets them.
     sys::block_signals().context("block signals")?;
     let env = |name: &str| std::env::var(name).ok();
     settings.check().map_err(Error::new).context("settings")?;
 
     let metrics = Arc::new(Metrics::new());
+    let (ended, ends) = sync_channel(16);
+    let board = Board::new(settings, tuner.known().clone());
+    introspect::start(settings, &board, &metrics, &ended)?;
     let counted = Arc::clone(&metrics);
     let imds = imds::Client::new(imds::Config::from_env(env))?.observed_by(move |seen| counted.imds(seen));
     let imds = Arc::new(imds);
@@ -138,21 +146,22 @@ fn serve(settings: &Settings) -> Result<()> {
     };
 
     let (events, inbox) = sync_channel(EVENTS_MAX);
-    let (ended, ends) = sync_channel(16);
     let stop = Stop::new();
     let store = PathBuf::from(&settings.backing_store);
     let started = files::read_start(&store, config.cards.keys().copied(), config.v6)?;
-    let board = Board::default();
-    introspect::start(settings, board.clone(), &metrics, &ended)?;
+    board.introduce(&identity, valid.mode);
     let executors = Executors::start(&events, &ended, &imds, &ec2, &metrics, store)?;
     let calls = Calls::default();
     let (open, closed) = sync_channel::<()>(0); // `open` goes when the last request is served
     let rpc = {
         let (events, calls, stop, ended) = (events.clone(), calls.clone(), stop.clone(), ended.clone());
-        move || rpc_server::start(Path::new(naming::DAEMON_SOCKET), events, calls, policy, stop, &ended, open)
+        let metrics = Arc::clone(&metrics);
+        move || rpc_server::start(Path::new(naming::DAEMON_SOCKET), events, calls, policy, metrics, stop, &ended, open)
     };
+    metrics.initialising();
     events.send(started).context("start the core")?;
-    let hands = Hands { executors, calls, metrics, board };
+    let notes = tuning::start(tuner, identity, board.clone(), events.clone(), &ended)?;
+    let hands = Hands { executors, calls, metrics, board, notes, mode: valid.mode };
     spawn("core", &ended, move || core_loop(Core::new(config), &inbox, &hands, rpc))?;
     spawn("signal", &ended.clone(), move || wait_for_signal(&ended))?;
 
@@ -238,12 +247,21 @@ struct Hands {
     calls: Calls,
     metrics: Arc<Metrics>,
     board: Board,
+    notes: Notes,
+    mode: Mode,
 }
 
 impl Hands {
     fn publish(&self, core: &Core) {
         let (eni_limit, slots) = core.room();
-        self.board.publish(View { pool: core.pool().clone(), at: clock::now(), eni_limit, slots });
+        self.board.publish(View {
+            pool: core.pool().clone(),
+            status: Some(core.status()),
+            at: clock::now(),
+            mode: self.mode,
+            eni_limit,
+            slots,
+        });
     }
 }
 
@@ -269,8 +287,10 @@ fn core_loop(mut core: Core, inbox: &Receiver<Event>, hands: &Hands, rpc: impl F
             hands.publish(&core);
             published = clock::now().mono;
         }
-        if matches!(event, Event::Stop) {
-            rpc = None;
+        match &event {
+            Event::Stop => rpc = None,
+            Event::NodeSeen(node) => hands.notes.node_seen(node),
+            _ => {}
         }
         // Effects that cannot be handed over fail at once, which is an event again.
         let mut next = std::collections::VecDeque::from([event]);
@@ -284,6 +304,7 @@ fn core_loop(mut core: Core, inbox: &Receiver<Event>, hands: &Hands, rpc: impl F
                     Effect::Ready => {
                         if let Some(rpc) = rpc.take() {
                             rpc().context("serve the plugins")?;
+                            hands.metrics.started();
                         }
                     }
                     effect => next.extend(hands.executors.carry_out(effect)),

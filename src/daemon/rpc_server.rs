@@ -1,5 +1,6 @@
 //! What plugins, policy agent and probes ask over the socket (`spec/ipamd.md` 10).
 
+use super::metrics::Metrics;
 use super::{Calls, End, spawn};
 use crate::clock;
 use crate::error::{Context, Result};
@@ -10,6 +11,7 @@ use crate::rpc::health;
 use crate::rpc::proto::{self, Message};
 use crate::rpc::stop::Stop;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 
@@ -30,13 +32,14 @@ pub(super) fn start(
     events: SyncSender<Event>,
     calls: Calls,
     policy: NetworkPolicyAgentConfig,
+    metrics: Arc<Metrics>,
     stop: Stop,
     ended: &SyncSender<End>,
     open: SyncSender<()>,
 ) -> Result<()> {
     let server = Server::bind(path, BindOptions { methods: METHODS, ..BindOptions::default() })?;
     log::info!("serving on {}", path.display());
-    let handler = move |call: &Call| handle(call, &events, &calls, &policy);
+    let handler = move |call: &Call| handle(call, &events, &calls, &policy, &metrics);
     spawn("rpc", ended, move || {
         let _open = open;
         server.serve(handler, &stop).context("serve")
@@ -49,12 +52,17 @@ fn handle(
     events: &SyncSender<Event>,
     calls: &Calls,
     policy: &NetworkPolicyAgentConfig,
+    metrics: &Metrics,
 ) -> std::result::Result<Vec<u8>, Status> {
     match call.method {
         proto::path::ADD_NETWORK => {
             let request = AddNetworkRequest::decode(&call.body)?;
             log::debug!("ADD from process {}: {request:?}", call.peer_pid);
-            match ask(call, events, calls, |id| Event::Add(id, request))? {
+            let asked = clock::now().mono;
+            let answer = ask(call, events, calls, |id| Event::Add(id, request));
+            let success = matches!(&answer, Ok(Answer::Add(reply)) if reply.success);
+            metrics.answered(success, clock::now().mono.since(asked));
+            match answer? {
                 Answer::Add(reply) => Ok(reply.encode()),
                 other => Err(refusal(other)),
             }

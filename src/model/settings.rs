@@ -7,12 +7,14 @@
 //!
 //! This module reads neither the environment nor files.
 
+pub mod layers;
 mod parse;
 mod table;
 
 use super::limits::Limits;
 use super::nft::SnatPorts;
 use ipnet::Ipv4Net;
+use layers::{Layer, Scope};
 use std::collections::BTreeMap;
 use std::fmt;
 use table::{GROUPS, Kind, NOT_YET, Row};
@@ -37,6 +39,7 @@ pub struct Settings {
     pub warm_prefix_target: u32,
     pub max_eni: Option<u32>,
     pub ip_cooldown_s: u32,
+    pub add_wait_s: u32,
     pub manage_non_schedulable: bool,
     // ENIs, subnets and tags; empty texts are unset.
     pub subnet_discovery: bool,
@@ -92,6 +95,7 @@ pub struct Settings {
     pub cni_bin_path: String,
     pub cni_conf_path: String,
     pub backing_store: String,
+    pub settings_file: String,
     /// Variables of the AWS SDKs that are set and not empty, by name. Holds secrets: never print it whole.
     pub inherited: Inherited,
 }
@@ -118,7 +122,9 @@ impl fmt::Debug for Inherited {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Complaint {
     /// The variable.
-    pub variable: &'static str,
+    pub variable: String,
+    /// Where it was set.
+    pub layer: Layer,
     /// What it was set to, at most [`COMPLAINT_BYTES_MAX`] bytes of it.
     pub value: String,
     /// What is wrong and what happened instead.
@@ -132,7 +138,11 @@ pub const COMPLAINT_BYTES_MAX: usize = 256;
 
 impl fmt::Display for Complaint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "setting {}={:?}: {}", self.variable, self.value, self.what)
+        write!(f, "setting {}={:?}", self.variable, self.value)?;
+        if self.layer > Layer::Environment {
+            write!(f, " ({})", self.layer)?;
+        }
+        write!(f, ": {}", self.what)
     }
 }
 
@@ -191,6 +201,8 @@ pub struct Doc {
     pub help: &'static str,
     /// Read and checked, and without effect in this version.
     pub not_yet: bool,
+    /// Whether it may be set for a single node.
+    pub scope: Scope,
 }
 
 impl Default for Settings {
@@ -210,6 +222,7 @@ impl Settings {
                 default: row.default,
                 help: row.help,
                 not_yet: NOT_YET.contains(&row.variable),
+                scope: row.scope,
             })
         })
     }
@@ -327,7 +340,7 @@ impl Settings {
     }
 
     /// What counts, one line per variable that has an effect, without secrets.
-    pub fn effective(&self) -> impl Iterator<Item = Line> {
+    pub fn effective(&self) -> impl Iterator<Item = Line> + use<> {
         let (mut mine, mut default) = (self.clone(), Settings::default());
         Self::rows().filter(|row| !matches!(row.kind, Kind::Ignored(_))).map(move |row| {
             let (value, usual) = (row.show(&mut mine), row.show(&mut default));

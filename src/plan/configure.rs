@@ -12,9 +12,6 @@ use ipnet::IpNet;
 use std::net::IpAddr;
 use std::time::Duration;
 
-/// How long an ADD waits for an address that is on its way.
-const ADD_WAIT: Duration = Duration::from_secs(3);
-
 /// The core's configuration. `seed` makes its random numbers; on a node it is random itself.
 pub fn config(settings: &Settings, valid: &Valid, limits: &Limits, identity: &Identity, seed: u64) -> Config {
     let managed = if settings.multi_nic { valid.enis_per_card.len() } else { 1 };
@@ -58,7 +55,7 @@ pub fn tunables(settings: &Settings, identity: &Identity) -> Tunables {
             warm_prefix: size(settings.warm_prefix_target),
         },
         ip_cooldown: Duration::from_secs(settings.ip_cooldown_s.into()),
-        add_wait: ADD_WAIT,
+        add_wait: Duration::from_secs(settings.add_wait_s.into()),
         manage_unschedulable: settings.manage_non_schedulable,
         host: Intent {
             v6,

@@ -13,9 +13,11 @@ mod freeing;
 mod growth;
 mod pods;
 mod saver;
+mod status;
 mod upkeep;
 
 pub use event::{Answer, CallId, Effect, Event, Level, OpId, Seen, Tally};
+pub use status::Status;
 
 use super::backoff::{Backoff, Random};
 use super::host::Intent;

@@ -10,6 +10,10 @@ use crate::sys;
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -78,7 +82,7 @@ pub struct Request {
     pub headers: Vec<(String, String)>,
     /// Body.
     pub body: Vec<u8>,
-    /// Who asks.
+    /// Who asks, if by TCP.
     pub peer: Option<SocketAddr>,
 }
 
@@ -151,11 +155,61 @@ impl Shared {
     }
 }
 
+/// A bound socket.
+#[derive(Debug)]
+pub enum Listener {
+    /// TCP.
+    Tcp(TcpListener),
+    /// A unix socket.
+    Unix(UnixListener),
+}
+
+impl Listener {
+    /// Binds a unix socket for root alone. A socket that nobody listens on any more is replaced; anything else at the path
+    /// is left alone and an error.
+    pub fn unix(path: &Path) -> Result<Listener> {
+        let what = || format!("listen on {}", path.display());
+        if std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket()) {
+            match sys::connect_unix(path, Duration::from_secs(1)) {
+                Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+                    std::fs::remove_file(path).with_context(what)?;
+                }
+                _ => return Err(io::Error::from(ErrorKind::AddrInUse)).with_context(what),
+            }
+        }
+        let listener = UnixListener::bind(path).with_context(what)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).with_context(what)?;
+        Ok(Listener::Unix(listener))
+    }
+
+    // Streams of both kinds go by one type: reads, writes, time-outs and shutdown are the same calls for every stream
+    // socket, and only these are made on it.
+    fn accept(&self) -> io::Result<(TcpStream, Option<SocketAddr>)> {
+        match self {
+            Listener::Tcp(listener) => {
+                let (stream, peer) = listener.accept()?;
+                stream.set_nodelay(true)?;
+                Ok((stream, Some(peer)))
+            }
+            Listener::Unix(listener) => Ok((OwnedFd::from(listener.accept()?.0).into(), None)),
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Listener::Tcp(listener) => listener.as_fd(),
+            Listener::Unix(listener) => listener.as_fd(),
+        }
+    }
+}
+
 /// A running server. Dropping it closes the listener and every connection, and waits for the accepting thread.
 pub struct Server {
     shared: Arc<Shared>,
-    listener: Arc<TcpListener>,
-    address: SocketAddr,
+    listener: Arc<Listener>,
+    address: Option<SocketAddr>,
     accepting: Option<JoinHandle<()>>,
 }
 
@@ -163,8 +217,16 @@ impl Server {
     /// Serves on a bound listener (bound in whatever network namespace it shall serve). `name` is that of the threads,
     /// at most 10 bytes.
     pub fn start(name: &'static str, listener: TcpListener, limits: Limits, handler: Arc<Handler>) -> Result<Server> {
-        let address = listener.local_addr().context("read the listener's address")?;
         listener.set_nonblocking(false).context("set the listener blocking")?;
+        Server::serve(name, Listener::Tcp(listener), limits, handler)
+    }
+
+    /// The same on a socket of either kind, which must be a blocking one.
+    pub fn serve(name: &'static str, listener: Listener, limits: Limits, handler: Arc<Handler>) -> Result<Server> {
+        let address = match &listener {
+            Listener::Tcp(listener) => Some(listener.local_addr().context("read the listener's address")?),
+            Listener::Unix(_) => None,
+        };
         let listener = Arc::new(listener);
         let shared =
             Arc::new(Shared { stopping: AtomicBool::new(false), open: Mutex::new(BTreeMap::new()), limits, handler });
@@ -176,9 +238,9 @@ impl Server {
         Ok(Server { shared, listener, address, accepting: Some(accepting) })
     }
 
-    /// Where it listens.
+    /// Where it listens; nowhere (`0.0.0.0:0`) if not by TCP.
     pub fn address(&self) -> SocketAddr {
-        self.address
+        self.address.unwrap_or(SocketAddr::from(([0, 0, 0, 0], 0)))
     }
 }
 
@@ -196,7 +258,7 @@ impl Drop for Server {
     }
 }
 
-fn accept_all(name: &str, listener: &TcpListener, shared: &Arc<Shared>) {
+fn accept_all(name: &str, listener: &Listener, shared: &Arc<Shared>) {
     let mut next = 0_u64;
     while !shared.stopping.load(Ordering::SeqCst) {
         let (stream, peer) = match listener.accept() {
@@ -212,13 +274,12 @@ fn accept_all(name: &str, listener: &TcpListener, shared: &Arc<Shared>) {
         next += 1;
         let id = next;
         if let Err(error) = admit(name, id, stream, peer, shared) {
-            log::warn!("{name}: connection from {peer}: {error}");
+            log::warn!("{name}: connection from {peer:?}: {error}");
         }
     }
 }
 
-fn admit(name: &str, id: u64, mut stream: TcpStream, peer: SocketAddr, shared: &Arc<Shared>) -> Result<()> {
-    stream.set_nodelay(true)?;
+fn admit(name: &str, id: u64, mut stream: TcpStream, peer: Option<SocketAddr>, shared: &Arc<Shared>) -> Result<()> {
     stream.set_write_timeout(Some(shared.limits.transfer))?;
     {
         let mut open = shared.open();
@@ -234,7 +295,7 @@ fn admit(name: &str, id: u64, mut stream: TcpStream, peer: SocketAddr, shared: &
         let done = serve(Connection { stream, buffer: Vec::new() }, peer, &sharing);
         sharing.open().remove(&id);
         if let Err(error) = done {
-            log::debug!("http connection from {peer}: {error}");
+            log::debug!("http connection from {peer:?}: {error}");
         }
     });
     started.map(drop).map_err(|error| {
@@ -269,7 +330,7 @@ impl Connection {
     }
 }
 
-fn serve(mut connection: Connection, peer: SocketAddr, shared: &Shared) -> Result<()> {
+fn serve(mut connection: Connection, peer: Option<SocketAddr>, shared: &Shared) -> Result<()> {
     let limits = &shared.limits;
     loop {
         if connection.buffer.is_empty() {
@@ -316,7 +377,7 @@ impl From<io::Error> for Bad {
 // One request and whether the connection is to be closed after it; `None` when the peer went away before it began.
 fn receive(
     connection: &mut Connection,
-    peer: SocketAddr,
+    peer: Option<SocketAddr>,
     limits: &Limits,
     deadline: Instant,
 ) -> Result<Option<(Request, bool)>, Bad> {
@@ -350,7 +411,7 @@ fn receive(
     }
     let body = connection.buffer.drain(..length).collect();
     let Head { method, path, query, headers, close, .. } = head;
-    Ok(Some((Request { method, path, query, headers, body, peer: Some(peer) }, close)))
+    Ok(Some((Request { method, path, query, headers, body, peer }, close)))
 }
 
 #[derive(Debug)]

@@ -1,5 +1,6 @@
 //! Texts to settings, and back for the effective configuration.
 
+use super::layers::{self, Layer, Layered, Overlay};
 use super::table::{Kind, Row};
 use super::{COMPLAINT_BYTES_MAX, Complaint, Inherited, Settings};
 use crate::model::nft::SnatPorts;
@@ -22,27 +23,52 @@ enum Outcome {
 impl Settings {
     /// Reads every variable of the table through `lookup`. Nothing fails: what is wrong is told, and the default counts.
     pub fn parse(lookup: impl Fn(&str) -> Option<String>) -> (Settings, Vec<Complaint>) {
+        let Layered { settings, complaints, .. } = Settings::parse_sourced(&lookup, &Overlay::default());
+        (settings, complaints)
+    }
+
+    /// The same with what is set for this node alone, which is stronger.
+    pub(super) fn parse_sourced(lookup: &dyn Fn(&str) -> Option<String>, over: &Overlay) -> Layered {
         let mut settings = Settings::blank();
-        let mut complaints = Vec::new();
+        let (mut complaints, mut sources) = (Vec::new(), BTreeMap::new());
         let mut ipv4_told = false;
         for row in Settings::rows() {
             // A default that did not parse would be noticed by the test of the table, so its outcome needs no answer here.
             if !row.default.is_empty() {
                 row.take(&mut settings, row.default);
             }
-            let Some(value) = lookup(row.variable) else { continue };
-            let outcome = row.take(&mut settings, value.trim());
-            let understood = matches!(outcome, Outcome::Taken) && !value.trim().is_empty();
-            ipv4_told |= understood && row.variable == "ENABLE_IPv4";
-            let (whats, fatal) = match outcome {
-                Outcome::Taken => continue,
-                Outcome::Told(whats) => (whats, false),
-                Outcome::Fatal(what) => (vec![what], true),
-            };
-            let value =
-                if matches!(row.kind, Kind::Inherited { secret: true }) { String::new() } else { shorten(&value) };
-            let complaint = |what| Complaint { variable: row.variable, value: value.clone(), what, fatal };
-            complaints.extend(whats.into_iter().map(complaint));
+            if let Some(value) = lookup(row.variable)
+                && row.take_environment(&mut settings, &value, &mut complaints)
+            {
+                sources.insert(row.variable, Layer::Environment);
+                ipv4_told |= row.variable == "ENABLE_IPv4";
+            }
+            for (layer, texts) in over.layers() {
+                let Some(text) = texts.get(row.variable).map(|text| text.trim()) else { continue };
+                if text.is_empty() || !layers::per_node(row) {
+                    continue;
+                }
+                let before = settings.clone();
+                let whats = match row.take(&mut settings, text) {
+                    Outcome::Taken => {
+                        sources.insert(row.variable, layer);
+                        continue;
+                    }
+                    Outcome::Told(whats) => whats,
+                    Outcome::Fatal(what) => vec![what],
+                };
+                settings = before;
+                for what in whats {
+                    // What the environment's reader would do instead is not what is done here.
+                    let what = what.split(';').next().unwrap_or_default();
+                    complaints.push(layers::complaint(
+                        row.variable,
+                        layer,
+                        text,
+                        format!("{what}; this value does not count"),
+                    ));
+                }
+            }
         }
         if !ipv4_told {
             settings.enable_ipv4 = !settings.enable_ipv6;
@@ -50,7 +76,7 @@ impl Settings {
         if settings.pod_mtu == 0 {
             settings.pod_mtu = settings.eni_mtu;
         }
-        (settings, complaints)
+        Layered { settings, complaints, refused: false, sources }
     }
 
     /// Everything off or empty, before the defaults of the table.
@@ -69,6 +95,7 @@ impl Settings {
             warm_prefix_target: 0,
             max_eni: None,
             ip_cooldown_s: 0,
+            add_wait_s: 0,
             manage_non_schedulable: false,
             subnet_discovery: false,
             cluster_name: String::new(),
@@ -116,12 +143,31 @@ impl Settings {
             cni_bin_path: String::new(),
             cni_conf_path: String::new(),
             backing_store: String::new(),
+            settings_file: String::new(),
             inherited: Inherited::default(),
         }
     }
 }
 
 impl Row {
+    // Whether the value of the environment counts, at least in part.
+    fn take_environment(&self, settings: &mut Settings, value: &str, complaints: &mut Vec<Complaint>) -> bool {
+        let text = value.trim();
+        let before = self.show(settings);
+        let (whats, fatal) = match self.take(settings, text) {
+            Outcome::Taken => {
+                return !text.is_empty() || matches!(self.kind, Kind::TextOrEmpty(_) | Kind::Verbatim(_));
+            }
+            Outcome::Told(whats) => (whats, false),
+            Outcome::Fatal(what) => (vec![what], true),
+        };
+        let value = if matches!(self.kind, Kind::Inherited { secret: true }) { "" } else { value };
+        for what in whats {
+            complaints.push(Complaint { fatal, ..layers::complaint(self.variable, Layer::Environment, value, what) });
+        }
+        self.show(settings) != before
+    }
+
     /// Puts the meaning of `text`, which has no blanks around it, into its place.
     fn take(&self, settings: &mut Settings, text: &str) -> Outcome {
         let default = || format!("the default {:?} is used", self.default);
@@ -295,7 +341,7 @@ fn hide_user(text: &str) -> String {
     }
 }
 
-fn shorten(text: &str) -> String {
+pub(super) fn shorten(text: &str) -> String {
     let end = text.floor_char_boundary(COMPLAINT_BYTES_MAX);
     text[..end].to_owned()
 }

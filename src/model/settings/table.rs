@@ -6,6 +6,7 @@
 //! Sources: `spec/config.md` 2, `spec/ipamd.md` 1.1, `spec/dataplane.md` 2, `spec/aws.md` 2, `spec/kubernetes.md` 2.
 
 use super::Settings;
+use super::layers::Scope;
 use crate::model::nft::SnatPorts;
 use ipnet::Ipv4Net;
 use std::collections::BTreeMap;
@@ -50,6 +51,7 @@ pub(super) struct Row {
     pub default: &'static str,
     pub kind: Kind,
     pub help: &'static str,
+    pub scope: Scope,
 }
 
 /// A heading and the variables below it.
@@ -59,7 +61,17 @@ pub(super) struct Group {
 }
 
 const fn row(variable: &'static str, default: &'static str, kind: Kind, help: &'static str) -> Row {
-    Row { variable, default, kind, help }
+    Row { variable, default, kind, help, scope: Scope::Process }
+}
+
+/// May be set for a single node; takes effect at the next start.
+const fn node(variable: &'static str, default: &'static str, kind: Kind, help: &'static str) -> Row {
+    Row { variable, default, kind, help, scope: Scope::Start }
+}
+
+/// May be set for a single node; takes effect at once.
+const fn live(variable: &'static str, default: &'static str, kind: Kind, help: &'static str) -> Row {
+    Row { variable, default, kind, help, scope: Scope::Live }
 }
 
 /// No node holds more addresses than this; larger wishes mean "as many as possible" and must not overflow sums.
@@ -117,9 +129,6 @@ pub(super) const NOT_YET: &[&str] = &[
     "KUBECONFIG",
     "AWS_VPC_K8S_PLUGIN_LOG_LEVEL",
     "AWS_VPC_K8S_PLUGIN_LOG_FILE",
-    "INTROSPECTION_BIND_ADDRESS",
-    "DISABLE_INTROSPECTION",
-    "DISABLE_METRICS",
     "HOST_CNI_BIN_PATH",
     "HOST_CNI_CONFDIR_PATH",
 ];
@@ -129,54 +138,55 @@ pub(super) const GROUPS: &[Group] = &[
     Group { title: "Address family and mode", rows: &[
         row("ENABLE_IPv4", "", Kind::Bool(|s| &mut s.enable_ipv4), "Pods get IPv4 addresses; unset: on unless ENABLE_IPv6 is. Exactly one family must be on."),
         row("ENABLE_IPv6", "false", Kind::Bool(|s| &mut s.enable_ipv6), "Pods get IPv6 addresses; needs prefix delegation, excludes custom networking."),
-        row("ENABLE_PREFIX_DELEGATION", "false", Kind::Bool(|s| &mut s.prefix_delegation), "Assign /28 (IPv4) or /80 (IPv6) prefixes instead of single addresses."),
-        row("ENABLE_MULTI_NIC", "false", Kind::Bool(|s| &mut s.multi_nic), "Manage the network cards above 0 as well."),
-        row("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", "false", Kind::Bool(|s| &mut s.custom_networking), "Take subnet and security groups of new ENIs from the node's ENIConfig."),
+        node("ENABLE_PREFIX_DELEGATION", "false", Kind::Bool(|s| &mut s.prefix_delegation), "Assign /28 (IPv4) or /80 (IPv6) prefixes instead of single addresses."),
+        node("ENABLE_MULTI_NIC", "false", Kind::Bool(|s| &mut s.multi_nic), "Manage the network cards above 0 as well."),
+        node("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", "false", Kind::Bool(|s| &mut s.custom_networking), "Take subnet and security groups of new ENIs from the node's ENIConfig."),
         row("ENI_CONFIG_ANNOTATION_DEF", "k8s.amazonaws.com/eniConfig", Kind::Text(|s| &mut s.eni_config_annotation), "Node annotation that names the ENIConfig."),
         row("ENI_CONFIG_LABEL_DEF", "k8s.amazonaws.com/eniConfig", Kind::Text(|s| &mut s.eni_config_label), "Node label that names the ENIConfig."),
     ]},
     Group { title: "Warm pool and capacity", rows: &[
-        row("WARM_ENI_TARGET", "1", count(|s| &mut s.warm_eni_target), "Free addresses to keep, in whole ENIs; not used when one of the two IP targets is."),
-        row("WARM_IP_TARGET", "0", count(|s| &mut s.warm_ip_target), "Free addresses to keep; 0 is off."),
-        row("MINIMUM_IP_TARGET", "0", count(|s| &mut s.minimum_ip_target), "Addresses to hold at least, free or in use; 0 is off."),
-        row("WARM_PREFIX_TARGET", "0", count(|s| &mut s.warm_prefix_target), "Wholly free prefixes to keep; with prefix delegation only."),
-        row("MAX_ENI", "", Kind::Cap { slot: |s| &mut s.max_eni }, "ENIs per network card, the primary one included; unset or below 1: the instance type's limit."),
-        row("IP_COOLDOWN_PERIOD", "30", Kind::Strict { least: 0, most: SECONDS_MOST, slot: |s| &mut s.ip_cooldown_s }, "Seconds before a released address is given out again."),
-        row("AWS_MANAGE_ENIS_NON_SCHEDULABLE", "false", Kind::Bool(|s| &mut s.manage_non_schedulable), "Grow and shrink the pool also while the node is cordoned."),
+        live("WARM_ENI_TARGET", "1", count(|s| &mut s.warm_eni_target), "Free addresses to keep, in whole ENIs; not used when one of the two IP targets is."),
+        live("WARM_IP_TARGET", "0", count(|s| &mut s.warm_ip_target), "Free addresses to keep; 0 is off."),
+        live("MINIMUM_IP_TARGET", "0", count(|s| &mut s.minimum_ip_target), "Addresses to hold at least, free or in use; 0 is off."),
+        live("WARM_PREFIX_TARGET", "0", count(|s| &mut s.warm_prefix_target), "Wholly free prefixes to keep; with prefix delegation only."),
+        node("MAX_ENI", "", Kind::Cap { slot: |s| &mut s.max_eni }, "ENIs per network card, the primary one included; unset or below 1: the instance type's limit."),
+        live("IP_COOLDOWN_PERIOD", "30", Kind::Strict { least: 0, most: SECONDS_MOST, slot: |s| &mut s.ip_cooldown_s }, "Seconds before a released address is given out again."),
+        live("ENIBOX_ADD_WAIT", "3", Kind::Count { least: 0, most: 60, slot: |s| &mut s.add_wait_s }, "Seconds that a new pod waits for an address that is on its way, before the runtime is told to try again; at most 60."),
+        live("AWS_MANAGE_ENIS_NON_SCHEDULABLE", "false", Kind::Bool(|s| &mut s.manage_non_schedulable), "Grow and shrink the pool also while the node is cordoned."),
     ]},
     Group { title: "ENIs, subnets and tags", rows: &[
-        row("ENABLE_SUBNET_DISCOVERY", "true", Kind::Bool(|s| &mut s.subnet_discovery), "Put a new ENI into the eligible subnet with most free addresses."),
+        node("ENABLE_SUBNET_DISCOVERY", "true", Kind::Bool(|s| &mut s.subnet_discovery), "Put a new ENI into the eligible subnet with most free addresses."),
         row("CLUSTER_NAME", "", Kind::Text(|s| &mut s.cluster_name), "Cluster, for tags of ENIs and subnets; unset: no cluster tags."),
-        row("ADDITIONAL_ENI_TAGS", "{}", Kind::Tags(|s| &mut s.additional_eni_tags), "JSON object of further tags for ENIs."),
-        row("MANAGE_UNTAGGED_ENI", "true", Kind::Bool(|s| &mut s.manage_untagged_eni), "Use attached ENIs that do not carry our instance tag."),
-        row("DISABLE_NETWORK_RESOURCE_PROVISIONING", "false", Kind::Bool(|s| &mut s.provisioning_disabled), "Change nothing in EC2; work with what is attached."),
-        row("ENABLE_IMDS_ONLY_MODE", "false", Kind::Bool(|s| &mut s.imds_only), "Change nothing in EC2 and do not describe ENIs either."),
-        row("DISABLE_LEAKED_ENI_CLEANUP", "false", Kind::Bool(|s| &mut s.leaked_eni_cleanup_disabled), "Do not delete ENIs that dead nodes have left."),
+        node("ADDITIONAL_ENI_TAGS", "{}", Kind::Tags(|s| &mut s.additional_eni_tags), "JSON object of further tags for ENIs."),
+        node("MANAGE_UNTAGGED_ENI", "true", Kind::Bool(|s| &mut s.manage_untagged_eni), "Use attached ENIs that do not carry our instance tag."),
+        node("DISABLE_NETWORK_RESOURCE_PROVISIONING", "false", Kind::Bool(|s| &mut s.provisioning_disabled), "Change nothing in EC2; work with what is attached."),
+        node("ENABLE_IMDS_ONLY_MODE", "false", Kind::Bool(|s| &mut s.imds_only), "Change nothing in EC2 and do not describe ENIs either."),
+        node("DISABLE_LEAKED_ENI_CLEANUP", "false", Kind::Bool(|s| &mut s.leaked_eni_cleanup_disabled), "Do not delete ENIs that dead nodes have left."),
         row("AWS_EC2_ENDPOINT", "", Kind::Text(|s| &mut s.ec2_endpoint), "URL of the EC2 API; unset: AWS_ENDPOINT_URL_EC2, AWS_ENDPOINT_URL, or the region's own."),
         row("HTTP_TIMEOUT", "10", Kind::Count { least: 10, most: SECONDS_MOST, slot: |s| &mut s.http_timeout_s }, "Seconds that one request to AWS may take; at least 10."),
         row("VPC_CNI_VERSION", "", Kind::Text(|s| &mut s.vpc_cni_version), "Text for the user agent."),
     ]},
     Group { title: "Routing and SNAT", rows: &[
-        row("AWS_VPC_K8S_CNI_EXTERNALSNAT", "false", Kind::Bool(|s| &mut s.external_snat), "No SNAT on the node: pods leave the VPC with their own address."),
-        row("AWS_VPC_K8S_CNI_RANDOMIZESNAT", "prng", Kind::Ports(|s| &mut s.snat_ports), "Source ports of SNAT: prng, hashrandom or none."),
-        row("AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS", "", Kind::Cidrs(|s| &mut s.exclude_snat_cidrs), "Destinations without SNAT besides the VPC, comma-separated."),
-        row("AWS_EXTERNAL_SERVICE_CIDRS", "", Kind::Cidrs(|s| &mut s.external_service_cidrs), "Destinations that pods reach by the primary ENI, comma-separated."),
-        row("AWS_VPC_CNI_NODE_PORT_SUPPORT", "true", Kind::Bool(|s| &mut s.node_port), "Send replies to NodePort traffic back by the primary ENI."),
-        row("AWS_VPC_K8S_CNI_CONNMARK", "0x80", Kind::Mark(|s| &mut s.connmark), "Mark bit for that; must not be one of kube-proxy's."),
+        live("AWS_VPC_K8S_CNI_EXTERNALSNAT", "false", Kind::Bool(|s| &mut s.external_snat), "No SNAT on the node: pods leave the VPC with their own address."),
+        live("AWS_VPC_K8S_CNI_RANDOMIZESNAT", "prng", Kind::Ports(|s| &mut s.snat_ports), "Source ports of SNAT: prng, hashrandom or none."),
+        live("AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS", "", Kind::Cidrs(|s| &mut s.exclude_snat_cidrs), "Destinations without SNAT besides the VPC, comma-separated."),
+        live("AWS_EXTERNAL_SERVICE_CIDRS", "", Kind::Cidrs(|s| &mut s.external_service_cidrs), "Destinations that pods reach by the primary ENI, comma-separated."),
+        live("AWS_VPC_CNI_NODE_PORT_SUPPORT", "true", Kind::Bool(|s| &mut s.node_port), "Send replies to NodePort traffic back by the primary ENI."),
+        node("AWS_VPC_K8S_CNI_CONNMARK", "0x80", Kind::Mark(|s| &mut s.connmark), "Mark bit for that; must not be one of kube-proxy's."),
         row("AWS_VPC_K8S_CNI_CONFIGURE_RPFILTER", "", Kind::Ignored("the primary interface is always set to loose"), "No effect."),
         row("ENABLE_NFTABLES", "", Kind::Ignored("nf_tables is always used"), "No effect."),
     ]},
     Group { title: "Pod interfaces", rows: &[
-        row("AWS_VPC_ENI_MTU", "9001", mtu(|s| &mut s.eni_mtu), "MTU of every ENI, 576 (IPv6: 1280) to 9001."),
+        node("AWS_VPC_ENI_MTU", "9001", mtu(|s| &mut s.eni_mtu), "MTU of every ENI, 576 (IPv6: 1280) to 9001."),
         row("POD_MTU", "", mtu(|s| &mut s.pod_mtu), "MTU of the pods' interfaces; unset: as AWS_VPC_ENI_MTU."),
         row("AWS_VPC_K8S_CNI_VETHPREFIX", "eni", Kind::Text(|s| &mut s.veth_prefix), "Start of the names of host interfaces, at most 4 bytes; not eth, lo or vlan."),
         row("DISABLE_POD_V6", "false", Kind::Bool(|s| &mut s.pod_ipv6_disabled), "Switch IPv6 off inside new pods."),
         row("ENABLE_BANDWIDTH_PLUGIN", "false", Kind::Bool(|s| &mut s.bandwidth_plugin), "Chain the bandwidth plugin."),
-        row("ANNOTATE_POD_IP", "false", Kind::Bool(|s| &mut s.annotate_pod_ip), "Write each pod's address into an annotation of the pod."),
+        node("ANNOTATE_POD_IP", "false", Kind::Bool(|s| &mut s.annotate_pod_ip), "Write each pod's address into an annotation of the pod."),
         row("NETWORK_POLICY_ENFORCING_MODE", "", Kind::Verbatim(|s| &mut s.network_policy_mode), "none, strict or standard: call the network policy agent for each pod; unset: do not."),
     ]},
     Group { title: "Security groups for pods", rows: &[
-        row("ENABLE_POD_ENI", "false", Kind::Bool(|s| &mut s.pod_eni), "Serve pods with branch ENIs."),
+        node("ENABLE_POD_ENI", "false", Kind::Bool(|s| &mut s.pod_eni), "Serve pods with branch ENIs."),
         row("POD_SECURITY_GROUP_ENFORCING_MODE", "strict", Kind::Text(|s| &mut s.pod_security_group_mode), "strict or standard."),
         row("DISABLE_TCP_EARLY_DEMUX", "false", Kind::Bool(|s| &mut s.tcp_early_demux_disabled), "Lets the kubelet probe pods with a branch ENI."),
     ]},
@@ -195,7 +205,7 @@ pub(super) const GROUPS: &[Group] = &[
         row("KUBECONFIG", "", Kind::Text(|s| &mut s.kubeconfig), "File with address and credentials of the API server."),
     ]},
     Group { title: "Logs and diagnostics", rows: &[
-        row("AWS_VPC_K8S_CNI_LOGLEVEL", "Debug", Kind::Text(|s| &mut s.log_level), "Daemon: debug, info, warn, error or fatal."),
+        live("AWS_VPC_K8S_CNI_LOGLEVEL", "Debug", Kind::Text(|s| &mut s.log_level), "Daemon: debug, info, warn, error or fatal."),
         row("AWS_VPC_K8S_CNI_LOG_FILE", "/host/var/log/aws-routed-eni/ipamd.log", Kind::Text(|s| &mut s.log_file), "Daemon: a path, stdout or stderr."),
         row("AWS_VPC_K8S_PLUGIN_LOG_LEVEL", "Debug", Kind::Text(|s| &mut s.plugin_log_level), "Level of both plugins."),
         row("AWS_VPC_K8S_PLUGIN_LOG_FILE", "/var/log/aws-routed-eni/plugin.log", Kind::TextOrEmpty(|s| &mut s.plugin_log_file), "Log of the plugin, a path on the host; stderr or empty: standard error."),
@@ -204,6 +214,7 @@ pub(super) const GROUPS: &[Group] = &[
         row("DISABLE_METRICS", "false", Kind::Bool(|s| &mut s.metrics_disabled), "No metrics on port 61678."),
     ]},
     Group { title: "Paths", rows: &[
+        row("ENIBOX_SETTINGS_FILE", "/host/etc/enibox/settings.env", Kind::Text(|s| &mut s.settings_file), "File of the host with settings of this node, KEY=VALUE lines; it need not be there."),
         row("HOST_CNI_BIN_PATH", "/host/opt/cni/bin", Kind::Text(|s| &mut s.cni_bin_path), "Where the plugins are installed."),
         row("HOST_CNI_CONFDIR_PATH", "/host/etc/cni/net.d", Kind::Text(|s| &mut s.cni_conf_path), "Where the CNI configuration is installed."),
         row("AWS_VPC_K8S_CNI_BACKING_STORE", "/var/run/aws-node/ipam.json", Kind::Text(|s| &mut s.backing_store), "Checkpoint of the daemon; must survive its restart and not the node's."),

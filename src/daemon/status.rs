@@ -1,0 +1,116 @@
+//! The daemon's state as JSON for `enibox status` and `enibox config`. Figures and causes; no container id leaves here.
+
+use super::introspect::{Shown, View};
+use super::metrics::Metrics;
+use super::tuning::Known;
+use crate::model::settings::layers::{Layered, Scope};
+use crate::model::settings::{Line, Mode, Settings};
+use crate::model::time::{Mono, Now};
+use crate::plan::core::Status;
+use crate::plan::pool::{Kind, Stats};
+use serde_json::{Map, Value, json};
+
+/// `/v1/enibox/status`.
+pub(super) fn document(shown: &Shown, metrics: &Metrics, now: Now) -> Value {
+    let known = &shown.known;
+    let lines = known.layered.settings.effective().filter(|line| !line.is_default);
+    let mut document = json!({
+        "version": crate::VERSION,
+        "node": shown.about.node,
+        "uptime_s": now.mono.since(metrics.start.mono).as_secs(),
+        "phase": shown.view.status.as_ref().map_or("starting", |status| status.phase),
+        "pool": pool(&shown.view, now),
+        "doing": shown.view.status.as_ref().map(|status| doing(status, now.mono)),
+        "errors": errors(metrics),
+        "settings": lines.map(|line| setting(&known.layered, &line)).collect::<Vec<_>>(),
+        "pending": known.pending.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "wrong": known.wrong,
+    });
+    if let Some((identity, mode)) = &shown.about.instance {
+        document["instance"] = json!({
+            "id": identity.instance, "type": identity.instance_type, "zone": identity.zone, "vpc": identity.vpc,
+            "mode": match mode {
+                Mode::Ipv4Addresses => "IPv4 addresses",
+                Mode::Ipv4Prefixes => "IPv4 prefixes",
+                Mode::Ipv6Prefixes => "IPv6 prefixes",
+            },
+        });
+    }
+    document
+}
+
+fn figures(stats: &Stats) -> Value {
+    json!({
+        "total": stats.total, "used": stats.assigned, "cooling": stats.cooling,
+        "free": stats.available() - stats.cooling, "prefixes": stats.prefixes,
+    })
+}
+
+fn pool(view: &View, now: Now) -> Value {
+    let enis = view.pool.enis().map(|(id, eni)| {
+        let mut value = figures(&view.pool.stats_of(now.mono, |other, _| other == id));
+        value["id"] = json!(id);
+        value["device"] = json!(eni.device);
+        value["subnet"] = json!(eni.subnet);
+        value["excluded"] = json!(eni.excluded);
+        value["kind"] = json!(match eni.kind {
+            _ if eni.primary => "primary",
+            Kind::Plain => "secondary",
+            Kind::Efa => "efa",
+            Kind::Trunk => "trunk",
+        });
+        value
+    });
+    let enis: Vec<Value> = enis.collect();
+    let mut value = figures(&view.pool.stats_of(now.mono, |_, _| true));
+    value["enis"] = Value::Array(enis);
+    value["eni_limit"] = json!(view.eni_limit);
+    value
+}
+
+fn doing(status: &Status, now: Mono) -> Value {
+    let left = |until: Mono| until.since(now).as_secs();
+    let mut exhausted = Map::new();
+    for (subnet, until) in &status.exhausted {
+        exhausted.insert(subnet.0.clone(), json!(left(*until)));
+    }
+    let targets = &status.targets;
+    json!({
+        "waiting": status.waiting, "growing": status.growing, "freeing": status.freeing,
+        "paused_s": status.paused_until.map(left), "exhausted_subnets_s": exhausted,
+        "targets": {
+            "warm_eni": targets.warm_eni, "warm_ip": targets.warm_ip, "minimum_ip": targets.minimum_ip,
+            "warm_prefix": targets.warm_prefix,
+        },
+    })
+}
+
+fn errors(metrics: &Metrics) -> Vec<Value> {
+    let troubles = metrics.troubles().into_iter();
+    let tell = |(cause, trouble): (String, super::metrics::Trouble)| json!({"cause": cause, "count": trouble.count, "last": trouble.last.to_string(), "text": trouble.text});
+    troubles.map(tell).collect()
+}
+
+fn setting(layered: &Layered, line: &Line) -> Value {
+    json!({"variable": line.variable, "value": line.value, "layer": layered.source(line.variable).as_str()})
+}
+
+/// `/v1/enibox/config`: every variable that has an effect, without secrets.
+pub(super) fn configuration(known: &Known) -> Value {
+    let scopes: Vec<(&str, Scope)> = Settings::docs().map(|doc| (doc.variable, doc.scope)).collect();
+    let lines = known.layered.settings.effective().map(|line| {
+        let mut value = setting(&known.layered, &line);
+        let scope = scopes.iter().find(|(variable, _)| *variable == line.variable).map(|(_, scope)| *scope);
+        value["per_node"] = json!(match scope {
+            Some(Scope::Live) => "at once",
+            Some(Scope::Start) => "at start",
+            Some(Scope::Process) | None => "",
+        });
+        value
+    });
+    json!({
+        "settings": lines.collect::<Vec<_>>(),
+        "pending": known.pending.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "wrong": known.wrong,
+    })
+}

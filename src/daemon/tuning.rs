@@ -1,0 +1,247 @@
+//! Settings of this node: read at the start, and kept current while the daemon runs.
+//!
+//! Annotations and labels come with the Node object, the file is looked at now and then. What takes effect at once becomes
+//! new tunables for the core; what does not is told once, and counts at the next start. What the Node said last is kept in
+//! a small file beside the checkpoint: a daemon that starts while the API server is away must not flip its mode, nor forget
+//! the node's targets.
+
+use super::introspect::Board;
+use super::{End, files, spawn};
+use crate::error::{Context, Error, Result};
+use crate::logging;
+use crate::model::imds::Identity;
+use crate::model::kube::Node;
+use crate::model::settings::layers::{FILE_BYTES_MAX, Layered, Overlay, Texts, read_file};
+use crate::model::settings::{Line, Settings};
+use crate::plan::configure::tunables;
+use crate::plan::core::{Event, Tunables};
+use serde_json::{Value, json};
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+/// How often the settings file is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+/// What a Node says, beside the checkpoint; annotations of one object have at most 256 KiB.
+const MEMORY: &str = "enibox-node.json";
+const MEMORY_BYTES_MAX: usize = 1 << 20;
+/// The label that names the ENIConfig before everything else (`spec/config.md` 6.3).
+const EXTERNAL_ENI_CONFIG: &str = "vpc.amazonaws.com/externalEniConfig";
+
+/// The settings as operators see them.
+#[derive(Clone, Debug)]
+pub(super) struct Known {
+    /// What counts and from where.
+    pub(super) layered: Layered,
+    /// What will count after the next start.
+    pub(super) pending: Vec<Line>,
+    /// What could not be understood.
+    pub(super) wrong: Vec<String>,
+    /// Name of the node's ENIConfig; `None` until the Node was seen.
+    pub(super) eni_config: Option<String>,
+}
+
+/// Where the Node is left for the thread that looks at settings.
+#[derive(Clone, Default)]
+pub(super) struct Notes(Arc<(Mutex<Option<Node>>, Condvar)>);
+
+impl Notes {
+    /// The Node was read or has changed. Never waits.
+    pub(super) fn node_seen(&self, node: &Node) {
+        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(node.clone());
+        self.0.1.notify_one();
+    }
+
+    fn wait(&self) -> Option<Node> {
+        let node = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.0.1.wait_timeout_while(node, LOOK_EVERY, |node| node.is_none());
+        waited.unwrap_or_else(PoisonError::into_inner).0.take()
+    }
+}
+
+/// The layers of this node and what comes of them.
+pub(super) struct Tuner {
+    file: PathBuf,
+    memory: PathBuf,
+    // What the memory holds; `None`: nothing that can be read.
+    remembered: Option<(Texts, Texts)>,
+    // As they were when the process started, and as they are.
+    start: Overlay,
+    now: Overlay,
+    file_wrong: Vec<String>,
+    known: Known,
+}
+
+fn environment(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+impl Tuner {
+    /// Reads what there is without the API server.
+    pub(super) fn read() -> Tuner {
+        let (plain, _) = Settings::parse(environment);
+        let memory = Path::new(&plain.backing_store).with_file_name(MEMORY);
+        Tuner::read_from(PathBuf::from(plain.settings_file), memory)
+    }
+
+    fn read_from(file: PathBuf, memory: PathBuf) -> Tuner {
+        let (texts, file_wrong) = read_texts(&file);
+        let remembered = recall(&memory);
+        let (labels, annotations) = remembered.clone().unwrap_or_default();
+        let mut start = Overlay { file: texts, labels, annotations };
+        let now = start.clone();
+        let layered = Layered::read(environment, &now);
+        if layered.refused {
+            start = Overlay::default(); // or the refusal would take the live ones with it for ever
+        }
+        let known = Known { layered, pending: Vec::new(), wrong: Vec::new(), eni_config: None };
+        let mut tuner = Tuner { file, memory, remembered, start, now, file_wrong, known };
+        tuner.known.wrong = tuner.wrong(&tuner.known.layered);
+        tuner
+    }
+
+    pub(super) fn known(&self) -> &Known {
+        &self.known
+    }
+
+    fn wrong(&self, layered: &Layered) -> Vec<String> {
+        let lines = self.file_wrong.iter().map(|line| format!("settings file {}: {line}", self.file.display()));
+        lines.chain(layered.complaints.iter().map(ToString::to_string)).collect()
+    }
+
+    // Takes what the Node says and what the file holds now; whether anything is different.
+    fn look(&mut self, node: Option<&Node>) -> bool {
+        let mut over = self.now.clone();
+        let mut named = self.known.eni_config.clone();
+        if let Some(node) = node {
+            over.labels = Overlay::marks(&node.labels);
+            over.annotations = Overlay::marks(&node.annotations);
+            self.remember(&over);
+            named = Some(eni_config(node, &self.known.layered.settings));
+        }
+        let (texts, file_wrong) = read_texts(&self.file);
+        over.file = texts;
+        if over == self.now && named == self.known.eni_config && file_wrong == self.file_wrong {
+            return false;
+        }
+        (self.now, self.known.eni_config, self.file_wrong) = (over, named, file_wrong);
+        self.settle();
+        true
+    }
+
+    // Works out what counts now, and tells what is new.
+    fn settle(&mut self) {
+        let layered = Layered::read(environment, &self.start.with_live_of(&self.now));
+        let wished = Layered::read(environment, &self.now);
+        let wrong = self.wrong(&wished);
+        for line in wrong.iter().filter(|line| !self.known.wrong.contains(line)) {
+            log::warn!("{line}");
+        }
+        self.known.wrong = wrong;
+        // Refused as a whole: what counts goes on to count.
+        if !layered.refused && !wished.refused {
+            for line in layered.differing(&self.known.layered) {
+                log::info!("setting {line} ({}) counts from now on", layered.source(line.variable));
+            }
+            self.known.layered = layered;
+        }
+        let pending = wished.differing(&self.known.layered);
+        for line in pending.iter().filter(|line| !self.known.pending.contains(line)) {
+            log::warn!("setting {line} ({}) takes effect at the next start", wished.source(line.variable));
+        }
+        self.known.pending = pending;
+    }
+
+    fn remember(&mut self, over: &Overlay) {
+        let said = (over.labels.clone(), over.annotations.clone());
+        if self.remembered.as_ref() == Some(&said) {
+            return;
+        }
+        let content = json!({"labels": said.0, "annotations": said.1}).to_string();
+        match files::write(&self.memory, content.as_bytes()) {
+            Ok(()) => self.remembered = Some(said),
+            Err(error) => log::warn!("remember the node's settings: {error}"), // tried again when the Node changes
+        }
+    }
+}
+
+fn read_texts(file: &Path) -> (Texts, Vec<String>) {
+    match read_bounded(file, FILE_BYTES_MAX) {
+        Ok(Some(text)) => read_file(&text),
+        Ok(None) => <_>::default(),
+        Err(error) => (Texts::new(), vec![error.to_string()]),
+    }
+}
+
+fn recall(memory: &Path) -> Option<(Texts, Texts)> {
+    let texts = |value: &Value| {
+        let mut texts = Texts::new();
+        for (key, value) in value.as_object()? {
+            texts.insert(key.clone(), value.as_str()?.to_owned());
+        }
+        Some(texts)
+    };
+    let text = read_bounded(memory, MEMORY_BYTES_MAX).ok()??; // no harm: the Node tells it again
+    let value: Value = serde_json::from_slice(text.as_bytes()).ok()?;
+    Some((texts(&value["labels"])?, texts(&value["annotations"])?))
+}
+
+// `None`: there is none.
+fn read_bounded(path: &Path, bytes_max: usize) -> Result<Option<String>> {
+    let what = || format!("read {}", path.display());
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(None),
+        Err(error) => return Err(error).with_context(what),
+    };
+    let mut bytes = Vec::new();
+    let limit = u64::try_from(bytes_max).unwrap_or(u64::MAX);
+    file.take(limit.saturating_add(1)).read_to_end(&mut bytes).with_context(what)?;
+    if bytes.len() > bytes_max {
+        return Err(Error::new(format!("more than {bytes_max} bytes")).context(what()));
+    }
+    Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
+}
+
+// Empty names count as absent (`spec/config.md` 6.3).
+fn eni_config(node: &Node, settings: &Settings) -> String {
+    let named = [
+        node.labels.get(EXTERNAL_ENI_CONFIG),
+        node.annotations.get(&settings.eni_config_annotation),
+        node.labels.get(&settings.eni_config_label),
+    ];
+    named.into_iter().flatten().find(|name| !name.is_empty()).cloned().unwrap_or_else(|| "default".into())
+}
+
+/// Keeps settings current on a thread of their own.
+pub(super) fn start(
+    mut tuner: Tuner,
+    identity: Identity,
+    board: Board,
+    events: SyncSender<Event>,
+    ended: &SyncSender<End>,
+) -> Result<Notes> {
+    let notes = Notes::default();
+    let from = notes.clone();
+    let mut tuned: Tunables = tunables(&tuner.known.layered.settings, &identity);
+    spawn("settings", ended, move || {
+        loop {
+            let node = from.wait();
+            if !tuner.look(node.as_ref()) {
+                continue;
+            }
+            let settings = &tuner.known.layered.settings;
+            logging::set_level(&settings.log_level);
+            let wanted = tunables(settings, &identity);
+            if wanted != tuned {
+                tuned = wanted.clone();
+                events.send(Event::Retuned(Box::new(wanted))).context("tell the core")?;
+            }
+            board.tell(tuner.known.clone());
+        }
+    })?;
+    Ok(notes)
+}

@@ -1,0 +1,49 @@
+//! What the core is doing and why it is not doing more, for operators. A copy: nothing is decided by it.
+
+use super::{Core, Op, Phase, Timer};
+use crate::model::ids::{EniId, SubnetId};
+use crate::model::order::Gather as _;
+use crate::model::time::Mono;
+use crate::plan::sizing::Targets;
+
+/// The core at one moment. Counts and moments; the addresses themselves are in the pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// `starting`, `booting`, `ready` or `stopping`.
+    pub phase: &'static str,
+    /// Warm targets that count now.
+    pub targets: Targets,
+    /// ADDs that wait for an address.
+    pub waiting: usize,
+    /// Growths in progress.
+    pub growing: usize,
+    /// After a failed growth: no other one before this moment.
+    pub paused_until: Option<Mono>,
+    /// Subnets without free addresses, and until when each is left alone.
+    pub exhausted: Vec<(SubnetId, Mono)>,
+    /// ENIs on their way out.
+    pub freeing: Vec<EniId>,
+    /// EC2 or IMDS is being asked what exists.
+    pub observing: bool,
+}
+
+impl Core {
+    /// What the core is doing.
+    pub fn status(&self) -> Status {
+        Status {
+            phase: match self.phase {
+                Phase::Starting => "starting",
+                Phase::Booting => "booting",
+                Phase::Ready => "ready",
+                Phase::Stopping => "stopping",
+            },
+            targets: self.config.tunables.targets,
+            waiting: self.waiting.len(),
+            growing: usize::from(self.growth.is_some()),
+            paused_until: self.timers.get(&Timer::Growth).copied().filter(|_| self.growth.is_none()),
+            exhausted: self.exhausted.iter().map(|(subnet, until)| (subnet.clone(), *until)).gather(),
+            freeing: self.freeing.keys().cloned().gather(),
+            observing: self.ops.values().any(|op| matches!(op, Op::Scan | Op::Describe)),
+        }
+    }
+}
