@@ -19,6 +19,7 @@ pub mod apply;
 pub mod aws;
 pub mod clock;
 pub mod daemon;
+pub mod debug;
 pub mod error;
 pub mod http;
 pub mod logging;

@@ -5,7 +5,7 @@
 //! personality runs without any command-line parsing. Only here does the process get its exit code.
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-use enibox::{VERSION, daemon, error::exit, plugin};
+use enibox::{VERSION, daemon, debug, error::exit, plugin};
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::io::{self, Write};
@@ -55,6 +55,10 @@ struct Cli {
 enum Command {
     /// Print the program's version
     Version,
+    /// Show what the node's pool holds, what the daemon is doing, and what went wrong
+    Status(debug::Asking),
+    /// Show the effective settings and which layer each comes from
+    Config(debug::Asking),
     /// Run a cluster's network on this machine and try every flow (needs root)
     #[cfg(feature = "sandbox")]
     Sandbox(enibox::sandbox::demo::Args),
@@ -71,6 +75,8 @@ fn operate() -> u8 {
     match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => match cli.command {
             Command::Version => print(&format!("enibox {VERSION}\n")),
+            Command::Status(args) => debug::status::run(&args),
+            Command::Config(args) => debug::config::run(&args),
             #[cfg(feature = "sandbox")]
             Command::Sandbox(args) => enibox::sandbox::demo::run(&args),
         },

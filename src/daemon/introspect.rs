@@ -329,7 +329,7 @@ fn answer(request: &Request, shown: &Shown, metrics: &Metrics) -> Response {
         "/v1/networkutils-env-settings" => network_settings(settings),
         "/v1/ipamd-env-settings" => daemon_settings(settings),
         "/v1/enibox/status" => status::document(shown, metrics, clock::now()),
-        "/v1/enibox/config" => status::configuration(&shown.known),
+        "/v1/enibox/config" => shown.known.layered.document(&shown.known.pending, &shown.known.wrong),
         path if path.starts_with("/v1/") => return Response::text(404, "Not Found\n"),
         _ => json!({"AvailableCommands": PATHS}),
     };

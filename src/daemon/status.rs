@@ -1,10 +1,8 @@
-//! The daemon's state as JSON for `enibox status` and `enibox config`. Figures and causes; no container id leaves here.
+//! The daemon's state as JSON for `enibox status`. Figures and causes; no container id leaves here.
 
 use super::introspect::{Shown, View};
 use super::metrics::Metrics;
-use super::tuning::Known;
-use crate::model::settings::layers::{Layered, Scope};
-use crate::model::settings::{Line, Mode, Settings};
+use crate::model::settings::Mode;
 use crate::model::time::{Mono, Now};
 use crate::plan::core::Status;
 use crate::plan::pool::{Kind, Stats};
@@ -22,7 +20,7 @@ pub(super) fn document(shown: &Shown, metrics: &Metrics, now: Now) -> Value {
         "pool": pool(&shown.view, now),
         "doing": shown.view.status.as_ref().map(|status| doing(status, now.mono)),
         "errors": errors(metrics),
-        "settings": lines.map(|line| setting(&known.layered, &line)).collect::<Vec<_>>(),
+        "settings": lines.map(|line| known.layered.line(&line)).collect::<Vec<_>>(),
         "pending": known.pending.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "wrong": known.wrong,
     });
@@ -89,28 +87,4 @@ fn errors(metrics: &Metrics) -> Vec<Value> {
     let troubles = metrics.troubles().into_iter();
     let tell = |(cause, trouble): (String, super::metrics::Trouble)| json!({"cause": cause, "count": trouble.count, "last": trouble.last.to_string(), "text": trouble.text});
     troubles.map(tell).collect()
-}
-
-fn setting(layered: &Layered, line: &Line) -> Value {
-    json!({"variable": line.variable, "value": line.value, "layer": layered.source(line.variable).as_str()})
-}
-
-/// `/v1/enibox/config`: every variable that has an effect, without secrets.
-pub(super) fn configuration(known: &Known) -> Value {
-    let scopes: Vec<(&str, Scope)> = Settings::docs().map(|doc| (doc.variable, doc.scope)).collect();
-    let lines = known.layered.settings.effective().map(|line| {
-        let mut value = setting(&known.layered, &line);
-        let scope = scopes.iter().find(|(variable, _)| *variable == line.variable).map(|(_, scope)| *scope);
-        value["per_node"] = json!(match scope {
-            Some(Scope::Live) => "at once",
-            Some(Scope::Start) => "at start",
-            Some(Scope::Process) | None => "",
-        });
-        value
-    });
-    json!({
-        "settings": lines.collect::<Vec<_>>(),
-        "pending": known.pending.iter().map(ToString::to_string).collect::<Vec<_>>(),
-        "wrong": known.wrong,
-    })
 }

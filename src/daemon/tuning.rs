@@ -11,11 +11,10 @@ use crate::error::{Context, Error, Result};
 use crate::logging;
 use crate::model::imds::Identity;
 use crate::model::kube::Node;
-use crate::model::settings::layers::{FILE_BYTES_MAX, Layered, Overlay, Texts, read_file};
+use crate::model::settings::layers::{FILE_BYTES_MAX, Layered, MEMORY, MEMORY_BYTES_MAX, Overlay, Texts, read_file};
 use crate::model::settings::{Line, Settings};
 use crate::plan::configure::tunables;
 use crate::plan::core::{Event, Tunables};
-use serde_json::{Value, json};
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
@@ -25,9 +24,6 @@ use std::time::Duration;
 
 /// How often the settings file is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
-/// What a Node says, beside the checkpoint; annotations of one object have at most 256 KiB.
-const MEMORY: &str = "enibox-node.json";
-const MEMORY_BYTES_MAX: usize = 1 << 20;
 /// The label that names the ENIConfig before everything else (`spec/config.md` 6.3).
 const EXTERNAL_ENI_CONFIG: &str = "vpc.amazonaws.com/externalEniConfig";
 
@@ -67,7 +63,7 @@ pub(super) struct Tuner {
     file: PathBuf,
     memory: PathBuf,
     // What the memory holds; `None`: nothing that can be read.
-    remembered: Option<(Texts, Texts)>,
+    remembered: Option<String>,
     // As they were when the process started, and as they are.
     start: Overlay,
     now: Overlay,
@@ -89,9 +85,10 @@ impl Tuner {
 
     fn read_from(file: PathBuf, memory: PathBuf) -> Tuner {
         let (texts, file_wrong) = read_texts(&file);
-        let remembered = recall(&memory);
-        let (labels, annotations) = remembered.clone().unwrap_or_default();
-        let mut start = Overlay { file: texts, labels, annotations };
+        // One that cannot be read does no harm: the Node tells it again.
+        let remembered = read_bounded(&memory, MEMORY_BYTES_MAX).ok().flatten();
+        let said = remembered.as_deref().and_then(Overlay::from_memory).unwrap_or_default();
+        let mut start = Overlay { file: texts, ..said };
         let now = start.clone();
         let layered = Layered::read(environment, &now);
         if layered.refused {
@@ -156,12 +153,11 @@ impl Tuner {
     }
 
     fn remember(&mut self, over: &Overlay) {
-        let said = (over.labels.clone(), over.annotations.clone());
+        let said = over.to_memory();
         if self.remembered.as_ref() == Some(&said) {
             return;
         }
-        let content = json!({"labels": said.0, "annotations": said.1}).to_string();
-        match files::write(&self.memory, content.as_bytes()) {
+        match files::write(&self.memory, said.as_bytes()) {
             Ok(()) => self.remembered = Some(said),
             Err(error) => log::warn!("remember the node's settings: {error}"), // tried again when the Node changes
         }
@@ -174,19 +170,6 @@ fn read_texts(file: &Path) -> (Texts, Vec<String>) {
         Ok(None) => <_>::default(),
         Err(error) => (Texts::new(), vec![error.to_string()]),
     }
-}
-
-fn recall(memory: &Path) -> Option<(Texts, Texts)> {
-    let texts = |value: &Value| {
-        let mut texts = Texts::new();
-        for (key, value) in value.as_object()? {
-            texts.insert(key.clone(), value.as_str()?.to_owned());
-        }
-        Some(texts)
-    };
-    let text = read_bounded(memory, MEMORY_BYTES_MAX).ok()??; // no harm: the Node tells it again
-    let value: Value = serde_json::from_slice(text.as_bytes()).ok()?;
-    Some((texts(&value["labels"])?, texts(&value["annotations"])?))
 }
 
 // `None`: there is none.

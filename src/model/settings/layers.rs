@@ -7,6 +7,7 @@
 
 use super::table::Row;
 use super::{Complaint, Line, Settings};
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -15,6 +16,12 @@ pub const PREFIX: &str = "enibox.io/";
 
 /// A larger settings file is not read.
 pub const FILE_BYTES_MAX: usize = 64 << 10;
+
+/// The file beside the checkpoint that keeps what the Node said last.
+pub const MEMORY: &str = "enibox-node.json";
+
+/// A larger one is not read; labels and annotations of one object have at most 256 KiB.
+pub const MEMORY_BYTES_MAX: usize = 1 << 20;
 
 /// Where a value comes from, weakest first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -110,6 +117,25 @@ impl Overlay {
         }
     }
 
+    /// What is kept of the Node for a start without the API server.
+    pub fn to_memory(&self) -> String {
+        json!({"labels": self.labels, "annotations": self.annotations}).to_string()
+    }
+
+    /// The other way round, without a file's layer; `None` for anything else.
+    pub fn from_memory(text: &str) -> Option<Overlay> {
+        let texts = |value: &Value| {
+            let mut texts = Texts::new();
+            for (key, value) in value.as_object()? {
+                texts.insert(key.clone(), value.as_str()?.to_owned());
+            }
+            Some(texts)
+        };
+        let value: Value = serde_json::from_slice(text.as_bytes()).ok()?;
+        let (labels, annotations) = (texts(&value["labels"])?, texts(&value["annotations"])?);
+        Some(Overlay { file: Texts::new(), labels, annotations })
+    }
+
     /// Weakest first.
     pub(super) fn layers(&self) -> [(Layer, &Texts); 3] {
         [(Layer::File, &self.file), (Layer::Label, &self.labels), (Layer::Annotation, &self.annotations)]
@@ -194,6 +220,28 @@ impl Layered {
             .filter(|(a, b)| a.value != b.value)
             .map(|(a, _)| a)
             .collect()
+    }
+
+    /// The effective configuration as JSON: every variable that has an effect, without secrets; with what will count after
+    /// the next start, and what is wrong.
+    pub fn document(&self, pending: &[Line], wrong: &[String]) -> Value {
+        let lines = self.settings.effective().map(|line| {
+            let mut value = self.line(&line);
+            value["per_node"] = json!(match scope_of(line.variable) {
+                Some(Scope::Live) => "at once",
+                Some(Scope::Start) => "at start",
+                Some(Scope::Process) | None => "",
+            });
+            value
+        });
+        let settings = Value::Array(lines.collect());
+        let pending: Vec<String> = pending.iter().map(ToString::to_string).collect();
+        json!({"settings": settings, "pending": pending, "wrong": wrong})
+    }
+
+    /// One variable of that.
+    pub fn line(&self, line: &Line) -> Value {
+        json!({"variable": line.variable, "value": line.value, "layer": self.source(line.variable).as_str()})
     }
 
     fn merge(lookup: &dyn Fn(&str) -> Option<String>, over: &Overlay) -> Layered {
@@ -336,6 +384,20 @@ mod tests {
         check("A", &[], &["line 1"]);
         check("=1\nA B=1\nA=", &[("A", "")], &["line 1", "line 2"]);
         check("A=1\nA=2", &[("A", "2")], &["line 2"]);
+    }
+
+    #[test]
+    fn the_memory_keeps_what_the_node_said() {
+        let over = Overlay {
+            labels: texts(&[("MAX_ENI", "2")]),
+            annotations: texts(&[("ADDITIONAL_ENI_TAGS", r#"{"a":"b"}"#)]),
+            file: texts(&[("WARM_IP_TARGET", "1")]),
+        };
+        let kept = Overlay { file: Texts::new(), ..over.clone() };
+        assert_eq!(Overlay::from_memory(&over.to_memory()), Some(kept));
+        for bad in ["", "{}", "null", r#"{"labels":{},"annotations":{"A":1}}"#, r#"{"labels":{}}"#] {
+            assert_eq!(Overlay::from_memory(bad), None, "{bad:?}");
+        }
     }
 
     #[test]
