@@ -95,10 +95,15 @@ impl View {
 
     // `/v1/enis`: by card. Container ids are blanked: they would suffice to forge a DEL.
     fn enis(&self) -> Value {
-        let stats = self.pool.stats_of(self.at.mono, |_, _| true);
-        let enis: Map<String, Value> =
-            self.pool.enis().map(|(id, eni)| (id.0.clone(), self.eni(id.as_str(), eni))).collect();
-        json!({"0": {"TotalIPs": stats.total, "AssignedIPs": stats.assigned, "ENIs": enis}})
+        let mut cards = Map::new();
+        for (id, eni) in self.pool.enis() {
+            let card = cards.entry(eni.card.to_string()).or_insert_with(|| {
+                let stats = self.pool.stats_of(self.at.mono, |_, other| other.card == eni.card);
+                json!({"TotalIPs": stats.total, "AssignedIPs": stats.assigned, "ENIs": {}})
+            });
+            card["ENIs"][id.as_str()] = self.eni(id.as_str(), eni);
+        }
+        Value::Object(cards)
     }
 
     fn eni(&self, id: &str, eni: &Eni) -> Value {

@@ -30,6 +30,7 @@ use crate::sys;
 use executors::Executors;
 use introspect::{Board, View};
 use metrics::Metrics;
+use rpc_server::Desk;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -154,9 +155,9 @@ fn serve(settings: &Settings, tuner: Tuner) -> Result<()> {
     let calls = Calls::default();
     let (open, closed) = sync_channel::<()>(0); // `open` goes when the last request is served
     let rpc = {
-        let (events, calls, stop, ended) = (events.clone(), calls.clone(), stop.clone(), ended.clone());
-        let metrics = Arc::clone(&metrics);
-        move || rpc_server::start(Path::new(naming::DAEMON_SOCKET), events, calls, policy, metrics, stop, &ended, open)
+        let (events, calls, metrics) = (events.clone(), calls.clone(), Arc::clone(&metrics));
+        let (desk, stop, ended) = (Desk { events, calls, policy, metrics }, stop.clone(), ended.clone());
+        move || rpc_server::start(Path::new(naming::DAEMON_SOCKET), desk, stop, &ended, open)
     };
     metrics.initialising();
     events.send(started).context("start the core")?;

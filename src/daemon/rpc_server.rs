@@ -26,20 +26,19 @@ const METHODS: &[&str] = &[
     proto::path::HEALTH_CHECK,
 ];
 
+/// What requests are answered with.
+pub(super) struct Desk {
+    pub(super) events: SyncSender<Event>,
+    pub(super) calls: Calls,
+    pub(super) policy: NetworkPolicyAgentConfig,
+    pub(super) metrics: Arc<Metrics>,
+}
+
 /// Binds the socket and serves on threads of its own; `open` is held until the last request is served.
-pub(super) fn start(
-    path: &Path,
-    events: SyncSender<Event>,
-    calls: Calls,
-    policy: NetworkPolicyAgentConfig,
-    metrics: Arc<Metrics>,
-    stop: Stop,
-    ended: &SyncSender<End>,
-    open: SyncSender<()>,
-) -> Result<()> {
+pub(super) fn start(path: &Path, desk: Desk, stop: Stop, ended: &SyncSender<End>, open: SyncSender<()>) -> Result<()> {
     let server = Server::bind(path, BindOptions { methods: METHODS, ..BindOptions::default() })?;
     log::info!("serving on {}", path.display());
-    let handler = move |call: &Call| handle(call, &events, &calls, &policy, &metrics);
+    let handler = move |call: &Call| handle(call, &desk);
     spawn("rpc", ended, move || {
         let _open = open;
         server.serve(handler, &stop).context("serve")
@@ -47,13 +46,8 @@ pub(super) fn start(
     Ok(())
 }
 
-fn handle(
-    call: &Call,
-    events: &SyncSender<Event>,
-    calls: &Calls,
-    policy: &NetworkPolicyAgentConfig,
-    metrics: &Metrics,
-) -> std::result::Result<Vec<u8>, Status> {
+fn handle(call: &Call, desk: &Desk) -> std::result::Result<Vec<u8>, Status> {
+    let Desk { events, calls, policy, metrics } = desk;
     match call.method {
         proto::path::ADD_NETWORK => {
             let request = AddNetworkRequest::decode(&call.body)?;

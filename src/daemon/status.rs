@@ -48,6 +48,7 @@ fn pool(view: &View, now: Now) -> Value {
     let enis = view.pool.enis().map(|(id, eni)| {
         let mut value = figures(&view.pool.stats_of(now.mono, |other, _| other == id));
         value["id"] = json!(id);
+        value["card"] = json!(eni.card);
         value["device"] = json!(eni.device);
         value["subnet"] = json!(eni.subnet);
         value["excluded"] = json!(eni.excluded);
@@ -72,10 +73,16 @@ fn doing(status: &Status, now: Mono) -> Value {
     for (subnet, until) in &status.exhausted {
         exhausted.insert(subnet.0.clone(), json!(left(*until)));
     }
+    let mut throttled = Map::new();
+    for (action, until) in &status.throttled {
+        throttled.insert((*action).to_owned(), json!(left(*until)));
+    }
+    let (cause, why) = &status.cause;
     let targets = &status.targets;
     json!({
         "waiting": status.waiting, "growing": status.growing, "freeing": status.freeing,
         "paused_s": status.paused_until.map(left), "exhausted_subnets_s": exhausted,
+        "last_failure": status.last_failure, "throttled_s": throttled, "if_short": {"cause": cause, "text": why},
         "targets": {
             "warm_eni": targets.warm_eni, "warm_ip": targets.warm_ip, "minimum_ip": targets.minimum_ip,
             "warm_prefix": targets.warm_prefix,

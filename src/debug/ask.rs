@@ -32,12 +32,11 @@ pub(super) fn get(address: &str, path: &str) -> Result<Value> {
 
 // Both kinds go by one type: only reads, writes and time-outs are asked of it, which are the same for every stream socket.
 fn connect(address: &str) -> Result<TcpStream> {
-    let stream = match address.strip_prefix("unix:") {
-        Some(path) => TcpStream::from(sys::connect_unix(Path::new(path), TIME_MAX)?),
-        None => {
-            let address: SocketAddr = address.replace("localhost:", "127.0.0.1:").parse()?;
-            TcpStream::connect_timeout(&address, TIME_MAX)?
-        }
+    let stream = if let Some(path) = address.strip_prefix("unix:") {
+        TcpStream::from(sys::connect_unix(Path::new(path), TIME_MAX)?)
+    } else {
+        let address: SocketAddr = address.replace("localhost:", "127.0.0.1:").parse()?;
+        TcpStream::connect_timeout(&address, TIME_MAX)?
     };
     stream.set_write_timeout(Some(TIME_MAX))?;
     Ok(stream)

@@ -84,9 +84,11 @@ fn page(document: &Value) -> String {
     for eni in items(pool, "enis") {
         let excluded = if eni["excluded"] == json!(true) { ", takes no new pods" } else { "" };
         let (id, subnet, kind) = (text(eni, "id"), text(eni, "subnet"), text(eni, "kind"));
-        line(&mut page, "", &format!("{id} device {} in {subnet}, {kind}{excluded}: {}", eni["device"], figures(eni)));
+        let (card, device) = (&eni["card"], &eni["device"]);
+        let what = format!("{id} card {card} device {device} in {subnet}, {kind}{excluded}: {}", figures(eni));
+        line(&mut page, "", &what);
     }
-    doing(&mut page, &document["doing"]);
+    doing(&mut page, &document["doing"], pool["free"] == json!(0));
     for error in items(document, "errors") {
         let (cause, last, told) = (text(error, "cause"), text(error, "last"), text(error, "text"));
         line(&mut page, "error", &format!("{cause}: {told} ({} times, last {last})", error["count"]));
@@ -116,7 +118,7 @@ fn figures(value: &Value) -> String {
     format!("{total} addresses{prefixes}: {used} used, {cooling} cooling, {free} free")
 }
 
-fn doing(page: &mut String, doing: &Value) {
+fn doing(page: &mut String, doing: &Value, none_free: bool) {
     if !doing.is_object() {
         return;
     }
@@ -134,11 +136,18 @@ fn doing(page: &mut String, doing: &Value) {
     count("growths in progress:", doing["growing"].as_u64().unwrap_or(0));
     count("ENIs on their way out:", items(doing, "freeing").len() as u64);
     if let Some(left) = doing["paused_s"].as_u64() {
-        parts.push(format!("no growth for {} after a failed one", duration(left)));
+        parts.push(format!("no growth for {} after a failed one: {}", duration(left), text(doing, "last_failure")));
+    }
+    for (action, left) in doing["throttled_s"].as_object().into_iter().flatten() {
+        parts.push(format!("EC2 throttles {action}: next call in {}", duration(left.as_u64().unwrap_or(0))));
     }
     for (subnet, left) in doing["exhausted_subnets_s"].as_object().into_iter().flatten() {
         let left = duration(left.as_u64().unwrap_or(0));
         parts.push(format!("{subnet} has no free addresses and is left alone for {left}"));
+    }
+    if none_free {
+        let short = &doing["if_short"];
+        parts.push(format!("new pods get no address ({}): {}", text(short, "cause"), text(short, "text")));
     }
     if parts.is_empty() {
         parts.push("nothing; the pool is as the targets want it".into());
@@ -164,15 +173,17 @@ mod tests {
     #[test]
     fn a_page_for_people() {
         let eni = json!({
-            "id": "eni-1", "device": 0, "subnet": "subnet-1", "kind": "primary", "excluded": false,
+            "id": "eni-1", "card": 0, "device": 0, "subnet": "subnet-1", "kind": "primary", "excluded": false,
             "total": 9, "used": 3, "cooling": 1, "free": 5, "prefixes": 0,
         });
         let document = json!({
             "version": "1.2.3", "node": "n1", "phase": "ready", "uptime_s": 200,
             "instance": {"id": "i-1", "type": "m5.large", "zone": "z", "mode": "IPv4 addresses"},
-            "pool": {"total": 32, "used": 3, "cooling": 1, "free": 28, "prefixes": 2, "eni_limit": 3, "enis": [eni]},
+            "pool": {"total": 32, "used": 3, "cooling": 29, "free": 0, "prefixes": 2, "eni_limit": 3, "enis": [eni]},
             "doing": {
                 "waiting": 2, "growing": 0, "freeing": [], "paused_s": 7, "exhausted_subnets_s": {"subnet-1": 119},
+                "last_failure": "create: no", "throttled_s": {"CreateNetworkInterface": 3},
+                "if_short": {"cause": "throttled", "text": "EC2 throttles"},
                 "targets": {"warm_eni": 1, "warm_ip": 0, "minimum_ip": 0, "warm_prefix": 0},
             },
             "errors": [{"cause": "refused: eni_limit", "count": 4, "last": "2026-11-21T01:30:00Z", "text": "full"}],
@@ -182,12 +193,14 @@ mod tests {
         let expected = "\
 daemon     enibox 1.2.3, ready for 3 min, node n1
 instance   i-1, m5.large, z, IPv4 addresses
-pool       32 addresses in 2 prefixes: 3 used, 1 cooling, 28 free; 1 of 3 ENIs
-           eni-1 device 0 in subnet-1, primary: 9 addresses: 3 used, 1 cooling, 5 free
+pool       32 addresses in 2 prefixes: 3 used, 29 cooling, 0 free; 1 of 3 ENIs
+           eni-1 card 0 device 0 in subnet-1, primary: 9 addresses: 3 used, 1 cooling, 5 free
 targets    warm eni 1, warm ip 0, minimum ip 0, warm prefix 0
 doing      new pods that wait for an address: 2
-doing      no growth for 7 s after a failed one
+doing      no growth for 7 s after a failed one: create: no
+doing      EC2 throttles CreateNetworkInterface: next call in 3 s
 doing      subnet-1 has no free addresses and is left alone for 119 s
+doing      new pods get no address (throttled): EC2 throttles
 error      refused: eni_limit: full (4 times, last 2026-11-21T01:30:00Z)
 setting    WARM_IP_TARGET=5 (label)
 next start MAX_ENI=2

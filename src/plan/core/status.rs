@@ -19,10 +19,16 @@ pub struct Status {
     pub growing: usize,
     /// After a failed growth: no other one before this moment.
     pub paused_until: Option<Mono>,
+    /// What EC2 answered to the last growth that failed.
+    pub last_failure: Option<String>,
+    /// Actions that EC2 throttles, and until when each is left alone.
+    pub throttled: Vec<(&'static str, Mono)>,
     /// Subnets without free addresses, and until when each is left alone.
     pub exhausted: Vec<(SubnetId, Mono)>,
     /// ENIs on their way out.
     pub freeing: Vec<EniId>,
+    /// Why a pod that finds no address gets none, as a word and as a sentence.
+    pub cause: (&'static str, String),
     /// EC2 or IMDS is being asked what exists.
     pub observing: bool,
 }
@@ -39,8 +45,11 @@ impl Core {
             },
             targets: self.config.tunables.targets,
             waiting: self.waiting.len(),
-            growing: usize::from(self.growth.is_some()),
-            paused_until: self.timers.get(&Timer::Growth).copied().filter(|_| self.growth.is_none()),
+            growing: self.growths.len(),
+            paused_until: self.timers.get(&Timer::Growth).copied(),
+            last_failure: self.last_failure.clone(),
+            throttled: self.pacer.paused(self.now.mono).gather(),
+            cause: self.why_no_address(),
             exhausted: self.exhausted.iter().map(|(subnet, until)| (subnet.clone(), *until)).gather(),
             freeing: self.freeing.keys().cloned().gather(),
             observing: self.ops.values().any(|op| matches!(op, Op::Scan | Op::Describe)),
