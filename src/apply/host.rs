@@ -9,7 +9,7 @@ use crate::model::net::Family;
 use crate::model::nft::Table;
 use crate::model::order::Gather as _;
 use crate::netlink::{Request, addr, link, nft, route, rule};
-use crate::plan::host::{Action, Intent, Step, diff};
+use crate::plan::host::{Action, HostEni, Intent, Step, diff};
 use crate::plan::ruleset;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -29,6 +29,8 @@ pub struct HostReport {
     pub primary_index: u32,
     /// Every ENI of the intent: set up, or why not.
     pub enis: BTreeMap<EniId, Result<()>>,
+    /// Indexes of the links of trunk ENIs.
+    pub trunks: BTreeMap<EniId, u32>,
     /// What was done, in words; empty when all was right.
     pub steps: Vec<String>,
     /// What failed and concerns the node rather than one ENI.
@@ -73,6 +75,9 @@ impl Host {
             report.enis =
                 intent.enis.iter().map(|eni| (eni.id.clone(), failed.remove(&eni.id).map_or(Ok(()), Err))).gather();
             report.errors = refused.node;
+            let link = |eni: &HostEni| seen.links.iter().find(|link| link.mac == Some(eni.mac)).map(|link| link.index);
+            let trunks = intent.enis.iter().filter(|eni| eni.trunk);
+            report.trunks = trunks.filter_map(|eni| Some((eni.id.clone(), link(eni)?))).gather();
             if !plan.steps.iter().any(|step| matches!(step.action, Action::DeleteAddress(_))) {
                 break;
             }

@@ -10,7 +10,7 @@ use crate::model::imds::Query;
 use crate::model::kube;
 use crate::model::order::Gather as _;
 use crate::model::spool::{self, Record};
-use crate::plan::core::{Effect, Event, OpId};
+use crate::plan::core::{Applied, Effect, Event, OpId};
 use crate::plan::host::Intent;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
@@ -154,7 +154,9 @@ fn kernel_loop(work: &Receiver<Host>, events: &SyncSender<Event>, metrics: &Metr
                     }
                     errors.into_result()?;
                     let failed = report.enis.into_iter();
-                    Ok(failed.filter_map(|(id, result)| result.err().map(|error| (id, error.to_string()))).gather())
+                    let failed =
+                        failed.filter_map(|(id, result)| result.err().map(|error| (id, error.to_string()))).gather();
+                    Ok(Applied { failed, trunks: report.trunks })
                 });
                 let result = result.map_err(|error| error.to_string());
                 metrics.rules(result.as_ref().err().map(String::as_str));

@@ -4,8 +4,12 @@
 //! ENIConfig.
 
 use super::ids::{GroupId, SubnetId};
+use super::net::Mac;
+use ipnet::IpNet;
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::{IpAddr, Ipv6Addr};
 
 /// The annotation with which the VPC resource controller tells about a pod's branch ENI; also the start of the resource
 /// name that such a pod asks for.
@@ -161,4 +165,92 @@ pub struct Notice {
     pub action: String,
     /// Text for people, at most 1024 bytes.
     pub note: String,
+}
+
+/// A branch ENI as the resource controller describes it in the annotation [`POD_ENI`] (`spec/kubernetes.md` 8.1).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BranchEni {
+    /// MAC of the branch ENI.
+    pub mac: Mac,
+    /// Address of the pod, in the mode's family.
+    pub address: IpAddr,
+    /// VLAN on the trunk, 1 to 4094.
+    pub vlan: u16,
+    /// Gateway of the branch ENI's subnet.
+    pub gateway: IpAddr,
+}
+
+/// The router of every IPv6 subnet of a VPC.
+const ROUTER_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0xec2, 0, 0, 0, 0, 0, 1);
+
+impl BranchEni {
+    /// Reads the annotation; the first element counts. It decides the host's network, so nothing in it is believed that
+    /// cannot be right. The error says what is wrong.
+    pub fn parse(annotation: &str, v6: bool) -> Result<BranchEni, String> {
+        let all: Value = serde_json::from_slice(annotation.as_bytes()).map_err(|error| error.to_string())?;
+        let Some(Value::Object(first)) = all.get(0) else { return Err("parsed PodENIData is empty".into()) };
+        // The controller writes `vlanId`, the original reads `vlanID`: case does not count.
+        let member = |name: &str| first.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value);
+        let text = |name: &str| member(name).and_then(Value::as_str).unwrap_or_default();
+        let bad = |name: &str| format!("{name} is {}", member(name).unwrap_or(&Value::Null));
+        let mac = text("ifAddress").parse().map_err(|_| bad("ifAddress"))?;
+        let vlan = member("vlanId").and_then(Value::as_u64).and_then(|vlan| u16::try_from(vlan).ok());
+        let vlan = vlan.filter(|vlan| (1..4095).contains(vlan)).ok_or_else(|| bad("vlanId"))?;
+        let (address, subnet) = if v6 { ("ipv6Addr", "subnetV6Cidr") } else { ("privateIp", "subnetCidr") };
+        let net: IpNet = text(subnet).parse().map_err(|_| bad(subnet))?;
+        let ip: IpAddr = text(address).parse().map_err(|_| bad(address))?;
+        let gateway = match (net.network(), v6) {
+            (IpAddr::V4(base), false) if ip.is_ipv4() => {
+                IpAddr::V4(u32::from(base).checked_add(1).ok_or_else(|| bad(subnet))?.into())
+            }
+            (IpAddr::V6(_), true) if ip.is_ipv6() => IpAddr::V6(ROUTER_V6),
+            _ => return Err(bad(address)),
+        };
+        Ok(BranchEni { mac, address: ip, vlan, gateway })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"[{"eniId":"eni-0b","ifAddress":"02:aa:bb:cc:dd:ee","privateIp":"10.0.9.7","ipv6Addr":"2001:db8::7",
+        "vlanId":3,"subnetCidr":"10.0.8.0/22","subnetV6Cidr":"2001:db8::/64","associationID":"trunk-assoc-0c"}]"#;
+
+    #[test]
+    fn a_branch_eni_is_read_in_both_families() {
+        let v4 = BranchEni::parse(GOOD, false).unwrap();
+        let want = BranchEni {
+            mac: Mac([2, 0xaa, 0xbb, 0xcc, 0xdd, 0xee]),
+            address: "10.0.9.7".parse().unwrap(),
+            vlan: 3,
+            gateway: "10.0.8.1".parse().unwrap(),
+        };
+        assert_eq!(v4, want);
+        let v6 = BranchEni::parse(&GOOD.replace("vlanId", "vlanID"), true).unwrap();
+        assert_eq!((v6.address, v6.gateway), ("2001:db8::7".parse().unwrap(), "fe80:ec2::1".parse().unwrap()));
+    }
+
+    #[test]
+    fn what_cannot_be_right_is_refused_by_name() {
+        let all = [
+            ("02:aa:bb:cc:dd:ee", "zz", "ifAddress"),
+            ("\"10.0.9.7\"", "\"\"", "privateIp"),
+            ("\"10.0.9.7\"", "\"2001:db8::9\"", "privateIp"),
+            (":3,", ":0,", "vlanId"),
+            (":3,", ":4095,", "vlanId"),
+            (":3,", ":-1,", "vlanId"),
+            (":3,", ":\"3\",", "vlanId"),
+            ("10.0.8.0/22", "10.0.8.0", "subnetCidr"),
+            ("10.0.8.0/22", "255.255.255.255/32", "subnetCidr"),
+        ];
+        for (from, to, want) in all {
+            let error = BranchEni::parse(&GOOD.replacen(from, to, 1), false).unwrap_err();
+            assert!(error.contains(want), "{from} -> {to}: {error}");
+        }
+        for (text, want) in [("", "EOF"), ("[]", "empty"), ("{}", "empty"), ("[1]", "empty"), ("null", "empty")] {
+            let error = BranchEni::parse(text, false).unwrap_err();
+            assert!(error.contains(want), "{text}: {error}");
+        }
+    }
 }

@@ -7,7 +7,9 @@
 //! exists; IMDS only hints ([`upkeep`]).
 
 mod boot;
+mod branch;
 mod cause;
+mod cluster;
 mod event;
 mod freeing;
 mod growth;
@@ -16,7 +18,7 @@ mod saver;
 mod status;
 mod upkeep;
 
-pub use event::{Answer, CallId, Effect, Event, Level, OpId, Seen, Tally};
+pub use event::{Answer, Applied, CallId, Effect, Event, Level, OpId, Seen, Tally};
 pub use status::Status;
 
 use super::backoff::{Backoff, Random};
@@ -28,6 +30,7 @@ use crate::model::checkpoint::{Creating, EniFacts};
 use crate::model::ec2::{Call, ConntrackTimeouts, Failure, Interface, Reply, Subnet};
 use crate::model::ids::{EniId, GroupId, PodKey, SubnetId};
 use crate::model::imds::{self, Identity, Query};
+use crate::model::kube;
 use crate::model::order::Gather as _;
 use crate::model::time::{Mono, Now};
 use ipnet::IpNet;
@@ -131,6 +134,8 @@ enum Timer {
     Freeing,
     /// EC2: ENIs that we made and do not know of.
     Leaked,
+    /// The API server: features of the CNINode.
+    Features,
 }
 
 /// Number of a growth.
@@ -153,6 +158,13 @@ enum Op {
     Modify(GrowthId),
     Free(EniId),
     Leaked,
+    EniConfig(String),
+    CniNode,
+    SetFeatures,
+    Notice,
+    Lookup(branch::Lookup),
+    Annotate(branch::Annotated),
+    Unannotate { namespace: String, name: String, address: IpAddr },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -215,6 +227,8 @@ pub struct Core {
     pool: Pool,
     saver: saver::Saver,
     waiting: VecDeque<pods::Waiting>,
+    // What the API server told.
+    cluster: cluster::Cluster,
     // Pods bound to this node that need an address, as the API server tells.
     bound: usize,
     restarted: bool,
@@ -248,6 +262,8 @@ pub struct Core {
     // The host's network: what it should hold, and what it holds.
     wanted: BTreeMap<EniId, imds::Eni>,
     ready: BTreeSet<EniId>,
+    // Link indexes of trunk ENIs.
+    trunks: BTreeMap<EniId, u32>,
     gone: BTreeSet<IpAddr>,
     // Addresses that were given back lately: what is left of them on the host is swept.
     released: BTreeMap<IpAddr, Mono>,
@@ -284,6 +300,7 @@ impl Core {
             leak_checks: 0,
             saver: saver::Saver::default(),
             waiting: VecDeque::new(),
+            cluster: cluster::Cluster::default(),
             bound: 0,
             restarted: false,
             reserved: BTreeMap::new(),
@@ -306,6 +323,7 @@ impl Core {
             unassigned: BTreeMap::new(),
             wanted: BTreeMap::new(),
             ready: BTreeSet::new(),
+            trunks: BTreeMap::new(),
             gone: BTreeSet::new(),
             released: BTreeMap::new(),
             host_dirty: false,
@@ -339,7 +357,9 @@ impl Core {
             Event::Kernel(op, result) => self.kernel_done(op, result),
             Event::PodsSeen(bound) => self.bound = bound,
             Event::Retuned(tunables) => self.retune(*tunables),
-            Event::Tick | Event::Kube(..) | Event::NodeSeen(_) => {}
+            Event::Kube(op, result) => self.kube_done(op, result),
+            Event::NodeSeen(node) => self.node_seen(*node),
+            Event::Tick => {}
             Event::Stop => self.stop(),
         }
         self.advance();
@@ -377,6 +397,7 @@ impl Core {
             self.serve_waiting();
             self.grow(); // knows now who still waits
             self.refuse_hopeless();
+            self.keep_features();
             self.become_ready();
             self.shrink();
             self.advance_freeing();
@@ -410,6 +431,7 @@ impl Core {
                 Timer::Growing => self.growing_timer(),
                 Timer::Leaked => self.look_for_leaked(),
                 Timer::Trust => self.trust(),
+                Timer::Features => self.read_features(),
                 // Looked at in every step.
                 Timer::Patience | Timer::Growth | Timer::Pace | Timer::Save | Timer::Shrink | Timer::Freeing => {}
             }
@@ -450,6 +472,11 @@ impl Core {
             let id = self.begin(op);
             self.out.push(Effect::Imds(id, query));
         }
+    }
+
+    fn ask_kube(&mut self, op: Op, call: kube::Call) {
+        let id = self.begin(op);
+        self.out.push(Effect::Kube(id, call));
     }
 
     fn ask_ec2(&mut self, op: Op, call: Call) {
@@ -512,6 +539,9 @@ impl Core {
         if self.pacer.answered(self.now.mono, op, &result, &mut self.random) {
             return; // throttled: it is sent again
         }
+        if let Err(failure) = &result {
+            self.tell_of_failure(failure);
+        }
         match (self.ops.remove(&op), result) {
             (Some(Op::Describe), Ok(Reply::Interfaces(interfaces))) => self.describe_done(&interfaces),
             (Some(Op::Describe), Err(failure)) => {
@@ -542,6 +572,7 @@ impl Core {
         let on_card = |id: &EniId| self.attached.get(id).is_some_and(|eni| eni.card == card);
         let unmanaged =
             self.attached.keys().filter(|id| on_card(id) && self.facts.contains_key(*id) && !self.managed(id));
+        let trunk = usize::from(card == 0 && self.trunk_to_come());
         // An ENI on its way out still takes its slot.
         let leaving = self.freeing.keys().filter(|id| on_card(id) || (card == 0 && !self.attached.contains_key(*id)));
         Sizing {
@@ -549,8 +580,8 @@ impl Core {
             targets: self.config.tunables.targets,
             slots: self.config.slots,
             eni_limit: self.eni_limit(card).saturating_sub(unmanaged.count()),
-            reserved: leaving.count(),
-            max_pods: self.config.max_pods,
+            reserved: leaving.count() + trunk,
+            max_pods: self.max_pods(),
         }
     }
 
@@ -579,7 +610,8 @@ impl Core {
 
     // Whether addresses are on their way, or what is needed to ask for them.
     fn growing_now(&self) -> bool {
-        !self.growths.is_empty() || self.ops.values().any(|op| *op == Op::Subnets)
+        let asking = |op: &Op| matches!(op, Op::Subnets | Op::EniConfig(_));
+        !self.growths.is_empty() || self.ops.values().any(asking)
     }
 
     fn acted(&mut self) {

@@ -21,7 +21,7 @@ use crate::model::spool::Record;
 use crate::model::time::{Mono, Now, Wall};
 use crate::plan::backoff::Random;
 use crate::plan::configure;
-use crate::plan::core::{Answer, CallId, Core, Effect, Event, Level, OpId, Seen};
+use crate::plan::core::{Answer, Applied, CallId, Core, Effect, Event, Level, OpId, Seen};
 use crate::plan::host::Intent;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
@@ -513,7 +513,7 @@ impl Node {
             self.host.routed.remove(address);
         }
         sky.tell(self.index, Happening::Applied(intent));
-        self.feed(sky, Event::Kernel(op, Ok(failed)));
+        self.feed(sky, Event::Kernel(op, Ok(Applied { failed, trunks: BTreeMap::new() })));
     }
 
     fn write(&mut self, sky: &mut Sky, generation: u64) {

@@ -6,7 +6,7 @@ use enibox::model::naming;
 use enibox::model::spool::Record;
 use enibox::model::time::{Mono, Now, Wall};
 use enibox::model::wire::{AddNetworkRequest, DelNetworkRequest, UNKNOWN_POD};
-use enibox::plan::core::{Answer, CallId, Config, Core, Effect, Event, Seen, Tunables};
+use enibox::plan::core::{Answer, Applied, CallId, Config, Core, Effect, Event, Seen, Tunables};
 use enibox::plan::host::Intent;
 use enibox::plan::sizing::Targets;
 use enibox::sim::vpc::Vpc;
@@ -210,7 +210,7 @@ impl World {
             Effect::Kernel(op, intent) => {
                 self.check_intent(&intent);
                 self.swept.extend(intent.gone.iter().copied());
-                self.later(LATENCY, Event::Kernel(op, Ok(BTreeMap::new())));
+                self.later(LATENCY, Event::Kernel(op, Ok(Applied::default())));
             }
             Effect::Save(generation, content) => {
                 if self.disk_full {
@@ -227,7 +227,11 @@ impl World {
             Effect::SpoolDone(done) => self.spool.retain(|record| !done.contains(record)),
             Effect::WakeAt(at) => self.wake_at = Some(at),
             Effect::Ready => self.ready = true,
-            Effect::Tally(_) | Effect::Kube(..) => {}
+            Effect::Tally(_) => {}
+            Effect::Kube(op, _) => {
+                let failure = enibox::model::kube::Failure { status: 0, message: "no API server".into() };
+                self.later(LATENCY, Event::Kube(op, Err(failure)));
+            }
             Effect::Log(level, text) => self.log.push(format!("{} ms {level:?} {text}", self.nanos / 1_000_000)),
         }
     }

@@ -2,7 +2,7 @@
 //! what EC2 told before stands in the checkpoint, and is checked as soon as EC2 answers (`spec/ipamd.md` 2, 5.3).
 
 use super::freeing::Free;
-use super::{Core, Effect, LINK_CHECK, Level, Op, PATIENCE, PLUGIN_MAX, Phase, Seen, TRUST, Timer};
+use super::{Applied, Core, Effect, LINK_CHECK, Level, Op, PATIENCE, PLUGIN_MAX, Phase, Seen, TRUST, Timer};
 use crate::model::checkpoint::{Allocation, Checkpoint, Own};
 use crate::model::ids::{EniId, PodKey, PodName};
 use crate::model::imds::{self, Query};
@@ -267,7 +267,7 @@ impl Core {
         due.map(|(address, _)| address).collect()
     }
 
-    pub(super) fn kernel_done(&mut self, op: super::OpId, result: Result<BTreeMap<EniId, String>, String>) {
+    pub(super) fn kernel_done(&mut self, op: super::OpId, result: Result<Applied, String>) {
         let Some(Op::Host { enis, gone }) = self.ops.remove(&op) else { return };
         match result {
             Err(error) => {
@@ -275,7 +275,8 @@ impl Core {
                 self.host_dirty = true;
                 self.retry(Timer::Host);
             }
-            Ok(failed) => {
+            Ok(Applied { failed, trunks }) => {
+                self.trunks = trunks;
                 self.gone.retain(|ip| !gone.contains(ip));
                 for (eni, why) in &failed {
                     self.log(Level::Warn, format!("set up eni {eni}: {why}"));
@@ -337,6 +338,9 @@ impl Core {
         );
         if self.pool.add_eni(id.clone(), entry).is_err() {
             return;
+        }
+        if primary && self.config.custom_networking.is_some() {
+            self.pool.set_excluded(id, true); // B31: its pods stay, nobody new
         }
         let singles = eni.ipv4s.iter().skip(1).map(|ip| IpNet::from(IpAddr::V4(*ip)));
         let prefixes = if self.config.v6 { eni.v6_prefixes.clone() } else { eni.v4_prefixes.clone() };
@@ -403,12 +407,16 @@ impl Core {
             );
             self.log(Level::Info, text);
             self.out.push(Effect::Ready);
-            self.set_timer(Timer::Scan, super::RECONCILE);
+            self.set_timer(Timer::Scan, self.scan_every());
         }
     }
 
     // Nothing will make the pool larger soon: better serve DELs and refuse ADDs with a reason than not to answer.
     fn hopeless(&self) -> bool {
+        // A node whose ENIConfig is wrong must not look ready (`spec/kubernetes.md` 4.2).
+        if self.config.custom_networking.is_some() && !self.cordoned() {
+            return false;
+        }
         self.described.is_some() && !self.growing_now() && (self.grown_once || !self.config.provisioning)
     }
 }

@@ -34,14 +34,17 @@ impl Core {
         if !self.config.provisioning {
             return with("provisioning_disabled", "the settings forbid to ask EC2 for more addresses".into());
         }
+        if self.cordoned() {
+            return with("cordoned", "the node is cordoned: it asks EC2 for nothing".into());
+        }
         if let (Some(failure), Some(until)) = (&self.last_failure, self.timers.get(&Timer::Growth)) {
             return with("ec2_error", format!("{failure}: next try in {} s", seconds(*until)));
         }
         if self.growing_now() {
             return with("growing", "more addresses are on their way".into());
         }
-        if stats.total >= self.config.max_pods {
-            return with("max_pods", format!("the node may run {} pods", self.config.max_pods));
+        if stats.total >= self.max_pods() {
+            return with("max_pods", format!("the node may run {} pods", self.max_pods()));
         }
         if stats.cooling > 0 {
             return with("cooling", "every free address rests after its last pod".into());

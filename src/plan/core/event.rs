@@ -62,12 +62,21 @@ pub enum Event {
     PodsSeen(usize),
     /// Settings that may change while we run have changed.
     Retuned(Box<Tunables>),
-    /// The host's network was applied; ENIs that could not be set up with their reasons.
-    Kernel(OpId, Result<BTreeMap<EniId, String>, String>),
+    /// The host's network was applied, or could not be.
+    Kernel(OpId, Result<Applied, String>),
     /// The time of [`Effect::WakeAt`] has come.
     Tick,
     /// The process is to end.
     Stop,
+}
+
+/// How the host's network was applied, ENI by ENI.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// ENIs that could not be set up, and why.
+    pub failed: BTreeMap<EniId, String>,
+    /// Index of the link of each trunk ENI that was found.
+    pub trunks: BTreeMap<EniId, u32>,
 }
 
 /// Answer to a plugin.

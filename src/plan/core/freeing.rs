@@ -69,7 +69,10 @@ impl Core {
                 self.unassign(&eni, &nets);
             }
         }
-        let spare = cards.iter().find_map(|card| self.sizing(*card).spare_eni(&self.pool, self.now.mono));
+        let spare = cards
+            .iter()
+            .filter(|_| !self.cordoned())
+            .find_map(|card| self.sizing(*card).spare_eni(&self.pool, self.now.mono));
         if let Some(eni) = spare {
             self.free_eni(&eni);
         } else if self.pool.enis().count() > 1

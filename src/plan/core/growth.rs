@@ -99,7 +99,7 @@ impl Core {
         let allowed = self.config.provisioning && !self.config.v6 && self.phase != Phase::Stopping;
         let informed = self.described.is_some() && self.groups.is_some() && self.scanned && self.vpc_cidrs.is_some();
         let primary = self.pool.eni(&self.config.identity.primary_eni).is_some();
-        if !allowed || !informed || !primary || self.timers.contains_key(&Timer::Growth) {
+        if !allowed || !informed || !primary || self.cordoned() || self.timers.contains_key(&Timer::Growth) {
             return;
         }
         while self.growths.len() < GROWTHS_MAX {
@@ -136,7 +136,7 @@ impl Core {
                 true
             }
             Some(sizing::Growth::NewEni { count }) => {
-                self.subnets_known() && self.create(card, u32::try_from(count).unwrap_or(u32::MAX))
+                self.place_known() && self.create(card, u32::try_from(count).unwrap_or(u32::MAX))
             }
         }
     }
@@ -199,8 +199,11 @@ impl Core {
         self.ask_ec2(Op::Growth(id), call);
     }
 
-    // Whether a subnet can be chosen now; asks for the subnets if not.
-    fn subnets_known(&mut self) -> bool {
+    // Whether a subnet can be chosen now; asks for what is missing if not.
+    fn place_known(&mut self) -> bool {
+        if self.config.custom_networking.is_some() {
+            return self.eni_config_known();
+        }
         let fresh = self.subnets.as_ref().is_some_and(|(at, _)| self.now.mono.since(*at) < SUBNETS_AGE_MAX);
         if fresh || !self.config.subnet_discovery {
             return true;
@@ -231,6 +234,8 @@ impl Core {
 
     // Begins the creation of an ENI; false if there is no subnet for it.
     fn create(&mut self, card: u32, count: u32) -> bool {
+        let config = self.cluster.eni_config.as_ref().filter(|_| self.config.custom_networking.is_some());
+        let own_groups = config.map(|(_, config)| config.groups.clone()).filter(|groups| !groups.is_empty());
         let Some(subnet) = self.choose_subnet() else {
             if let Some(until) = self.exhausted.values().min().copied() {
                 self.grown_once = true;
@@ -250,7 +255,7 @@ impl Core {
             token: self.random.uuid(),
             card,
             subnet,
-            groups: self.groups.clone().unwrap_or_default(),
+            groups: own_groups.or_else(|| self.groups.clone()).unwrap_or_default(),
             count: self.count(count),
             tags: self.tags(true),
             eni: None,
@@ -282,6 +287,10 @@ impl Core {
     fn choose_subnet(&self) -> Option<SubnetId> {
         let primary = &self.config.identity.subnet;
         let open = |id: &SubnetId| !self.exhausted.contains_key(id);
+        if self.config.custom_networking.is_some() {
+            let config = self.cluster.eni_config.as_ref();
+            return config.map(|(_, config)| config.subnet.clone()).filter(open);
+        }
         match &self.subnets {
             Some((_, Some(subnets))) if self.config.subnet_discovery => {
                 let mut valid: Vec<&Subnet> = subnets
@@ -666,7 +675,7 @@ impl Core {
         self.acted();
     }
 
-    fn growth_failed(&mut self, id: Option<GrowthId>, what: &str, failure: Option<&Failure>) {
+    pub(super) fn growth_failed(&mut self, id: Option<GrowthId>, what: &str, failure: Option<&Failure>) {
         let cause = failure.map(|failure| format!(": {failure}")).unwrap_or_default();
         self.log(Level::Error, format!("grow the pool: {what}{cause}"));
         self.last_failure = Some(format!("{what}{cause}"));

@@ -3,6 +3,7 @@
 use super::saver::Undo;
 use super::{Answer, CallId, Core, Effect, Level, PLUGIN_MAX, Phase, Seen, Tally, Timer};
 use crate::model::ids::{PodKey, PodName};
+use crate::model::kube::Regarding;
 use crate::model::naming;
 use crate::model::order::Gather as _;
 use crate::model::spool::Record;
@@ -56,6 +57,14 @@ impl Core {
         let pod = PodName { namespace: request.pod_namespace, name: request.pod_name };
         let interfaces = if every_card { u32::try_from(self.config.cards.len()).unwrap_or(u32::MAX) } else { 1 };
         let owner = Owner { key, pod, interfaces, since: self.now.wall };
+        if self.config.pod_eni {
+            return self.look_up(call, owner, every_card);
+        }
+        self.add_ordinary(call, owner, every_card);
+    }
+
+    /// A pod that takes its address from the pool.
+    pub(super) fn add_ordinary(&mut self, call: CallId, owner: Owner, every_card: bool) {
         // Those who came earlier are served first.
         let first = self.waiting.is_empty() || !self.pool.cards_of(&owner.key).is_empty();
         if first && self.try_assign(call, &owner, every_card) {
@@ -108,12 +117,12 @@ impl Core {
             self.changed();
             undo = Undo::Assign(owner.key.clone(), fresh);
         }
-        let answer = Answer::Add(self.add_reply(&places));
-        self.when_durable(Effect::Reply(call, answer), undo);
+        let reply = self.add_reply(&places);
+        self.confirm(call, owner, reply, undo);
         true
     }
 
-    fn add_reply(&self, places: &[Place]) -> AddNetworkReply {
+    pub(super) fn add_reply(&self, places: &[Place]) -> AddNetworkReply {
         let texts = |nets: &[ipnet::IpNet]| nets.iter().map(ToString::to_string).collect::<Vec<_>>();
         let mut cidrs = texts(self.vpc_cidrs.as_deref().unwrap_or_default());
         let host = &self.config.tunables.host;
@@ -131,7 +140,7 @@ impl Core {
         }
     }
 
-    fn refuse(&mut self, call: CallId, key: &PodKey, why: &str) {
+    pub(super) fn refuse(&mut self, call: CallId, key: &PodKey, why: &str) {
         self.log(Level::Warn, format!("no address for {key}: {why}"));
         let reply = AddNetworkReply { failure: why.to_owned(), ..AddNetworkReply::default() };
         self.out.push(Effect::Reply(call, Answer::Add(reply)));
@@ -156,6 +165,7 @@ impl Core {
         for Waiting { call, owner, .. } in hopeless {
             let (cause, why) = self.why_no_address();
             self.tally(Tally::NoAddress(cause));
+            self.notice(Regarding::Node, "NoPodAddress", cause, &why);
             self.refuse(call, &owner.key, &why);
         }
     }
@@ -177,7 +187,11 @@ impl Core {
             ifname: request.if_name.clone(),
         };
         self.cancel_waiting(&key);
+        self.cancel_lookups(&key);
         let released = self.take_back(&key);
+        if released.is_empty() && self.config.pod_eni {
+            return self.look_up_deleted(call, request);
+        }
         if released.is_empty() {
             return self.out.push(Effect::Reply(call, Answer::Error(UNKNOWN_POD.into())));
         }
@@ -198,11 +212,16 @@ impl Core {
             network_policy_mode: self.config.network_policy_mode.clone(),
             ..DelNetworkReply::default()
         };
+        if self.config.annotate_pod_ip
+            && let Some(first) = released.first()
+        {
+            self.unannotate(first);
+        }
         self.when_durable(Effect::Reply(call, Answer::Del(reply)), Undo::Release(released));
     }
 
     // Takes the addresses of a key back. Where a CIDR has not been seen yet, its cooldown is kept here until it has.
-    fn take_back(&mut self, key: &PodKey) -> Vec<Released> {
+    pub(super) fn take_back(&mut self, key: &PodKey) -> Vec<Released> {
         let cards = self.pool.cards_of(key).into_iter();
         let released: Vec<Released> = cards.filter_map(|card| self.pool.release(self.now, key, card)).collect();
         for unplaced in released.iter().filter(|released| released.place.is_none()) {

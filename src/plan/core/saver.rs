@@ -2,10 +2,11 @@
 //! to EC2) waits until a checkpoint of that generation or a later one is on disk. One write is in flight at a time, so
 //! that requests which arrive meanwhile share the next one.
 
-use super::{Answer, Core, Effect, Level, Timer};
+use super::{Answer, Core, Effect, Level, Op, Timer};
 use crate::model::checkpoint::{Allocation, Checkpoint, EniFacts, Freeing, Metadata, Own, VERSION};
 use crate::model::ec2::{Call, Failure};
 use crate::model::ids::{EniId, PodKey};
+use crate::model::kube;
 use crate::model::order::Gather as _;
 use crate::plan::pool::{Eni, Released};
 use std::net::IpAddr;
@@ -125,6 +126,12 @@ impl Core {
             match effect {
                 Effect::Reply(call, _) => {
                     self.out.push(Effect::Reply(call, Answer::Error(format!("write checkpoint: {error}"))));
+                }
+                Effect::Kube(op, _) => {
+                    if let Some(Op::Annotate(annotated)) = self.ops.remove(&op) {
+                        let failure = kube::Failure { status: 0, message: format!("write checkpoint: {error}") };
+                        self.annotated(annotated, Some(failure));
+                    }
                 }
                 Effect::Ec2(op, call) => self.ec2_done(op, Err(never_sent(&call, &error))),
                 _ => {} // comes again with its cause

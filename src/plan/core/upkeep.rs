@@ -4,7 +4,7 @@
 //! lacks is taken in. What the pool has and EC2 does not list must be missing twice, well apart, before it is dropped, and
 //! is never dropped while a pod uses it.
 
-use super::{Absent, Core, Level, Op, Phase, RECONCILE, RECONCILE_MAX, Tally, Timer, WATCH, cidrs_of};
+use super::{Absent, Core, Level, Op, Phase, RECONCILE_MAX, Tally, Timer, WATCH, cidrs_of};
 use crate::model::checkpoint::EniFacts;
 use crate::model::ec2::{Call, Interface};
 use crate::model::ids::{EniId, GroupId};
@@ -238,7 +238,7 @@ impl Core {
 
     // The groups of the primary ENI are those of all (`spec/ipamd.md` 9.4, B43).
     fn keep_groups(&mut self, interface: &Interface) {
-        let Some(groups) = &self.groups else { return };
+        let Some(groups) = self.groups.as_ref().filter(|_| self.config.custom_networking.is_none()) else { return };
         let mut has = interface.groups.clone();
         order::sort(&mut has);
         let primary = interface.id == self.config.identity.primary_eni;
@@ -262,8 +262,8 @@ impl Core {
 
     /// A scan of IMDS after the first: differences from what is believed are put before EC2.
     pub(super) fn compare_scan(&mut self) {
-        self.set_timer(Timer::Scan, RECONCILE);
-        let quiet = self.now.mono.since(self.last_action) >= RECONCILE;
+        self.set_timer(Timer::Scan, self.scan_every());
+        let quiet = self.now.mono.since(self.last_action) >= self.scan_every();
         let overdue = self.now.mono.since(self.last_reconcile) >= RECONCILE_MAX;
         if !self.growths.is_empty() || !(quiet || overdue) || self.phase == Phase::Stopping {
             return;
