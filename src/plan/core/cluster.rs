@@ -187,7 +187,7 @@ impl Core {
                 }
             }
             // A pod that is gone has no annotation to clear, and an event that is lost is lost.
-            (Some(Op::Unannotate { .. } | Op::Notice), _) | (None, _) => {}
+            (Some(Op::Unannotate { .. } | Op::Notice) | None, _) => {}
             (Some(op), result) => self.log(Level::Error, format!("the API server answered {result:?} to {op:?}")),
         }
     }
