@@ -83,7 +83,7 @@ fn refusal(answer: Answer) -> Status {
 }
 
 // Puts a request before the core and waits for the answer. When the caller's time is up the request is still carried out:
-// the plugin undoes with a DEL of its own.
+// the runtime's DEL takes the address back, and where none comes the missing veth tells.
 fn ask(
     call: &Call,
     events: &SyncSender<Event>,
