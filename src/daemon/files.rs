@@ -43,8 +43,8 @@ pub(super) fn store_of(store: &Path, card: u32) -> PathBuf {
     store.with_file_name(format!("{stem}-nic-{card}.json"))
 }
 
-// `None`: there is none, a fresh node. Bytes that are no text are handed on as they can be read; the parser refuses them.
-fn read(store: &Path) -> Result<Option<String>> {
+/// `None`: there is none, a fresh node. Bytes that are no text are handed on as they can be read; the parser refuses them.
+pub(super) fn read(store: &Path) -> Result<Option<String>> {
     let what = || format!("read checkpoint {}", store.display());
     let file = match File::open(store) {
         Ok(file) => file,

@@ -6,6 +6,7 @@
 
 mod executors;
 mod files;
+mod instance;
 mod introspect;
 mod metrics;
 mod rpc_server;
@@ -16,9 +17,8 @@ use crate::aws::{creds, ec2, imds};
 use crate::clock;
 use crate::error::{Context, Error, Result, exit};
 use crate::logging;
-use crate::model::ec2::{Call, Reply};
 use crate::model::imds::Identity;
-use crate::model::limits::{self, Limits};
+use crate::model::limits::Limits;
 use crate::model::naming;
 use crate::model::settings::{Mode, Settings, Valid};
 use crate::model::time::Mono;
@@ -131,7 +131,8 @@ fn serve(settings: &Settings, tuner: Tuner) -> Result<()> {
     let counted = Arc::clone(&metrics);
     let ec2 = ec2::Client::new(ec2::Config::from_env(env, &identity.region), creds)?;
     let ec2 = Arc::new(ec2.observed_by(move |seen| counted.ec2(seen)));
-    let limits = instance_limits(&identity, &ec2)?;
+    let asked = (!settings.imds_only).then_some(&*ec2);
+    let limits = instance::limits(&identity.instance_type, Path::new(&settings.backing_store), asked)?;
     let valid = settings.validate(&limits).map_err(Error::new).context("settings")?;
     for warning in &valid.warnings {
         log::warn!("{warning}");
@@ -206,21 +207,6 @@ fn spawn(
         ended.try_send(End::Thread(reason)).ok(); // a full queue means that the process is ending already
     };
     std::thread::Builder::new().name(name.to_owned()).spawn(body).with_context(|| format!("start thread {name}"))
-}
-
-// Table first; EC2 only for a type that it does not hold (`spec/aws.md` 15.1).
-fn instance_limits(identity: &Identity, ec2: &ec2::Client) -> Result<Limits> {
-    if let Some(limits) = limits::of(&identity.instance_type) {
-        return Ok(limits);
-    }
-    let call = Call::DescribeInstanceType(identity.instance_type.clone());
-    let what = || format!("limits of instance type {:?}", identity.instance_type);
-    match ec2.execute(&call).with_context(what)? {
-        Reply::InstanceType(described) => {
-            limits::from_ec2(&described).ok_or_else(|| Error::new("EC2 tells none").context(what()))
-        }
-        reply => Err(Error::new(format!("EC2 answered {reply:?}")).context(what())),
-    }
 }
 
 // From the settings and the instance to what the core wants to know. What this build does not do yet is refused by name:

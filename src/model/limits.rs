@@ -5,6 +5,7 @@
 //! here is asked of EC2 by the daemon; this module asks nobody.
 
 use super::ec2::InstanceType;
+use serde_json::{Value, json};
 
 /// `<ENIs per card>/<IPv4 addresses per ENI> <size>: <families>`; a line that starts with a blank continues the one above.
 const TYPES: &str = include_str!("limits.txt");
@@ -136,6 +137,53 @@ pub fn from_ec2(described: &InstanceType) -> Option<Limits> {
         bare_metal: described.bare_metal,
         kubelet_pods: kubelet_pods(&described.name),
     })
+}
+
+/// What EC2 told of a type, to be kept: a JSON object with the names of the API.
+pub fn to_json(described: &InstanceType) -> String {
+    let cards: Vec<Value> = described
+        .cards
+        .iter()
+        .map(|(index, enis)| json!({"networkCardIndex": index, "maximumNetworkInterfaces": enis}))
+        .collect();
+    json!({
+        "instanceType": described.name,
+        "hypervisor": described.hypervisor,
+        "bareMetal": described.bare_metal,
+        "ipv4AddressesPerInterface": described.ipv4_per_eni,
+        "defaultNetworkCardIndex": described.default_card,
+        "networkCards": cards,
+    })
+    .to_string()
+}
+
+/// Reads what [`to_json`] wrote; `None` if it is of another type, or no such object.
+pub fn from_json(text: &str, instance_type: &str) -> Option<InstanceType> {
+    let told: Value = serde_json::from_slice(text.as_bytes()).ok()?;
+    let number = |from: &Value, name: &str| u32::try_from(from.get(name)?.as_u64()?).ok();
+    let name = told.get("instanceType")?.as_str().filter(|name| *name == instance_type)?;
+    let card = |card: &Value| Some((number(card, "networkCardIndex")?, number(card, "maximumNetworkInterfaces")?));
+    Some(InstanceType {
+        name: name.to_owned(),
+        hypervisor: told.get("hypervisor")?.as_str()?.to_owned(),
+        bare_metal: told.get("bareMetal")?.as_bool()?,
+        ipv4_per_eni: number(&told, "ipv4AddressesPerInterface")?,
+        default_card: number(&told, "defaultNetworkCardIndex")?,
+        cards: told.get("networkCards")?.as_array()?.iter().map(card).collect::<Option<_>>()?,
+    })
+}
+
+/// For a type of which nothing is known where nothing is allocated and EC2 not asked (IMDS-only mode): the largest
+/// figures of the table, so that nothing that is attached is too much.
+pub fn unknown(instance_type: &str) -> Limits {
+    Limits {
+        enis: 24,
+        ipv4_per_eni: 64,
+        cards: vec![24],
+        hypervisor: Hypervisor::Nitro,
+        bare_metal: false,
+        kubelet_pods: kubelet_pods(instance_type),
+    }
 }
 
 /// Limits of an instance type such as `m5.large`, if it was known when this program was built.
@@ -329,6 +377,31 @@ mod tests {
                 assert_eq!(takes_trunk(name), expected, "{name}");
             }
         }
+    }
+
+    #[test]
+    fn what_ec2_told_is_kept_as_json() {
+        let described = InstanceType {
+            name: "new.32xlarge".into(),
+            hypervisor: "nitro".into(),
+            bare_metal: true,
+            ipv4_per_eni: 50,
+            default_card: 1,
+            cards: vec![(0, 2), (1, 8)],
+        };
+        let text = to_json(&described);
+        assert_eq!(from_json(&text, "new.32xlarge"), Some(described));
+        assert_eq!(from_json(&text, "new.16xlarge"), None);
+        for end in 0..text.len() {
+            assert_eq!(from_json(&text[..end], "new.32xlarge"), None, "{end}");
+        }
+        for (from, to) in [("50", "-1"), ("8", "5000000000"), ("true", "1"), ("\"nitro\"", "null"), ("[", "{\"a\":[")] {
+            assert_eq!(from_json(&text.replacen(from, to, 1), "new.32xlarge"), None, "{from} as {to}");
+        }
+        let all = entries().map(|(enis, addresses, ..)| (enis, addresses));
+        let most = all.fold((0, 0), |most, each| (most.0.max(each.0), most.1.max(each.1)));
+        let unknown = unknown("x99.large");
+        assert_eq!((unknown.enis, unknown.ipv4_per_eni, unknown.kubelet_pods), (most.0, most.1, 110));
     }
 
     #[test]
