@@ -26,8 +26,10 @@ const AHEAD: Duration = Duration::from_mins(5);
 const RETRY: Duration = Duration::from_secs(30);
 /// Shortest pause while ended credentials of the instance role serve on; up to twice as much is added at random.
 const STALE: Duration = Duration::from_mins(5);
-/// Attempts at the container endpoint and at STS.
+/// Attempts at the container endpoint.
 const ATTEMPTS: u32 = 3;
+/// Limit of one of them.
+const TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of an answer or a token file.
 const BODY_LIMIT: u64 = 64 * 1024;
 /// How long a thread waits for another one's refresh: all attempts of the slowest source.
@@ -317,12 +319,12 @@ fn read_token(file: &Path) -> Result<String> {
     Ok(text)
 }
 
-fn options(proxies: Proxies, roots: Roots) -> Options {
+fn options(proxies: Proxies, roots: Roots, total: Duration) -> Options {
     Options {
         user_agent: format!("enibox/{}", crate::VERSION),
         connect: Duration::from_secs(5),
-        response: Duration::from_secs(10),
-        total: Duration::from_secs(10),
+        response: total,
+        total,
         body_limit: BODY_LIMIT,
         idle: 1,
         roots,
@@ -330,17 +332,18 @@ fn options(proxies: Proxies, roots: Roots) -> Options {
     }
 }
 
-/// Sends up to [`ATTEMPTS`] times; `again` says which answers are worth it.
+/// Sends up to `attempts` times; `again` says which answers are worth it.
 fn insist(
     pace: Pace,
+    attempts: u32,
     send: impl Fn() -> std::result::Result<Response, Broken>,
     again: impl Fn(&Response) -> bool,
 ) -> Result<Response> {
     let mut attempt = 1;
     loop {
         let retry = match send() {
-            Ok(response) if attempt == ATTEMPTS || !again(&response) => return Ok(response),
-            Err(broken) if attempt == ATTEMPTS || !broken.retry => return Err(broken.into()),
+            Ok(response) if attempt == attempts || !again(&response) => return Ok(response),
+            Err(broken) if attempt == attempts || !broken.retry => return Err(broken.into()),
             Ok(response) => format!("HTTP {}", response.status),
             Err(broken) => broken.text,
         };
@@ -386,7 +389,7 @@ impl Container {
         }
         let authority = uri.authority().map(ureq::http::uri::Authority::as_str).unwrap_or_default();
         let base = format!("{}://{authority}", uri.scheme_str().unwrap_or_default());
-        let agent = Agent::new(&base, options(Proxies::from_env(lookup), Roots::from_env(lookup)))?;
+        let agent = Agent::new(&base, options(Proxies::from_env(lookup), Roots::from_env(lookup), TIMEOUT))?;
         let path = uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
         Ok(Container { agent, path, token, pace })
     }
@@ -403,7 +406,7 @@ impl Container {
         let mut headers = vec![("accept", "application/json")];
         headers.extend(token.as_deref().map(|token| ("authorization", token)));
         let send = || self.agent.send("GET", &self.path, &headers, &[]);
-        let response = insist(self.pace, send, |response| response.status >= 500)?;
+        let response = insist(self.pace, ATTEMPTS, send, |response| response.status >= 500)?;
         let text = response.text();
         if response.status != 200 {
             let error: serde_json::Value = serde_json::from_slice(text.as_bytes()).unwrap_or_default();
@@ -429,7 +432,7 @@ struct WebIdentity {
     role: String,
     session: Option<String>,
     file: PathBuf,
-    /// Endpoint by the environment, computed for the region when that is known.
+    /// What says where STS is, how long and how often it is asked; computed for the region when that is known.
     lookup: Vec<(String, String)>,
     proxies: Proxies,
     roots: Roots,
@@ -444,6 +447,8 @@ impl WebIdentity {
             "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS",
             "AWS_USE_DUALSTACK_ENDPOINT",
             "AWS_USE_FIPS_ENDPOINT",
+            "AWS_MAX_ATTEMPTS",
+            "HTTP_TIMEOUT",
         ];
         WebIdentity {
             role,
@@ -459,7 +464,8 @@ impl WebIdentity {
     fn fetch(&self, imds: &imds::Client) -> Result<Credentials> {
         let lookup = |name: &str| self.lookup.iter().find(|(key, _)| key == name).map(|(_, value)| value.clone());
         let url = endpoint::from_env(&lookup, "sts", None, &imds.region()?);
-        let agent = Agent::new(&url, options(self.proxies.clone(), self.roots.clone()))?;
+        let options = options(self.proxies.clone(), self.roots.clone(), endpoint::http_timeout(&lookup));
+        let agent = Agent::new(&url, options)?;
         let token = read_token(&self.file)?;
         let session = match &self.session {
             Some(name) => name.clone(),
@@ -481,7 +487,8 @@ impl WebIdentity {
                         || throttling(&error.code)
                 })
         };
-        let response = insist(self.pace, send, again).context("assume role with web identity")?;
+        let response =
+            insist(self.pace, endpoint::max_attempts(&lookup), send, again).context("assume role with web identity")?;
         let text = response.text();
         if response.status != 200 {
             let error = xml::parse_error(&text).unwrap_or_default();

@@ -21,8 +21,6 @@ use std::time::Duration;
 
 /// Pages of one answer; 100,000 ENIs.
 const PAGES: usize = 100;
-/// Most attempts that may be asked for.
-const ATTEMPTS_LIMIT: u32 = 20;
 /// Tokens that retries are paid from, for all calls of the client together (`spec/aws.md` 6.4).
 const QUOTA: u32 = 500;
 /// Price of a retry.
@@ -70,12 +68,10 @@ impl Config {
 
     /// From the variables of `spec/aws.md` 2 and 6.2; the region is IMDS's.
     pub fn from_env(lookup: impl Fn(&str) -> Option<String>, region: &str) -> Config {
-        let number = |name: &str| lookup(name).and_then(|text| text.trim().parse::<u64>().ok());
-        let attempts = number("AWS_MAX_ATTEMPTS").and_then(|n| u32::try_from(n).ok()).filter(|n| *n > 0);
         Config {
             user_agent: user_agent(&lookup("VPC_CNI_VERSION").unwrap_or_default()),
-            http_timeout: Duration::from_secs(number("HTTP_TIMEOUT").filter(|n| *n >= 10).unwrap_or(10)),
-            max_attempts: attempts.unwrap_or(3).min(ATTEMPTS_LIMIT),
+            http_timeout: endpoint::http_timeout(&lookup),
+            max_attempts: endpoint::max_attempts(&lookup),
             roots: Roots::from_env(&lookup),
             proxies: Proxies::from_env(&lookup),
             ..Config::at(endpoint::from_env(&lookup, "ec2", Some("AWS_EC2_ENDPOINT"), region), region)

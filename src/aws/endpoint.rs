@@ -1,4 +1,12 @@
-//! Where the services of AWS are: partitions, dual-stack and FIPS names, overrides by environment (`spec/aws.md` 6.2).
+//! Where the services of AWS are: partitions, dual-stack and FIPS names, overrides by environment (`spec/aws.md` 6.2);
+//! and how long and how often they are asked (2).
+
+use std::time::Duration;
+
+/// Most attempts that may be asked for.
+const ATTEMPTS_LIMIT: u32 = 20;
+/// Longest time-out of an attempt that may be asked for, in seconds.
+const TIMEOUT_LIMIT_S: u64 = 3600;
 
 /// Suffixes by partition: prefix of the region, suffix, dual-stack suffix. The first match counts, so that longer
 /// prefixes stand first; the last one is for every region that is not named.
@@ -33,6 +41,21 @@ pub(super) fn flag(lookup: &impl Fn(&str) -> Option<String>, name: &str, default
             default
         }
     }
+}
+
+fn number(lookup: &impl Fn(&str) -> Option<String>, name: &str) -> Option<u64> {
+    lookup(name)?.trim().parse().ok()
+}
+
+/// Limit of one HTTP attempt, body included: `HTTP_TIMEOUT`, at least and usually 10 s.
+pub(super) fn http_timeout(lookup: &impl Fn(&str) -> Option<String>) -> Duration {
+    Duration::from_secs(number(lookup, "HTTP_TIMEOUT").unwrap_or(0).clamp(10, TIMEOUT_LIMIT_S))
+}
+
+/// Attempts per call, the first included: `AWS_MAX_ATTEMPTS`, usually 3.
+pub(super) fn max_attempts(lookup: &impl Fn(&str) -> Option<String>) -> u32 {
+    let asked = number(lookup, "AWS_MAX_ATTEMPTS").filter(|n| *n > 0).unwrap_or(3);
+    u32::try_from(asked).map_or(ATTEMPTS_LIMIT, |n| n.min(ATTEMPTS_LIMIT))
 }
 
 /// The URL of a service (`ec2`, `sts`) in a region.

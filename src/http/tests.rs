@@ -152,7 +152,7 @@ fn proxies_are_for_other_hosts_only() {
     let variables = [
         ("HTTPS_PROXY", "http://proxy:3128"),
         ("http_proxy", "http://plain:80"),
-        ("NO_PROXY", "svc, .local,10.0.0.0/8,192.0.2.7,*.wild,named:8443"),
+        ("NO_PROXY", "svc, .local,10.0.0.0/8,192.0.2.7,*.wild,named:8443,2001:db8::/32,192.0.2.8:8443,[2001:db9::1]"),
     ];
     let lookup = |name: &str| variables.iter().find(|(key, _)| *key == name).map(|(_, v)| (*v).to_owned());
     let proxies = Proxies::from_env(lookup);
@@ -176,14 +176,26 @@ fn proxies_are_for_other_hosts_only() {
         "https://192.0.2.7",
         "https://a.wild",
         "https://named:8443",
+        "https://192.0.2.8:8443",
+        "https://[2001:db8::7]",
+        "https://[2001:db9::1]",
     ] {
         check(direct, None);
     }
-    for proxied in
-        ["https://local", "https://xsvc", "https://192.0.2.8", "https://wild", "https://named", "https://named:1"]
-    {
+    for proxied in [
+        "https://local",
+        "https://xsvc",
+        "https://192.0.2.8",
+        "https://wild",
+        "https://named",
+        "https://named:1",
+        "https://[2001:db9::2]",
+    ] {
         check(proxied, Some("proxy"));
     }
+    let bare = Proxies { https: Some("bare:3128".into()), ..Proxies::NONE };
+    let proxy = bare.for_target(&"https://a".parse().unwrap()).unwrap().unwrap();
+    assert_eq!((proxy.host(), proxy.port(), proxy.uri().scheme_str()), ("bare", 3128, Some("http")));
     let all = Proxies { except: vec!["*".into()], ..proxies.clone() };
     assert!(all.for_target(&"https://a".parse().unwrap()).unwrap().is_none());
     let bad = Proxies { https: Some("gopher://x".into()), ..Proxies::NONE };

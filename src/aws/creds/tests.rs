@@ -240,7 +240,7 @@ fn temporary(name: &str, text: &str) -> String {
 #[test]
 fn the_container_endpoint() {
     let body = r#"{"AccessKeyId":"C","SecretAccessKey":"s","Token":"t"}"#;
-    let server = Server::queue(vec![answer(500, ""), Step::Close(Vec::new()), answer(200, body)]);
+    let server = Server::queue(vec![answer(500, ""), Step::Close(Vec::new()), answer(200, body), answer(200, body)]);
     let url = format!("{}/v1/credentials?x=1", server.url());
     let file = temporary("pod-token", "eyJ");
     let variables = [
@@ -248,11 +248,17 @@ fn the_container_endpoint() {
         ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", file.as_str()),
         ("AWS_CONTAINER_AUTHORIZATION_TOKEN", "not this one"),
     ];
-    let got = chain(&variables, "http://127.0.0.1:1").unwrap().get().unwrap();
+    let pod = chain(&variables, "http://127.0.0.1:1").unwrap();
+    let got = pod.get().unwrap();
     assert_eq!((got.access_key.as_str(), got.expires), ("C", None));
     assert_eq!(server.lines(), ["GET /v1/credentials?x=1"; 3]);
     assert_eq!(server.seen()[0].header("authorization"), Some("eyJ"));
     assert_eq!(server.seen()[0].header("accept"), Some("application/json"));
+    // The token is read again for each refresh: it rotates.
+    std::fs::write(&file, "new").unwrap();
+    pod.reject(&got);
+    pod.get().unwrap();
+    assert_eq!(server.seen()[3].header("authorization"), Some("new"));
 
     let refused = Server::queue(vec![answer(403, r#"{"code":"AccessDenied","message":"no"}"#)]);
     let url = refused.url();
@@ -308,6 +314,8 @@ fn web_identity_at_sts() {
                     (HTTP 403, request r)";
     assert_eq!(got, Err(expected.to_owned()));
     assert!(seen[0].field("RoleSessionName").unwrap().parse::<u64>().is_ok());
+    let (got, seen) = run(vec![answer(400, &error("Throttling")), answer(200, STS)], "");
+    assert!(got.is_ok() && seen.len() == 2);
     let (got, seen) = run(vec![answer(503, ""), answer(503, ""), answer(503, "busy")], "");
     assert!(got.unwrap_err().contains("HTTP 503"));
     assert_eq!(seen.len(), 3);

@@ -397,7 +397,9 @@ fn configuration() {
     assert_eq!(check(&[]), (standard.clone(), 10, 3));
     assert_eq!(check(&[("HTTP_TIMEOUT", "9"), ("AWS_MAX_ATTEMPTS", "0")]), (standard.clone(), 10, 3));
     assert_eq!(check(&[("HTTP_TIMEOUT", "25"), ("AWS_MAX_ATTEMPTS", "5")]), (standard.clone(), 25, 5));
-    assert_eq!(check(&[("HTTP_TIMEOUT", "x"), ("AWS_MAX_ATTEMPTS", "1000")]), (standard, 10, ATTEMPTS_LIMIT));
+    assert_eq!(check(&[("HTTP_TIMEOUT", "x"), ("AWS_MAX_ATTEMPTS", "1000")]), (standard.clone(), 10, 20));
+    let huge = u64::MAX.to_string();
+    assert_eq!(check(&[("HTTP_TIMEOUT", &huge), ("AWS_MAX_ATTEMPTS", &huge)]), (standard, 3600, 20));
     assert_eq!(user_agent(""), format!("enibox/{0} amazon-vpc-cni-k8s/{0}", crate::VERSION));
     assert_eq!(user_agent("a b\r\nc"), format!("enibox/{} amazon-vpc-cni-k8s/abc", crate::VERSION));
 }
