@@ -4,6 +4,7 @@
 
 mod kills;
 mod restarts;
+mod settings;
 mod stage;
 #[path = "../support/mod.rs"]
 mod support;
