@@ -476,7 +476,13 @@ impl Proxies {
         if self.direct(target) {
             return Ok(None);
         }
-        ureq::Proxy::new(url).map(Some).context(if https { "parse HTTPS_PROXY" } else { "parse HTTP_PROXY" })
+        let what = if https { "parse HTTPS_PROXY" } else { "parse HTTP_PROXY" };
+        let proxy = ureq::Proxy::new(url).context(what)?;
+        if !matches!(proxy.uri().scheme_str(), Some("http" | "https")) {
+            // The library would go around a proxy of another kind.
+            return Err(Error::new("want an http or https URL").context(what));
+        }
+        Ok(Some(proxy))
     }
 
     fn direct(&self, target: &Uri) -> bool {
