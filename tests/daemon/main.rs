@@ -3,6 +3,7 @@
 #![cfg(feature = "sandbox")]
 
 mod kills;
+mod kube;
 mod restarts;
 mod settings;
 mod stage;
