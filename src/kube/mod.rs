@@ -28,5 +28,6 @@ fn random_below(limit: u64) -> u64 {
     }
 }
 
-#[cfg(all(test, feature = "sandbox"))]
+#[cfg(test)]
+#[cfg(feature = "sandbox")]
 mod tests;

@@ -37,7 +37,7 @@ fn watches_its_node_and_pods_and_is_idle() {
     let kube = stage.world.serve_kube(objects()).unwrap();
     stage.start();
     stage.wait_ready();
-    logged(&stage, "our node takes 29 pods\n");
+    logged(&stage, "our node takes 29 pods\"");
     logged(&stage, "1 pods of our node need an address");
     kube.change(|api| {
         api.cordon("node-1", true);
@@ -49,7 +49,7 @@ fn watches_its_node_and_pods_and_is_idle() {
     kube.change(|api| api.remove(enibox::sandbox::kube::Kind::Pod, "tests", "early"));
     eventually(LIMIT, "the count falls", || {
         let last = stage.log().lines().rfind(|line| line.contains("pods of our node need")).map(str::to_owned);
-        if last.as_ref().is_some_and(|line| line.contains(" 1 pods")) { Ok(()) } else { Err(last) }
+        if last.as_ref().is_some_and(|line| line.contains("\"1 pods")) { Ok(()) } else { Err(last) }
     });
     // Two watches and nothing else.
     let before = kube.requests();
