@@ -154,8 +154,7 @@ fn serve(settings: &Settings, tuner: Tuner) -> Result<()> {
     let store = PathBuf::from(&settings.backing_store);
     let started = files::read_start(&store, config.cards.keys().copied(), config.v6)?;
     board.introduce(&identity, valid.mode);
-    let api = api.start(&events, &ended)?;
-    let executors = Executors::start(&events, &ended, &imds, &ec2, &metrics, store, api)?;
+    let executors = Executors::start(&events, &ended, &imds, &ec2, &metrics, store, api.start(&events, &ended)?)?;
     let calls = Calls::default();
     let (open, closed) = sync_channel::<()>(0); // `open` goes when the last request is served
     let rpc = {

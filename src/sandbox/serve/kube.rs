@@ -1,8 +1,10 @@
 //! The API server over HTTP: get, list, watch, create and merge patch, with what goes wrong there on demand.
 
 use super::hold;
+pub use crate::rpc::http1::Server;
+
 use crate::error::Result;
-use crate::rpc::http1::{Limits, Method, Piece, Request, Response, Server, Verdict};
+use crate::rpc::http1::{Limits, Method, Piece, Request, Response, Verdict};
 use crate::sandbox::kube::{Api, Kind, Refusal};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
