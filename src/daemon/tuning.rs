@@ -24,8 +24,6 @@ use std::time::Duration;
 
 /// How often the settings file is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
-/// The label that names the ENIConfig before everything else (`spec/config.md` 6.3).
-const EXTERNAL_ENI_CONFIG: &str = "vpc.amazonaws.com/externalEniConfig";
 
 /// The settings as operators see them.
 #[derive(Clone, Debug)]
@@ -122,7 +120,8 @@ impl Tuner {
         if let Some(node) = node {
             over = said(node, &over);
             self.remember(&over);
-            named = Some(eni_config(node, &self.known.layered.settings));
+            let Settings { eni_config_annotation, eni_config_label, .. } = &self.known.layered.settings;
+            named = Some(node.eni_config(eni_config_annotation, eni_config_label).to_owned());
         }
         let (texts, file_wrong) = read_texts(&self.file);
         over.file = texts;
@@ -200,16 +199,6 @@ fn read_bounded(path: &Path, bytes_max: usize) -> Result<Option<String>> {
         return Err(Error::new(format!("more than {bytes_max} bytes")).context(what()));
     }
     Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
-}
-
-// Empty names count as absent (`spec/config.md` 6.3).
-fn eni_config(node: &Node, settings: &Settings) -> String {
-    let named = [
-        node.labels.get(EXTERNAL_ENI_CONFIG),
-        node.annotations.get(&settings.eni_config_annotation),
-        node.labels.get(&settings.eni_config_label),
-    ];
-    named.into_iter().flatten().find(|name| !name.is_empty()).cloned().unwrap_or_else(|| "default".into())
 }
 
 /// Keeps settings current on a thread of their own.
@@ -332,20 +321,5 @@ mod tests {
             assert!(tuner.look(None));
             assert!(tuner.known.wrong.is_empty());
         });
-    }
-
-    #[test]
-    fn the_eni_config_of_a_node() {
-        let settings = Settings::default();
-        let key = "k8s.amazonaws.com/eniConfig";
-        for (labels, annotations, expected) in [
-            (vec![], vec![], "default"),
-            (vec![(key, "l")], vec![], "l"),
-            (vec![(key, "l")], vec![(key, "a")], "a"),
-            (vec![(EXTERNAL_ENI_CONFIG, "x"), (key, "l")], vec![(key, "a")], "x"),
-            (vec![(EXTERNAL_ENI_CONFIG, ""), (key, "l")], vec![(key, "")], "l"),
-        ] {
-            assert_eq!(eni_config(&node(&labels, &annotations), &settings), expected, "{labels:?} {annotations:?}");
-        }
     }
 }
