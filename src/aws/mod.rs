@@ -13,4 +13,4 @@ pub mod sign;
 pub mod xml;
 
 #[cfg(test)]
-pub(crate) use crate::http::script;
+use crate::http::script;

@@ -8,6 +8,7 @@ use crate::model::ec2::{Call, Failure};
 use crate::model::ids::InstanceId;
 use crate::model::time::Now;
 use crate::plan::core::Tally;
+use ipnet::IpNet;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -52,12 +53,14 @@ impl Sky {
         }
     }
 
-    pub(super) fn called(&mut self, node: u32, call: &Call, outcome: &Outcome) {
+    pub(super) fn called(&mut self, node: u32, call: &Call, outcome: &Outcome, at_stake: Vec<IpNet>) {
         self.counts.mutating += u64::from(mutates(call));
-        if self.watched {
-            // An answer that was lost may stand for a call that went well.
-            let done = outcome.as_ref().err().is_none_or(|failure| failure.maybe_applied);
-            self.happened.push((node, Happening::Called(call.clone(), done)));
+        // An answer that was lost may stand for a call that went well.
+        if self.watched && outcome.as_ref().err().is_none_or(|failure| failure.maybe_applied) {
+            self.happened.push((node, Happening::Called(call.clone())));
+            if !at_stake.is_empty() {
+                self.happened.push((node, Happening::Took(at_stake)));
+            }
         }
     }
 
@@ -165,9 +168,9 @@ impl Fleet {
         self.nodes[node].delete(&mut self.sky, pod, impatient);
     }
 
-    /// The runtime repeats an ADD or a DEL of some sandbox of the node.
-    pub fn repeat(&mut self, node: usize, pick: usize) -> bool {
-        self.nodes[node].repeat(&mut self.sky, pick)
+    /// The runtime repeats an ADD or a DEL of some sandbox of the node; `running`: also the ADD of a pod that runs.
+    pub fn repeat(&mut self, node: usize, pick: usize, running: bool) -> bool {
+        self.nodes[node].repeat(&mut self.sky, pick, running)
     }
 
     /// The node's Node object has changed, or the API server is back.

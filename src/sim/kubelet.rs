@@ -5,13 +5,13 @@
 //! deleted like every other.
 
 use super::fleet::Sky;
-use super::node::{Happening, Item, Node};
+use super::node::{Happening, Item, Node, addresses};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::ids::{PodKey, PodName};
 use crate::model::kube;
 use crate::model::naming;
 use crate::model::spool::{RECORDS_MAX, Record};
-use crate::model::wire::{AddNetworkRequest, DelNetworkRequest, UNKNOWN_POD};
+use crate::model::wire::{AddNetworkRequest, DelNetworkRequest, IpAllocation, UNKNOWN_POD};
 use crate::plan::core::{Answer, Event};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -216,6 +216,8 @@ impl Node {
         let Some(sandbox) = self.kubelet.sandboxes.get_mut(&id) else { return };
         sandbox.stage = Stage::Ending;
         sandbox.ended.get_or_insert(sky.nanos);
+        let key = sandbox.key.clone();
+        sky.tell(self.index, Happening::Ended(key));
         self.later(sky, self.setup.latencies.rpc, Item::Del(id));
     }
 
@@ -225,17 +227,8 @@ impl Node {
             (Asked::Add(id), Answer::Add(reply)) if reply.success => self.handed(sky, id, &reply.allocations),
             (Asked::Add(id), Answer::Add(reply)) => self.refused(sky, id, reply.failure),
             (Asked::Add(id), Answer::Error(text)) => self.refused(sky, id, text),
-            (Asked::AddAgain(id), Answer::Add(reply)) if reply.success => {
-                let addresses = reply.allocations.iter().filter_map(|allocation| allocation.ipv4.parse().ok());
-                let key = self.kubelet.sandboxes.get(&id).map(|sandbox| sandbox.key.clone());
-                sky.tell(self.index, Happening::Handed(key.unwrap_or_default(), addresses.collect()));
-            }
             (Asked::Del(id), Answer::Del(reply)) if reply.success => {
-                if let Some(sandbox) = self.kubelet.sandboxes.get(&id) {
-                    sky.tell(self.index, Happening::Released(sandbox.key.clone()));
-                }
-                let told = reply.allocations.iter().filter_map(|given| given.ipv4.parse::<IpAddr>().ok());
-                self.torn_down(sky, id, told.collect());
+                self.torn_down(sky, id, addresses(&reply.allocations));
             }
             (Asked::Del(id), Answer::Error(text)) if text.contains(UNKNOWN_POD) => {
                 // Only what the checkpoint gives to nobody else.
@@ -255,16 +248,15 @@ impl Node {
         checkpoint.allocations.iter().any(|a| a.address() == Some(address) && a.container != sandbox.key.container)
     }
 
-    fn handed(&mut self, sky: &mut Sky, id: u64, given: &[crate::model::wire::IpAllocation]) {
+    fn handed(&mut self, sky: &mut Sky, id: u64, given: &[IpAllocation]) {
         let Some(sandbox) = self.kubelet.sandboxes.get_mut(&id) else { return };
-        let parse = |text: &str| text.parse::<IpAddr>().ok();
-        let addresses: Vec<IpAddr> = given.iter().filter_map(|a| parse(&a.ipv4).or(parse(&a.ipv6))).collect();
-        sky.tell(self.index, Happening::Handed(sandbox.key.clone(), addresses.clone()));
         if sandbox.stage != Stage::Asking {
             return; // the runtime has given up this ADD
         }
         sky.waited(sandbox.asked);
-        let Some(address) = addresses.first().copied() else { return self.refused(sky, id, "no address".into()) };
+        let Some(address) = addresses(given).first().copied() else {
+            return self.refused(sky, id, "no address".into());
+        };
         sandbox.stage = Stage::Wiring;
         sandbox.address = Some(address);
         self.later(sky, self.setup.latencies.plugin, Item::Wired(id, address));
@@ -290,7 +282,6 @@ impl Node {
         let (key, pod, asking) = (sandbox.key.clone(), sandbox.pod, sandbox.stage == Stage::Asking);
         sky.refused();
         self.note(|| format!("ADD {key} refused: {text}"), sky.nanos);
-        sky.tell(self.index, Happening::Refused(key, text));
         if asking {
             self.end(sky, id);
             let again = self.setup.latencies.again;
@@ -300,8 +291,8 @@ impl Node {
         }
     }
 
-    fn torn_down(&mut self, sky: &mut Sky, id: u64, addresses: Vec<IpAddr>) {
-        for address in addresses {
+    fn torn_down(&mut self, sky: &mut Sky, id: u64, cleared: Vec<IpAddr>) {
+        for address in cleared {
             self.host.routed.remove(&address);
         }
         let Some(sandbox) = self.kubelet.sandboxes.get_mut(&id) else { return };
@@ -331,14 +322,16 @@ impl Node {
             self.disk.spool.push(Record { key, pod: PodName::default(), uid: String::new(), time });
         }
         self.torn_down(sky, id, own.into_iter().collect());
+        self.watch_spool(sky);
     }
 
-    /// A sandbox's pod has ended by itself and its sandbox is asked for once more, or its DEL is repeated: the runtime's
-    /// faults. `true` if there was such a sandbox.
-    pub(super) fn repeat(&mut self, sky: &mut Sky, pick: usize) -> bool {
+    /// The runtime asks for a sandbox's network or for its end once more; `running`: also for the network of a pod that
+    /// runs. `true` if there was such a sandbox.
+    pub(super) fn repeat(&mut self, sky: &mut Sky, pick: usize, running: bool) -> bool {
         let ids: Vec<u64> = self.kubelet.sandboxes.keys().copied().collect();
         let Some(id) = ids.get(pick % ids.len().max(1)).copied() else { return false };
         match self.kubelet.sandboxes[&id].stage {
+            Stage::Running if !running => return false,
             Stage::Asking | Stage::Wiring | Stage::Running => self.later(sky, self.setup.latencies.rpc, Item::Add(id)),
             Stage::Ending | Stage::Gone => self.later(sky, self.setup.latencies.rpc, Item::Del(id)),
         }

@@ -10,7 +10,7 @@ use super::fleet::Sky;
 use super::kubelet::{Asked, Kubelet};
 use super::original::Original;
 use super::vpc::ImdsEni;
-use crate::model::ec2::{Call, Failure, Reply};
+use crate::model::ec2::{Call, Failure, Interface, Reply};
 use crate::model::ids::{GroupId, InstanceId, PodKey};
 use crate::model::imds::{self, Query};
 use crate::model::kube;
@@ -19,10 +19,12 @@ use crate::model::order;
 use crate::model::settings::Settings;
 use crate::model::spool::Record;
 use crate::model::time::{Mono, Now, Wall};
+use crate::model::wire::IpAllocation;
 use crate::plan::backoff::Random;
 use crate::plan::configure;
 use crate::plan::core::{Answer, Applied, CallId, Core, Effect, Event, Level, OpId, Seen};
 use crate::plan::host::Intent;
+use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::rc::Rc;
@@ -32,6 +34,9 @@ use std::time::Duration;
 const LOG_LINES: usize = 2000;
 /// Attempts of the EC2 client at one call (`spec/aws.md` 6.4, 11.3).
 const EC2_ATTEMPTS: u32 = 3;
+
+/// How often the daemon looks into the spool.
+const SPOOL_EVERY: Duration = Duration::from_secs(5);
 
 /// Who decides on a node.
 #[derive(Debug)]
@@ -58,14 +63,18 @@ pub struct Setup {
 /// Something that happened, for those who judge.
 #[derive(Clone, Debug)]
 pub enum Happening {
-    /// A plugin was given these addresses.
+    /// The daemon gave these addresses to a plugin.
     Handed(PodKey, Vec<IpAddr>),
-    /// A plugin was refused an address, for this reason.
+    /// The daemon refused a plugin an address, for this reason.
     Refused(PodKey, String),
-    /// A plugin was told that the addresses of this key are free.
+    /// The daemon told a plugin that the addresses of this key are free.
     Released(PodKey),
-    /// EC2 carried out a call of this node's; whether it took effect.
-    Called(Call, bool),
+    /// The runtime begins to delete this sandbox: its addresses are not used any more.
+    Ended(PodKey),
+    /// EC2 carried out a call of this node's.
+    Called(Call),
+    /// EC2 took this from the node, by a call of its own.
+    Took(Vec<IpNet>),
     /// A checkpoint is on disk.
     Saved,
     /// The kernel has the host's network so.
@@ -84,6 +93,7 @@ pub(super) enum Item {
     Kernel(u32, OpId, Box<Intent>),
     Write(u32, u64),
     Links(u32),
+    Spool(u32),
     Kube(u32, OpId, Box<kube::Call>),
     PodsTold(u32),
     NodeTold(u32),
@@ -264,6 +274,7 @@ impl Node {
         let api = self.setup.latencies.api;
         self.later(sky, api, Item::NodeTold(self.life));
         self.later(sky, api, Item::PodsTold(self.life));
+        self.watch_spool(sky);
     }
 
     /// The process is killed. What was on its way to EC2 gets there; what came back meets nobody; plugins that waited see
@@ -329,6 +340,7 @@ impl Node {
         match effect {
             Effect::Reply(call, answer) => {
                 if let Some(asked) = self.open.remove(&call) {
+                    self.tell_answer(sky, asked, &answer);
                     self.later(sky, times.rpc, Item::Replied(asked, Box::new(answer)));
                 }
             }
@@ -364,6 +376,19 @@ impl Node {
         }
     }
 
+    fn tell_answer(&self, sky: &mut Sky, asked: Asked, answer: &Answer) {
+        let (Asked::Add(id) | Asked::AddAgain(id) | Asked::Del(id)) = asked;
+        let Some(key) = self.kubelet.sandboxes.get(&id).map(|sandbox| sandbox.key.clone()) else { return };
+        let happening = match answer {
+            Answer::Add(reply) if reply.success => Happening::Handed(key, addresses(&reply.allocations)),
+            Answer::Add(reply) => Happening::Refused(key, reply.failure.clone()),
+            Answer::Del(reply) if reply.success => Happening::Released(key),
+            Answer::Del(_) => return,
+            Answer::Error(text) => Happening::Refused(key, text.clone()),
+        };
+        sky.tell(self.index, happening);
+    }
+
     /// Something that was to happen happens.
     pub(super) fn happen(&mut self, sky: &mut Sky, item: Item) {
         match item {
@@ -379,6 +404,13 @@ impl Node {
             Item::Links(life) if life == self.life => {
                 let seen = self.seen();
                 self.feed(sky, Event::Seen(Ok(seen)));
+            }
+            Item::Spool(life) if life == self.life => {
+                if !self.disk.spool.is_empty() {
+                    let records = self.disk.spool.clone();
+                    self.feed(sky, Event::Spool(records));
+                }
+                self.watch_spool(sky);
             }
             Item::Kube(life, op, call) => self.kube(sky, life, op, &call),
             Item::PodsTold(life) if life == self.life => {
@@ -406,6 +438,7 @@ impl Node {
             | Item::Kernel(..)
             | Item::Write(..)
             | Item::Links(_)
+            | Item::Spool(_)
             | Item::PodsTold(_)
             | Item::NodeTold(_) => {}
         }
@@ -424,9 +457,10 @@ impl Node {
             };
             return self.later(sky, times.ec2_timeout, Item::Core(life, Box::new(Event::Ec2(op, Err(failure)))));
         }
+        let at_stake = if sky.watched { at_stake(sky, &call) } else { Vec::new() };
         let outcome = sky.vpc.execute(self.now(sky), &call);
         let silent = outcome.result.as_ref().is_err_and(|failure| failure.status == 0);
-        sky.called(self.index, &call, &outcome.result);
+        sky.called(self.index, &call, &outcome.result, at_stake);
         if let Err(failure) = &outcome.result {
             let (what, index) = (failure.to_string(), self.index);
             self.note(|| format!("EC2 to {index}: {what}"), sky.nanos);
@@ -535,6 +569,13 @@ impl Node {
         self.later(sky, self.setup.latencies.api, Item::Core(life, Box::new(Event::Kube(op, result))));
     }
 
+    // The daemon looks into the spool from time to time, as long as there is something in it.
+    pub(super) fn watch_spool(&mut self, sky: &mut Sky) {
+        if self.brain.is_some() && !self.disk.spool.is_empty() {
+            self.later(sky, SPOOL_EVERY, Item::Spool(self.life));
+        }
+    }
+
     /// The number of pods has changed, or the API server is back.
     pub(super) fn tell_pods(&mut self, sky: &mut Sky) {
         if self.brain.is_some() && !std::mem::replace(&mut self.pods_untold, true) {
@@ -551,6 +592,32 @@ impl Node {
     pub fn journal(&self) -> String {
         self.log.iter().fold(String::new(), |all, line| all + line + "\n")
     }
+}
+
+// What the node loses by a call.
+fn at_stake(sky: &Sky, call: &Call) -> Vec<IpNet> {
+    match call {
+        Call::UnassignAddresses { addresses, .. } => addresses.iter().map(|ip| IpNet::from(IpAddr::V4(*ip))).collect(),
+        Call::UnassignPrefixes { prefixes, .. } => prefixes.iter().map(|net| IpNet::V4(*net)).collect(),
+        Call::Detach(attachment) => {
+            let eni = sky.vpc.attachment(attachment).and_then(|eni| sky.vpc.interface(eni));
+            eni.map(carried).unwrap_or_default()
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// Everything that an ENI carries for pods.
+pub fn carried(interface: &Interface) -> Vec<IpNet> {
+    let singles = interface.secondary_ipv4s.iter().map(|ip| IpNet::from(IpAddr::V4(*ip)));
+    let prefixes = interface.v4_prefixes.iter().map(|net| IpNet::V4(*net));
+    singles.chain(prefixes).chain(interface.v6_prefixes.iter().copied()).collect()
+}
+
+/// The addresses in a reply to an ADD or a DEL.
+pub(super) fn addresses(allocations: &[IpAllocation]) -> Vec<IpAddr> {
+    let parse = |text: &str| text.parse::<IpAddr>().ok();
+    allocations.iter().filter_map(|given| parse(&given.ipv4).or(parse(&given.ipv6))).collect()
 }
 
 /// Whether a call changes something.

@@ -2,7 +2,6 @@
 
 #![cfg(feature = "sandbox")]
 
-mod cluster;
 mod lives;
 mod scenarios;
 mod world;

@@ -3,9 +3,7 @@
 #![cfg(feature = "sandbox")]
 
 mod kills;
-mod kube;
 mod restarts;
-mod settings;
 mod stage;
 #[path = "../support/mod.rs"]
 mod support;

@@ -5,7 +5,6 @@
 //! sandbox to fail on.
 
 mod imds;
-pub mod kube;
 mod query;
 mod xml;
 

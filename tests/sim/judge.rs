@@ -1,0 +1,253 @@
+//! What must hold after every step of every node, whatever happens to it, and what must hold at the end.
+
+use enibox::model::checkpoint::Checkpoint;
+use enibox::model::ec2::Interface;
+use enibox::model::ids::{EniId, PodKey};
+use enibox::model::naming;
+use enibox::plan::core::Core;
+use enibox::plan::host::Intent;
+use enibox::sim::fleet::Fleet;
+use enibox::sim::kubelet::Stage;
+use enibox::sim::node::{Happening, Node, carried};
+use ipnet::IpNet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::Duration;
+
+/// How long the daemon may go on giving out an address that somebody else has taken away in EC2: two observations, the
+/// second at the next look of its own, with IMDS and EC2 late.
+const FOREIGN: u64 = 15 * 60 * 1_000_000_000;
+
+/// Remembers what the daemon promised.
+#[derive(Default)]
+pub struct Judge {
+    // Who was given an address last, by a reply that left the daemon.
+    given: BTreeMap<IpAddr, (u32, PodKey)>,
+    // Sandboxes whose deletion has begun, and when.
+    ended: BTreeMap<PodKey, u64>,
+    // Addresses that somebody else took away in EC2, and when.
+    foreign: BTreeMap<IpAddr, u64>,
+    // What the node gave back, and when.
+    given_back: Vec<(Vec<IpNet>, u64)>,
+    /// ENIs that somebody else detached, and when.
+    pub foreign_enis: BTreeMap<EniId, u64>,
+    /// The intents went with a checkpoint: an ENI that was being made is found by the clean-up only.
+    pub checkpoint_lost: bool,
+}
+
+impl Judge {
+    /// Somebody else takes these away in EC2.
+    pub fn taken_by_others(&mut self, nets: &[IpNet], nanos: u64) {
+        for net in nets {
+            for address in addresses(net) {
+                self.foreign.insert(address, nanos);
+            }
+        }
+    }
+
+    /// The checkpoint is gone. What was given back stands there alone, as long as Describe lags: from now on it is as if
+    /// others had taken it.
+    pub fn lose_checkpoint(&mut self) {
+        for (nets, nanos) in std::mem::take(&mut self.given_back) {
+            self.taken_by_others(&nets, nanos);
+        }
+        if !std::mem::replace(&mut self.checkpoint_lost, true) {
+            self.forget_cooldowns();
+        }
+    }
+
+    /// The node cannot know any more what it released when: its checkpoint is lost or its wall clock was moved.
+    pub fn forget_cooldowns(&mut self) {
+        for at in self.ended.values_mut() {
+            *at = 0;
+        }
+    }
+
+    /// Looks at everything that happened in the last step.
+    pub fn look(&mut self, fleet: &mut Fleet) {
+        for (index, happening) in std::mem::take(&mut fleet.sky.happened) {
+            let node = &fleet.nodes[index as usize];
+            match happening {
+                Happening::Handed(key, addresses) => {
+                    assert!(!addresses.is_empty(), "an ADD succeeds without an address");
+                    for address in addresses {
+                        self.handed(fleet, node, &key, address);
+                    }
+                }
+                Happening::Released(key) => {
+                    let allocated = on_disk(node).into_iter().find(|(_, owner)| *owner == key);
+                    assert!(allocated.is_none(), "{key} is released, but not durably: {allocated:?}");
+                }
+                Happening::Ended(key) => {
+                    self.ended.entry(key).or_insert(fleet.nanos());
+                }
+                Happening::Took(nets) => {
+                    self.took(&nets);
+                    self.given_back.push((nets, fleet.nanos()));
+                    if self.checkpoint_lost {
+                        self.lose_checkpoint();
+                    }
+                }
+                Happening::Applied(intent) => self.applied(fleet, node, &intent),
+                Happening::Refused(..) | Happening::Called(_) | Happening::Saved | Happening::Crashed => {}
+            }
+            // An address that others took away and a pod uses is kept beside what came in its place.
+            if let Some(core) = fleet.nodes[index as usize].core().filter(|_| self.foreign.is_empty()) {
+                limits(core, &fleet.nodes[index as usize]);
+            }
+        }
+    }
+
+    fn in_use(&self, address: IpAddr) -> Option<&PodKey> {
+        self.given.get(&address).map(|(_, key)| key).filter(|key| !self.ended.contains_key(*key))
+    }
+
+    fn handed(&mut self, fleet: &Fleet, node: &Node, key: &PodKey, address: IpAddr) {
+        let nanos = fleet.nanos();
+        if let Some((other_node, other)) = self.given.get(&address).filter(|(_, other)| other != key) {
+            let Some(ended) = self.ended.get(other) else {
+                panic!("{address} is given to {key} while {other} on node {other_node} has it");
+            };
+            let cooldown = u64::from(node.setup.settings.ip_cooldown_s) * 1_000_000_000;
+            let rested = nanos.saturating_sub(*ended);
+            let same_node = *other_node == node.index;
+            assert!(!same_node || *ended == 0 || rested >= cooldown, "{address} of {other} rested only {rested} ns");
+        }
+        let listed = fleet.sky.vpc.attached_to(&node.instance).filter(|eni| eni.status != "detaching");
+        let known = listed.flat_map(carried).any(|net| net.contains(&address));
+        let lately = |at: &u64| nanos - at < FOREIGN;
+        let detached = self.foreign_enis.iter().filter(|(_, at)| lately(at));
+        let mut detached = detached.filter_map(|(id, _)| fleet.sky.vpc.interface(id));
+        let lately = self.foreign.get(&address).is_some_and(lately) || detached.any(|eni| holds(eni, address));
+        assert!(known || lately, "EC2 does not have {address} on this node, which is given to {key}");
+        // An ADD that was given up meanwhile may be answered when its release is durable already.
+        let durable = on_disk(node).get(&address).is_some_and(|owner| owner == key);
+        assert!(durable || self.ended.contains_key(key), "{address} is given to {key}, but not durably");
+        self.given.insert(address, (node.index, key.clone()));
+    }
+
+    fn took(&self, nets: &[IpNet]) {
+        for net in nets {
+            let used = self.given.keys().find(|address| net.contains(*address) && self.in_use(**address).is_some());
+            assert!(
+                used.is_none(),
+                "{net} is taken from EC2 while {:?} uses {used:?}",
+                used.map(|ip| self.in_use(*ip))
+            );
+        }
+    }
+
+    // Every pod's table is that of the ENI that EC2 has its address on, and no living pod loses its rules.
+    fn applied(&self, fleet: &Fleet, node: &Node, intent: &Intent) {
+        for (address, table) in &intent.pods {
+            let holder = fleet.sky.vpc.attached_to(&node.instance).find(|eni| holds(eni, *address));
+            if let Some(at) = holder.and_then(|eni| eni.attachment.as_ref()) {
+                assert_eq!(*table, naming::table_of(at.card, at.device).unwrap(), "table of {address}");
+            }
+        }
+        for address in &intent.gone {
+            let user = node.kubelet.live().find(|(_, held)| held == address).map(|(sandbox, _)| &sandbox.key);
+            assert!(user.is_none(), "the rules of {address} are swept, which {user:?} uses");
+        }
+    }
+
+    /// What must hold once all trouble is over and the node has come to rest.
+    pub fn at_rest(&self, fleet: &Fleet) {
+        let mut attached = BTreeSet::new();
+        for node in &fleet.nodes {
+            let core = node.core().expect("the daemon runs");
+            let waiting: Vec<_> =
+                node.kubelet.pods.values().filter(|pod| pod.wanted && pod.running.is_none()).collect();
+            assert!(waiting.is_empty(), "pods without a network: {waiting:?}");
+            let living: BTreeMap<IpAddr, PodKey> =
+                node.kubelet.live().map(|(sandbox, address)| (address, sandbox.key.clone())).collect();
+            let pool: BTreeMap<IpAddr, PodKey> =
+                core.pool().allocations().map(|held| (held.address, held.owner.key.clone())).collect();
+            assert_eq!(named(pool, &living), living, "the pool (left) and the living pods");
+            assert_eq!(named(on_disk(node), &living), living, "the checkpoint (left) and the living pods");
+            let ending = node.kubelet.sandboxes.values().find(|s| !matches!(s.stage, Stage::Running | Stage::Gone));
+            assert!(ending.is_none(), "a sandbox is not done with: {ending:?}");
+            let held: BTreeSet<(String, IpNet)> =
+                core.pool().enis().flat_map(|(id, eni)| eni.cidrs().map(|(net, _)| (id.0.clone(), *net))).collect();
+            let mut truth: BTreeSet<(String, IpNet)> = BTreeSet::new();
+            for eni in fleet.sky.vpc.attached_to(&node.instance) {
+                attached.insert(eni.id.clone());
+                let managed = eni.tags.get("node.k8s.amazonaws.com/no_manage").is_none_or(|value| value != "true");
+                if managed {
+                    truth.extend(carried(eni).into_iter().map(|net| (eni.id.0.clone(), net)));
+                    assert!(core.pool().eni(&eni.id).is_some(), "{} is attached and not in the pool", eni.id);
+                }
+            }
+            assert_eq!(held, truth, "the pool (left) and EC2");
+            assert!(node.disk.spool.is_empty(), "records are left in the spool");
+            let text = node.disk.files.get(&0).map(String::as_str).unwrap_or_default();
+            let own = Checkpoint::parse(text).unwrap().enibox.unwrap_or_default();
+            assert!(own.creating.is_empty() && own.freeing.is_empty(), "an intent is left: {own:?}");
+        }
+        // What others detached is theirs to clean up, or the clean-up's.
+        let ours = |i: &&Interface| {
+            i.tags.contains_key("node.k8s.amazonaws.com/instance_id") && !self.foreign_enis.contains_key(&i.id)
+        };
+        let orphans: Vec<_> =
+            fleet.sky.vpc.interfaces().filter(ours).filter(|i| !attached.contains(&i.id)).map(|i| &i.id).collect();
+        assert!(orphans.is_empty() || self.checkpoint_lost, "leaked ENIs: {orphans:?}");
+    }
+
+    /// Nothing happens in EC2 any more.
+    pub fn peace(&mut self, fleet: &mut Fleet, time: Duration) {
+        let calls = |fleet: &Fleet| -> BTreeMap<&'static str, u64> { fleet.sky.vpc.journal().counts().clone() };
+        let before = calls(fleet);
+        let until = fleet.nanos() + u64::try_from(time.as_nanos()).unwrap();
+        while fleet.step(until) {
+            self.look(fleet);
+        }
+        assert_eq!(calls(fleet), before, "calls to EC2 although nothing happens");
+    }
+}
+
+// Without a checkpoint the daemon knows the addresses of living pods, but not their names (B19).
+fn named(mut held: BTreeMap<IpAddr, PodKey>, living: &BTreeMap<IpAddr, PodKey>) -> BTreeMap<IpAddr, PodKey> {
+    for (address, key) in &mut held {
+        if let Some(known) = living.get(address).filter(|_| key.network == "unknown") {
+            key.clone_from(known);
+        }
+    }
+    held
+}
+
+fn addresses(net: &IpNet) -> Vec<IpAddr> {
+    match net {
+        IpNet::V4(net) => {
+            let (first, last) = (u32::from(net.network()), u32::from(net.broadcast()));
+            (first..=last).map(|ip| IpAddr::V4(ip.into())).collect()
+        }
+        IpNet::V6(net) => vec![IpAddr::V6(net.addr())],
+    }
+}
+
+fn holds(eni: &Interface, address: IpAddr) -> bool {
+    carried(eni).iter().any(|net| net.contains(&address))
+}
+
+// Addresses and their owners in the checkpoint files.
+fn on_disk(node: &Node) -> BTreeMap<IpAddr, PodKey> {
+    let mut all = BTreeMap::new();
+    for text in node.disk.files.values() {
+        let Ok(checkpoint) = Checkpoint::parse(text) else { continue };
+        for entry in checkpoint.allocations {
+            let Some(address) = entry.address() else { continue };
+            let key = PodKey { network: entry.network, container: entry.container, ifname: entry.ifname };
+            let twice = all.insert(address, key);
+            assert!(twice.is_none(), "the checkpoint gives {address} to two pods");
+        }
+    }
+    all
+}
+
+fn limits(core: &Core, node: &Node) {
+    let (enis, slots) = core.room();
+    assert!(core.pool().enis().count() <= enis.max(node.limits.enis as usize), "more ENIs than the type takes");
+    for (id, eni) in core.pool().enis() {
+        assert!(eni.cidr_count() <= slots, "more CIDRs on {id} than fit");
+    }
+}
