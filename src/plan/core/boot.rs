@@ -9,7 +9,7 @@ use crate::model::imds::{self, Query};
 use crate::model::naming;
 use crate::model::order::{self, Gather as _};
 use crate::model::spool::Record;
-use crate::model::time::{Mono, Wall};
+use crate::model::time::Wall;
 use crate::plan::host::HostEni;
 use crate::plan::pool::{Eni, Kind, Owner, Refused};
 use ipnet::IpNet;
@@ -27,7 +27,8 @@ impl Core {
         if checkpoints.is_empty() {
             self.log(Level::Info, "no checkpoint: a fresh node".into());
         }
-        let mut unreadable = false;
+        // A host where no pod ever ran has no rule either.
+        let mut unreadable = checkpoints.is_empty();
         for (card, text) in checkpoints {
             self.restarted = true;
             match Checkpoint::parse(text) {
@@ -123,7 +124,7 @@ impl Core {
         self.freeing.extend(own.freeing.into_iter().map(|(id, free)| (id, Free::resumed(free.attachment))));
     }
 
-    // The checkpoint is unreadable: whatever address a rule leads to belongs to a living pod that we cannot name (B19).
+    // The checkpoint is lost or unreadable: whatever address a rule leads to belongs to a living pod that we cannot name (B19).
     fn reserve(&mut self, seen: &Seen) {
         for address in &seen.routed {
             let key = nameless(*address);
@@ -252,29 +253,26 @@ impl Core {
         let pods = self.pool.allocations().filter(|held| settled(held.owner));
         intent.pods = pods.filter_map(|held| held.table.map(|table| (held.address, table))).collect();
         let swept = self.sweepable();
-        let gone: BTreeSet<IpAddr> = self.gone.iter().copied().chain(swept.keys().copied()).gather();
+        let gone: BTreeSet<IpAddr> = self.gone.iter().copied().chain(swept).gather();
         intent.gone = gone.iter().copied().collect();
-        let op = self.begin(Op::Host { enis: included, gone, swept });
+        let op = self.begin(Op::Host { enis: included, gone });
         self.out.push(Effect::Kernel(op, Box::new(intent)));
     }
 
     // A rule that was put back while its pod was being deleted would lead the next owner of the address astray. Only
     // addresses that nobody can get before the kernel has done its work: well inside their cooldown.
-    fn sweepable(&mut self) -> BTreeMap<IpAddr, Mono> {
+    fn sweepable(&mut self) -> Vec<IpAddr> {
         let (now, rest) = (self.now.mono, self.pool.cooldown().saturating_sub(PLUGIN_MAX));
         self.released.retain(|_, at| now.since(*at) < rest);
         let due = self.released.extract_if(.., |_, at| now.since(*at) >= PLUGIN_MAX);
-        due.gather()
+        due.map(|(address, _)| address).collect()
     }
 
     pub(super) fn kernel_done(&mut self, op: super::OpId, result: Result<Applied, String>) {
-        let Some(Op::Host { enis, gone, swept }) = self.ops.remove(&op) else { return };
+        let Some(Op::Host { enis, gone }) = self.ops.remove(&op) else { return };
         match result {
             Err(error) => {
                 self.log(Level::Error, format!("set up the host's network: {error}"));
-                for (address, at) in swept {
-                    self.released.entry(address).or_insert(at); // again with the next round, if there is time
-                }
                 self.host_dirty = true;
                 self.retry(Timer::Host);
             }

@@ -48,6 +48,15 @@ impl Core {
         self.facts.retain(|id, _| {
             listed.contains(id) || self.pool.eni(id).is_some() || self.freeing.contains_key(id) || coming.contains(id)
         });
+        // Named by IMDS alone and used by nobody: what never gets a link must not be waited for.
+        let ghosts = self.wanted.keys().filter(|id| !self.facts.contains_key(*id) && self.pool.eni(id).is_none());
+        for id in ghosts.cloned().collect::<Vec<_>>() {
+            self.log(Level::Warn, format!("eni {id}: EC2 does not list it, forgotten"));
+            self.wanted.remove(&id);
+            self.ready.remove(&id);
+            self.attached.remove(&id);
+            self.host_dirty = true;
+        }
         for interface in interfaces {
             self.sync_cidrs(interface);
             self.keep_tags(interface);
@@ -292,10 +301,10 @@ impl Core {
                 return Some(format!("{net} on {id}"));
             }
         }
-        let missing = self
-            .pool
-            .enis()
-            .find(|(id, _)| !self.attached.contains_key(*id) && !self.absent.contains_key(&((*id).clone(), None)));
-        missing.map(|(id, _)| format!("{id} is missing"))
+        let known = self.pool.enis().map(|(id, _)| id).chain(self.wanted.keys());
+        let missing = known
+            .filter(|id| !self.attached.contains_key(*id) && !self.absent.contains_key(&((*id).clone(), None)))
+            .find(|id| !self.freeing.contains_key(*id));
+        missing.map(|id| format!("{id} is missing"))
     }
 }
