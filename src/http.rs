@@ -83,7 +83,7 @@ impl Response {
 
 /// A request that got no usable response.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[expect(clippy::struct_excessive_bools, reason = "four independent facts, each asked for by itself")]
+#[expect(clippy::struct_excessive_bools, reason = "five independent facts, each asked for by itself")]
 pub struct Broken {
     /// It may have reached the other side and been carried out. Only `false` is certain.
     pub sent: bool,
@@ -93,6 +93,8 @@ pub struct Broken {
     pub retry: bool,
     /// The other side, or what is in between, ended the connection before the response's headers were there.
     pub severed: bool,
+    /// The other side's certificate was not good, or ours was not for it.
+    pub certificate: bool,
     /// Text for people.
     pub text: String,
 }
@@ -107,8 +109,15 @@ impl std::error::Error for Broken {}
 
 impl Broken {
     fn unsent(text: impl Into<String>) -> Broken {
-        Broken { sent: false, timed_out: false, retry: false, severed: false, text: text.into() }
+        Broken { sent: false, timed_out: false, retry: false, severed: false, certificate: false, text: text.into() }
     }
+}
+
+// Limits of one request that differ from the agent's.
+#[derive(Clone, Copy)]
+struct Within {
+    total: Duration,
+    silence: Option<Duration>,
 }
 
 /// A client of one endpoint.
@@ -140,7 +149,8 @@ impl Agent {
         }
         let proxy = options.proxies.for_target(&uri)?;
         let base = endpoint.split(['?', '#']).next().unwrap_or(endpoint).trim_end_matches('/').to_owned();
-        Ok(Agent { endpoint: uri, base, options, proxy, connections: Mutex::new(None), kept: AtomicBool::new(false) })
+        let (connections, kept) = (Mutex::new(None), AtomicBool::new(false));
+        Ok(Agent { endpoint: uri, base, options, proxy, connections, kept })
     }
 
     /// The value of the `Host` header: name and, if it is given, port.
@@ -170,52 +180,100 @@ impl Agent {
         headers: &[(&str, &str)],
         body: &[u8],
     ) -> std::result::Result<Response, Broken> {
-        let kept = self.kept.swap(false, Ordering::Relaxed);
-        let mut result = self.send_once(method, path, headers, body);
-        if let Err(broken) = &result
-            && kept
-            && broken.severed
-            && matches!(method, "GET" | "PUT")
-        {
-            log::debug!("{method} {path}: {broken}; again on a fresh connection");
-            *self.connections.lock().unwrap_or_else(PoisonError::into_inner) = None;
-            result = self.send_once(method, path, headers, body);
-        }
-        self.kept.store(result.is_ok(), Ordering::Relaxed);
-        result
+        self.send_with(None, method, path, headers, body)
     }
 
-    fn send_once(
+    fn send_with(
         &self,
+        within: Option<Within>,
         method: &str,
         path: &str,
         headers: &[(&str, &str)],
         body: &[u8],
     ) -> std::result::Result<Response, Broken> {
-        let agent = self.agent().map_err(|error| Broken::unsent(error.to_string()))?;
-        let mut request = ureq::http::Request::builder().method(method).uri(self.url(path));
-        for (name, value) in headers {
-            request = request.header(*name, *value);
+        let kept = self.kept.swap(false, Ordering::Relaxed);
+        let mut result = self.send_once(within, method, path, headers, body);
+        if let Err(broken) = &result
+            && kept
+            && broken.severed
+            && matches!(method, "GET" | "PUT" | "PATCH")
+        {
+            log::debug!("{method} {path}: {broken}; again on a fresh connection");
+            *self.connections.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            result = self.send_once(within, method, path, headers, body);
         }
-        let sent = if matches!(method, "POST" | "PUT") {
-            request.body(body).map_err(|error| Broken::unsent(error.to_string())).map(|request| agent.run(request))?
-        } else {
-            request.body(()).map_err(|error| Broken::unsent(error.to_string())).map(|request| agent.run(request))?
-        };
-        let mut response = sent.map_err(|error| broken(&error, false))?;
-        let headers = response
-            .headers()
-            .iter()
-            .map(|(name, value)| (name.as_str().to_owned(), String::from_utf8_lossy(value.as_bytes()).into_owned()))
-            .collect();
-        let status = response.status().as_u16();
+        self.kept.store(result.is_ok(), Ordering::Relaxed);
+        result
+    }
+
+    /// As [`Agent::send`], with a limit of its own on the whole request; it replaces [`Options::total`].
+    pub fn send_within(
+        &self,
+        total: Duration,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> std::result::Result<Response, Broken> {
+        self.send_with(Some(Within { total, silence: None }), method, path, headers, body)
+    }
+
+    /// Sends a GET whose response is read bit by bit, at most for `total`, and as long as no read waits longer than
+    /// `silence`; the response without its body, and that. Nothing bounds the length of the body but the reader.
+    pub fn open(
+        &self,
+        path: &str,
+        headers: &[(&str, &str)],
+        total: Duration,
+        silence: Duration,
+    ) -> std::result::Result<(Response, ureq::BodyReader<'static>), Broken> {
+        let within = Within { total, silence: Some(silence) };
+        let response = self.begin(Some(within), "GET", path, headers, &[])?;
+        let head = head_of(&response);
+        Ok((head, response.into_body().into_reader()))
+    }
+
+    fn send_once(
+        &self,
+        within: Option<Within>,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> std::result::Result<Response, Broken> {
+        let mut response = self.begin(within, method, path, headers, body)?;
+        let head = head_of(&response);
         let body = response
             .body_mut()
             .with_config()
             .limit(self.options.body_limit)
             .read_to_vec()
             .map_err(|error| broken(&error, true))?;
-        Ok(Response { status, headers, body })
+        Ok(Response { body, ..head })
+    }
+
+    // Up to the end of the response's headers.
+    fn begin(
+        &self,
+        within: Option<Within>,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> std::result::Result<ureq::http::Response<ureq::Body>, Broken> {
+        let agent = self.agent().map_err(|error| Broken::unsent(error.to_string()))?;
+        let mut request = ureq::http::Request::builder().method(method).uri(self.url(path));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let mut request = request.body(()).map_err(|error| Broken::unsent(error.to_string()))?;
+        if let Some(Within { total, silence }) = within {
+            let config = agent.configure_request(request).timeout_global(Some(total)).timeout_per_call(Some(total));
+            request = config.timeout_recv_body(Some(total)).timeout_per_read(silence).build();
+        }
+        let with_body = matches!(method, "POST" | "PUT" | "PATCH");
+        let sent = if with_body { agent.run(request.map(|()| body)) } else { agent.run(request) };
+        sent.map_err(|error| broken(&error, false))
     }
 
     fn agent(&self) -> Result<ureq::Agent> {
@@ -230,6 +288,15 @@ impl Agent {
         *slot = Some(agent.clone());
         Ok(agent)
     }
+}
+
+fn head_of(response: &ureq::http::Response<ureq::Body>) -> Response {
+    let headers = response
+        .headers()
+        .iter()
+        .map(|(name, value)| (name.as_str().to_owned(), String::from_utf8_lossy(value.as_bytes()).into_owned()))
+        .collect();
+    Response { status: response.status().as_u16(), headers, body: Vec::new() }
 }
 
 fn build(options: &Options, proxy: Option<ureq::Proxy>, roots: Vec<ureq::tls::Certificate<'static>>) -> ureq::Agent {
@@ -313,6 +380,7 @@ fn broken(error: &ureq::Error, sent: bool) -> Broken {
         timed_out,
         retry,
         severed: false,
+        certificate: false,
         text: text.clone(),
     };
     match error {
@@ -338,7 +406,7 @@ fn broken(error: &ureq::Error, sent: bool) -> Broken {
             | ErrorKind::AddrNotAvailable => at(sent, false, true),
             ErrorKind::TimedOut | ErrorKind::WouldBlock => at(true, true, true),
             // A certificate is refused before anything is sent.
-            ErrorKind::InvalidData if refused_certificate(io) => at(sent, false, false),
+            ErrorKind::InvalidData if refused_certificate(io) => Broken { certificate: true, ..at(sent, false, false) },
             // getaddrinfo's failures carry no kind; the text of EAI_AGAIN begins so in every C library.
             _ if text.contains("failed to lookup address") => at(sent, false, text.contains("emporary failure")),
             ErrorKind::ConnectionReset
@@ -362,9 +430,15 @@ pub struct Roots {
     bundle: Option<PathBuf>,
     file: Option<PathBuf>,
     dirs: Vec<PathBuf>,
+    pem: Option<Vec<u8>>,
 }
 
 impl Roots {
+    /// These alone, as PEM.
+    pub fn of_pem(pem: Vec<u8>) -> Roots {
+        Roots { pem: Some(pem), ..Roots::default() }
+    }
+
     /// `AWS_CA_BUNDLE` replaces everything; `SSL_CERT_FILE` and `SSL_CERT_DIR` replace the distribution's places.
     pub fn from_env(lookup: impl Fn(&str) -> Option<String>) -> Roots {
         let path = |name: &str| lookup(name).filter(|value| !value.is_empty());
@@ -374,12 +448,15 @@ impl Roots {
             dirs: path("SSL_CERT_DIR")
                 .map(|dirs| dirs.split(':').filter(|dir| !dir.is_empty()).map(PathBuf::from).collect())
                 .unwrap_or_default(),
+            pem: None,
         }
     }
 
     fn load(&self) -> Result<Vec<ureq::tls::Certificate<'static>>> {
         let mut roots = Vec::new();
-        if let Some(file) = self.bundle.as_ref() {
+        if let Some(pem) = &self.pem {
+            parse_roots(pem, &mut roots)?;
+        } else if let Some(file) = self.bundle.as_ref() {
             read_roots(file, &mut roots).context("read AWS_CA_BUNDLE")?;
         } else if self.file.is_some() || !self.dirs.is_empty() {
             if let Some(file) = &self.file {
@@ -411,11 +488,13 @@ fn read_roots(file: &Path, roots: &mut Vec<ureq::tls::Certificate<'static>>) -> 
     std::fs::File::open(file)
         .and_then(|open| open.take(ROOTS_LIMIT).read_to_end(&mut pem))
         .with_context(|| format!("read {}", file.display()))?;
-    for item in parse_pem(&pem) {
-        match item {
-            Ok(PemItem::Certificate(certificate)) => roots.push(certificate),
-            Ok(_) => {}
-            Err(error) => return Err(Error::from(error).context(format!("parse {}", file.display()))),
+    parse_roots(&pem, roots).with_context(|| format!("parse {}", file.display()))
+}
+
+fn parse_roots(pem: &[u8], roots: &mut Vec<ureq::tls::Certificate<'static>>) -> Result<()> {
+    for item in parse_pem(pem) {
+        if let PemItem::Certificate(certificate) = item? {
+            roots.push(certificate);
         }
     }
     Ok(())
@@ -476,7 +555,13 @@ impl Proxies {
         if self.direct(target) {
             return Ok(None);
         }
-        ureq::Proxy::new(url).map(Some).context(if https { "parse HTTPS_PROXY" } else { "parse HTTP_PROXY" })
+        let what = if https { "parse HTTPS_PROXY" } else { "parse HTTP_PROXY" };
+        let proxy = ureq::Proxy::new(url).context(what)?;
+        if !matches!(proxy.uri().scheme_str(), Some("http" | "https")) {
+            // The library would go around a proxy of another kind.
+            return Err(Error::new("want an http or https URL").context(what));
+        }
+        Ok(Some(proxy))
     }
 
     fn direct(&self, target: &Uri) -> bool {

@@ -22,6 +22,7 @@ pub mod daemon;
 pub mod debug;
 pub mod error;
 pub mod http;
+pub mod kube;
 pub mod logging;
 pub mod model;
 pub mod netlink;

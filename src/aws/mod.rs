@@ -13,4 +13,4 @@ pub mod sign;
 pub mod xml;
 
 #[cfg(test)]
-use crate::http::script;
+pub(crate) use crate::http::script;

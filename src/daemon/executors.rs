@@ -20,7 +20,7 @@ use std::time::Duration;
 /// Calls to EC2 that are out at one time.
 const EC2_THREADS: usize = 3;
 /// Work that waits for one executor; the core never has so much in progress.
-const QUEUE_MAX: usize = 256;
+pub(super) const QUEUE_MAX: usize = 256;
 /// How often the folder of DELs that could not reach us is looked at.
 const SPOOL_EVERY: Duration = Duration::from_secs(5);
 
@@ -41,6 +41,7 @@ pub(super) struct Executors {
     imds: SyncSender<(OpId, Query)>,
     kernel: SyncSender<Host>,
     disk: SyncSender<Disk>,
+    kube: Option<SyncSender<(OpId, kube::Call)>>,
 }
 
 impl Executors {
@@ -51,6 +52,7 @@ impl Executors {
         ec2: &Arc<ec2::Client>,
         metrics: &Arc<Metrics>,
         store: PathBuf,
+        kube: Option<SyncSender<(OpId, kube::Call)>>,
     ) -> Result<Executors> {
         let (ec2_queue, calls) = sync_channel(QUEUE_MAX);
         let calls = Arc::new(Mutex::new(calls));
@@ -67,7 +69,7 @@ impl Executors {
         let (disk_queue, work) = sync_channel(QUEUE_MAX);
         let sender = events.clone();
         spawn("disk", ended, move || disk_loop(&store, &work, &sender))?;
-        Ok(Executors { ec2: ec2_queue, imds: imds_queue, kernel: kernel_queue, disk: disk_queue })
+        Ok(Executors { ec2: ec2_queue, imds: imds_queue, kernel: kernel_queue, disk: disk_queue, kube })
     }
 
     /// Hands an effect over; the event that it failed at once, if its queue is full.
@@ -105,9 +107,12 @@ impl Executors {
                 self.disk.try_send(Disk::SpoolDone(records)).ok(); // they are read again, and done with then
                 None
             }
-            Effect::Kube(op, _) => {
-                let failure = kube::Failure { status: 0, message: "no API server".into() };
-                Some(Event::Kube(op, Err(failure)))
+            Effect::Kube(op, call) => {
+                let refused = match &self.kube {
+                    Some(queue) => queue.try_send((op, call)).err().map(|error| full(&error)),
+                    None => Some("no API server".into()),
+                };
+                refused.map(|message| Event::Kube(op, Err(kube::Failure { status: 0, message })))
             }
             Effect::Reply(..) | Effect::WakeAt(_) | Effect::Ready | Effect::Log(..) | Effect::Tally(_) => None, // the core's thread's own
         }

@@ -59,8 +59,8 @@ fn ask(ec2: &ec2::Client, instance_type: &str) -> std::result::Result<Reply, Fai
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::aws::script::{Server, answer};
     use crate::aws::{creds, imds};
-    use crate::http::script::{Server, answer};
     use std::sync::Arc;
 
     fn client(server: &Server) -> ec2::Client {

@@ -290,7 +290,7 @@ fn serve(name: &'static str, place: &Place, page: Page) -> Result<Server> {
     let limits = Limits { connections: 16, transfer: TRANSFER_MAX, ..Limits::default() };
     let handler = move |request: &Request| match request.method {
         Method::Get => Verdict::Answer(page(request)),
-        Method::Put | Method::Post => Verdict::Answer(Response::text(405, "Method Not Allowed\n")),
+        Method::Put | Method::Post | Method::Patch => Verdict::Answer(Response::text(405, "Method Not Allowed\n")),
     };
     Server::serve(name, listener, limits, Arc::new(handler))
 }

@@ -301,6 +301,11 @@ fn labelled(page: &mut String, view: &View) {
     for (doing, count) in view.doing() {
         line(page, name, &[("fn", doing.to_owned())], &count);
     }
+    let name = "enibox_subnet_free_addresses";
+    head(page, name, "gauge", "free addresses of the subnet when EC2 last told");
+    for (subnet, free, _) in view.status.iter().flat_map(|status| &status.subnets) {
+        line(page, name, &[("subnet", subnet.0.clone())], free);
+    }
     head(page, "awscni_build_info", "gauge", "version of the program");
     let build = [("goversion", String::new()), ("version", crate::VERSION.to_owned())];
     line(page, "awscni_build_info", &build, &1);

@@ -1,13 +1,14 @@
 //! The node daemon: threads and wiring around the core (`design.md` 5).
 //!
 //! One thread owns the core and blocks on one bounded channel. What takes time is done by others, which send the outcome
-//! back as an event: `ec2-N`, `imds`, `kernel`, `disk`, `rpc` and its connections; `http` shows a copy. Nothing is decided here. A thread that
-//! ends unexpectedly ends the process: the state is on disk, and the kubelet starts us again.
+//! back as an event: `ec2-N`, `imds`, `kernel`, `disk`, `kube-N`, `rpc` and its connections; `http` shows a copy. Nothing is decided here. A
+//! thread that ends unexpectedly ends the process: the state is on disk, and the kubelet starts us again.
 
 mod executors;
 mod files;
 mod instance;
 mod introspect;
+mod kube;
 mod metrics;
 mod rpc_server;
 mod status;
@@ -147,12 +148,13 @@ fn serve(settings: &Settings, tuner: Tuner) -> Result<()> {
         region: identity.region.clone(),
     };
 
+    let Some(api) = kube::reach(settings)? else { return Ok(()) };
     let (events, inbox) = sync_channel(EVENTS_MAX);
     let stop = Stop::new();
     let store = PathBuf::from(&settings.backing_store);
     let started = files::read_start(&store, config.cards.keys().copied(), config.v6)?;
     board.introduce(&identity, valid.mode);
-    let executors = Executors::start(&events, &ended, &imds, &ec2, &metrics, store)?;
+    let executors = Executors::start(&events, &ended, &imds, &ec2, &metrics, store, api.start(&events, &ended)?)?;
     let calls = Calls::default();
     let (open, closed) = sync_channel::<()>(0); // `open` goes when the last request is served
     let rpc = {

@@ -77,11 +77,16 @@ fn doing(status: &Status, now: Mono) -> Value {
     for (action, until) in &status.throttled {
         throttled.insert((*action).to_owned(), json!(left(*until)));
     }
+    let mut subnets = Map::new();
+    for (subnet, free, told) in &status.subnets {
+        subnets.insert(subnet.0.clone(), json!({"free": free, "age_s": now.since(*told).as_secs()}));
+    }
     let (cause, why) = &status.cause;
     let targets = &status.targets;
     json!({
         "waiting": status.waiting, "growing": status.growing, "freeing": status.freeing,
         "paused_s": status.paused_until.map(left), "exhausted_subnets_s": exhausted,
+        "cordoned": status.cordoned, "max_pods": status.max_pods, "subnets": subnets,
         "last_failure": status.last_failure, "throttled_s": throttled, "if_short": {"cause": cause, "text": why},
         "targets": {
             "warm_eni": targets.warm_eni, "warm_ip": targets.warm_ip, "minimum_ip": targets.minimum_ip,

@@ -24,8 +24,6 @@ use std::time::Duration;
 
 /// How often the settings file is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
-/// The label that names the ENIConfig before everything else (`spec/config.md` 6.3).
-const EXTERNAL_ENI_CONFIG: &str = "vpc.amazonaws.com/externalEniConfig";
 
 /// The settings as operators see them.
 #[derive(Clone, Debug)]
@@ -88,16 +86,22 @@ impl Tuner {
         // One that cannot be read does no harm: the Node tells it again.
         let remembered = read_bounded(&memory, MEMORY_BYTES_MAX).ok().flatten();
         let said = remembered.as_deref().and_then(Overlay::from_memory).unwrap_or_default();
-        let mut start = Overlay { file: texts, ..said };
-        let now = start.clone();
-        let layered = Layered::read(environment, &now);
-        if layered.refused {
-            start = Overlay::default(); // or the refusal would take the live ones with it for ever
-        }
+        let over = Overlay { file: texts, ..said };
+        let layered = Layered::read(environment, &over);
         let known = Known { layered, pending: Vec::new(), wrong: Vec::new(), eni_config: None };
-        let mut tuner = Tuner { file, memory, remembered, start, now, file_wrong, known };
-        tuner.known.wrong = tuner.wrong(&tuner.known.layered);
+        let mut tuner =
+            Tuner { file, memory, remembered, start: Overlay::default(), now: over.clone(), file_wrong, known };
+        tuner.begin(over);
         tuner
+    }
+
+    // What the process starts with.
+    fn begin(&mut self, over: Overlay) {
+        self.known.layered = Layered::read(environment, &over);
+        self.known.wrong = self.wrong(&self.known.layered);
+        // A refusal would take the live ones with it for ever.
+        self.start = if self.known.layered.refused { Overlay::default() } else { over.clone() };
+        self.now = over;
     }
 
     pub(super) fn known(&self) -> &Known {
@@ -114,10 +118,10 @@ impl Tuner {
         let mut over = self.now.clone();
         let mut named = self.known.eni_config.clone();
         if let Some(node) = node {
-            over.labels = Overlay::marks(&node.labels);
-            over.annotations = Overlay::marks(&node.annotations);
+            over = said(node, &over);
             self.remember(&over);
-            named = Some(eni_config(node, &self.known.layered.settings));
+            let Settings { eni_config_annotation, eni_config_label, .. } = &self.known.layered.settings;
+            named = Some(node.eni_config(eni_config_annotation, eni_config_label).to_owned());
         }
         let (texts, file_wrong) = read_texts(&self.file);
         over.file = texts;
@@ -164,6 +168,14 @@ impl Tuner {
     }
 }
 
+fn said(node: &Node, over: &Overlay) -> Overlay {
+    Overlay {
+        file: over.file.clone(),
+        labels: Overlay::marks(&node.labels),
+        annotations: Overlay::marks(&node.annotations),
+    }
+}
+
 fn read_texts(file: &Path) -> (Texts, Vec<String>) {
     match read_bounded(file, FILE_BYTES_MAX) {
         Ok(Some(text)) => read_file(&text),
@@ -187,16 +199,6 @@ fn read_bounded(path: &Path, bytes_max: usize) -> Result<Option<String>> {
         return Err(Error::new(format!("more than {bytes_max} bytes")).context(what()));
     }
     Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
-}
-
-// Empty names count as absent (`spec/config.md` 6.3).
-fn eni_config(node: &Node, settings: &Settings) -> String {
-    let named = [
-        node.labels.get(EXTERNAL_ENI_CONFIG),
-        node.annotations.get(&settings.eni_config_annotation),
-        node.labels.get(&settings.eni_config_label),
-    ];
-    named.into_iter().flatten().find(|name| !name.is_empty()).cloned().unwrap_or_else(|| "default".into())
 }
 
 /// Keeps settings current on a thread of their own.
@@ -227,4 +229,97 @@ pub(super) fn start(
         }
     })?;
     Ok(notes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+    use std::fs;
+
+    fn texts(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+        pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+    }
+
+    fn node(labels: &[(&str, &str)], annotations: &[(&str, &str)]) -> Node {
+        Node { labels: texts(labels), annotations: texts(annotations), ..Node::default() }
+    }
+
+    fn pending(tuner: &Tuner) -> Vec<String> {
+        tuner.known.pending.iter().map(ToString::to_string).collect()
+    }
+
+    /// Runs with a folder of its own: the settings file and the memory in it.
+    fn inside(name: &str, test: impl FnOnce(&Path, &Path)) {
+        let folder = std::env::temp_dir().join(format!("enibox-tuning-{name}-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        test(&folder.join("settings.env"), &folder.join(MEMORY));
+        fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn what_the_node_says_counts_and_is_remembered() {
+        inside("node", |file, memory| {
+            let mut tuner = Tuner::read_from(file.to_owned(), memory.to_owned());
+            assert!(!tuner.look(None), "nothing is there");
+            let said = node(&[("enibox.io/WARM_IP_TARGET", "3")], &[("enibox.io/MAX_ENI", "2"), ("other/KEY", "x")]);
+            assert!(tuner.look(Some(&said)));
+            let settings = &tuner.known.layered.settings;
+            assert_eq!((settings.warm_ip_target, settings.max_eni), (3, None));
+            assert_eq!(pending(&tuner), ["MAX_ENI=2"]);
+            assert_eq!(tuner.known.eni_config.as_deref(), Some("default"));
+            assert!(!tuner.look(Some(&said)), "nothing is new");
+
+            let again = Tuner::read_from(file.to_owned(), memory.to_owned());
+            let settings = &again.known.layered.settings;
+            assert_eq!((settings.warm_ip_target, settings.max_eni), (3, Some(2)));
+
+            assert!(tuner.look(Some(&node(&[], &[]))));
+            assert_eq!(tuner.known.layered.settings.warm_ip_target, 0);
+            assert!(pending(&tuner).is_empty());
+        });
+    }
+
+    #[test]
+    fn what_would_stop_the_start_is_refused_and_the_rest_goes_on() {
+        inside("refused", |file, memory| {
+            let bad = node(&[("enibox.io/ENABLE_PREFIX_DELEGATION", "true")], &[("enibox.io/WARM_IP_TARGET", "0")]);
+            let mut tuner = Tuner::read_from(file.to_owned(), memory.to_owned());
+            fs::write(file, "WARM_IP_TARGET=4\n").unwrap();
+            assert!(tuner.look(None));
+            assert!(tuner.look(Some(&bad)));
+            assert_eq!(tuner.known.layered.settings.warm_ip_target, 4, "what counts goes on to count");
+            assert!(
+                tuner.known.wrong.iter().any(|line| line.contains("WARM_PREFIX_TARGET")),
+                "{:?}",
+                tuner.known.wrong
+            );
+
+            let mut tuner = Tuner::read_from(file.to_owned(), memory.to_owned());
+            assert!(!tuner.known.layered.settings.prefix_delegation);
+            let good = node(&[("enibox.io/ENABLE_PREFIX_DELEGATION", "true")], &[]);
+            assert!(tuner.look(Some(&good)));
+            assert_eq!(tuner.known.layered.settings.warm_ip_target, 4);
+            assert_eq!(pending(&tuner), ["ENABLE_PREFIX_DELEGATION=true"]);
+        });
+    }
+
+    #[test]
+    fn a_file_comes_and_goes() {
+        inside("file", |file, memory| {
+            let mut tuner = Tuner::read_from(file.to_owned(), memory.to_owned());
+            fs::write(file, "WARM_IP_TARGET=4\nnonsense\n").unwrap();
+            assert!(tuner.look(None));
+            assert_eq!(tuner.known.layered.settings.warm_ip_target, 4);
+            assert!(tuner.known.wrong[0].contains("line 2"), "{:?}", tuner.known.wrong);
+            assert!(!tuner.look(None));
+            fs::write(file, vec![b'#'; FILE_BYTES_MAX + 1]).unwrap();
+            assert!(tuner.look(None));
+            assert_eq!(tuner.known.layered.settings.warm_ip_target, 0);
+            assert!(tuner.known.wrong[0].contains("more than"), "{:?}", tuner.known.wrong);
+            fs::remove_file(file).unwrap();
+            assert!(tuner.look(None));
+            assert!(tuner.known.wrong.is_empty());
+        });
+    }
 }

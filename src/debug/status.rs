@@ -126,6 +126,10 @@ fn doing(page: &mut String, doing: &Value, none_free: bool) {
     let shown = ["warm_eni", "warm_ip", "minimum_ip", "warm_prefix"]
         .map(|name| format!("{} {}", name.replace('_', " "), targets[name]));
     line(page, "targets", &shown.join(", "));
+    for (subnet, told) in doing["subnets"].as_object().into_iter().flatten() {
+        let age = duration(told["age_s"].as_u64().unwrap_or(0));
+        line(page, "subnet", &format!("{subnet} had {} free addresses {age} ago", told["free"]));
+    }
     let mut parts = Vec::new();
     let mut count = |what: &str, count: u64| {
         if count > 0 {
@@ -140,6 +144,9 @@ fn doing(page: &mut String, doing: &Value, none_free: bool) {
     }
     for (action, left) in doing["throttled_s"].as_object().into_iter().flatten() {
         parts.push(format!("EC2 throttles {action}: next call in {}", duration(left.as_u64().unwrap_or(0))));
+    }
+    if doing["cordoned"] == json!(true) {
+        parts.push("the node is cordoned: nothing grows".into());
     }
     for (subnet, left) in doing["exhausted_subnets_s"].as_object().into_iter().flatten() {
         let left = duration(left.as_u64().unwrap_or(0));
@@ -182,7 +189,7 @@ mod tests {
             "pool": {"total": 32, "used": 3, "cooling": 29, "free": 0, "prefixes": 2, "eni_limit": 3, "enis": [eni]},
             "doing": {
                 "waiting": 2, "growing": 0, "freeing": [], "paused_s": 7, "exhausted_subnets_s": {"subnet-1": 119},
-                "last_failure": "create: no", "throttled_s": {"CreateNetworkInterface": 3},
+                "cordoned": true, "subnets": {"subnet-2": {"free": 7, "age_s": 5}}, "last_failure": "create: no", "throttled_s": {"CreateNetworkInterface": 3},
                 "if_short": {"cause": "throttled", "text": "EC2 throttles"},
                 "targets": {"warm_eni": 1, "warm_ip": 0, "minimum_ip": 0, "warm_prefix": 0},
             },
@@ -196,9 +203,11 @@ instance   i-1, m5.large, z, IPv4 addresses
 pool       32 addresses in 2 prefixes: 3 used, 29 cooling, 0 free; 1 of 3 ENIs
            eni-1 card 0 device 0 in subnet-1, primary: 9 addresses: 3 used, 1 cooling, 5 free
 targets    warm eni 1, warm ip 0, minimum ip 0, warm prefix 0
+subnet     subnet-2 had 7 free addresses 5 s ago
 doing      new pods that wait for an address: 2
 doing      no growth for 7 s after a failed one: create: no
 doing      EC2 throttles CreateNetworkInterface: next call in 3 s
+doing      the node is cordoned: nothing grows
 doing      subnet-1 has no free addresses and is left alone for 119 s
 doing      new pods get no address (throttled): EC2 throttles
 error      refused: eni_limit: full (4 times, last 2026-11-21T01:30:00Z)

@@ -65,7 +65,12 @@ pub struct Server {
 impl Server {
     /// A server that answers by `handler`.
     pub fn new(handler: impl FnMut(&Request) -> Step + Send + 'static) -> Server {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        Server::at("127.0.0.1:0", handler)
+    }
+
+    /// As [`Server::new`], at an address of its own.
+    pub fn at(addr: &str, handler: impl FnMut(&Request) -> Step + Send + 'static) -> Server {
+        let listener = TcpListener::bind(addr).unwrap();
         let addr = listener.local_addr().unwrap();
         let (seen, stop) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicBool::new(false)));
         let handler: Arc<Mutex<Handler>> = Arc::new(Mutex::new(Box::new(handler)));

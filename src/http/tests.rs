@@ -198,9 +198,32 @@ fn proxies_are_for_other_hosts_only() {
     assert_eq!((proxy.host(), proxy.port(), proxy.uri().scheme_str()), ("bare", 3128, Some("http")));
     let all = Proxies { except: vec!["*".into()], ..proxies.clone() };
     assert!(all.for_target(&"https://a".parse().unwrap()).unwrap().is_none());
-    let bad = Proxies { https: Some("gopher://x".into()), ..Proxies::NONE };
-    assert!(bad.for_target(&"https://a".parse().unwrap()).unwrap_err().to_string().starts_with("parse HTTPS_PROXY"));
+    for other in ["gopher://x", "socks5://x:1080"] {
+        let bad = Proxies { https: Some(other.into()), ..Proxies::NONE };
+        let error = bad.for_target(&"https://a".parse().unwrap()).unwrap_err().to_string();
+        assert!(error.starts_with("parse HTTPS_PROXY"), "{error}");
+    }
     assert!(!format!("{:?}", Proxies { https: Some("http://u:pass@p".into()), ..Proxies::NONE }).contains("pass"));
+}
+
+#[test]
+fn a_proxy_is_gone_through() {
+    let through = |steps: Vec<Step>| {
+        let proxy = Server::queue(steps);
+        let url = proxy.url().replace("http://", "http://user:p%40ss@");
+        let proxies = Proxies { http: Some(url), ..Proxies::NONE };
+        let agent = Agent::new("http://ec2.example", Options { proxies, ..options() }).unwrap();
+        (agent.send("POST", "/x", &[], b"body"), proxy.seen())
+    };
+    let open = || Step::Answer(b"HTTP/1.1 200 Connection established\r\n\r\n".to_vec());
+    let (response, seen) = through(vec![open(), answer(200, "through")]);
+    assert_eq!(response.unwrap().text(), "through");
+    assert_eq!((seen[0].method.as_str(), seen[0].path.as_str()), ("CONNECT", "ec2.example:80"));
+    assert_eq!(seen[0].header("proxy-authorization"), Some("Basic dXNlcjpwQHNz"));
+    assert_eq!((seen[1].path.as_str(), seen[1].header("proxy-authorization")), ("/x", None));
+    // What the proxy refuses has not left.
+    let (response, seen) = through(vec![answer(407, "who are you")]);
+    assert_eq!((response.map_err(|broken| broken.sent).unwrap_err(), seen.len()), (false, 1));
 }
 
 /// A TLS server on loopback that answers one request with "over tls".

@@ -16,6 +16,10 @@ use std::net::{IpAddr, Ipv6Addr};
 pub const POD_ENI: &str = "vpc.amazonaws.com/pod-eni";
 /// The annotation with the pod's address (ANNOTATE_POD_IP).
 pub const POD_IPS: &str = "vpc.amazonaws.com/pod-ips";
+/// The label that is looked at first for the name of the ENIConfig.
+const EXTERNAL_ENI_CONFIG: &str = "vpc.amazonaws.com/externalEniConfig";
+/// The ENIConfig of a node that names none.
+pub const DEFAULT_ENI_CONFIG: &str = "default";
 /// The feature of the CNINode that asks the resource controller for a trunk ENI.
 pub const FEATURE_TRUNK: &str = "SecurityGroupsForPods";
 /// The feature of the CNINode that names the ENIConfig.
@@ -114,6 +118,15 @@ pub struct Node {
     pub unschedulable: bool,
     /// `status.capacity.pods`; absent or 0 is unknown.
     pub max_pods: Option<u32>,
+}
+
+impl Node {
+    /// The name of the node's ENIConfig, which this annotation or this label tells unless the label of the VPC resource
+    /// controller does; empty ones count as absent (`spec/config.md` 6.3).
+    pub fn eni_config(&self, annotation: &str, label: &str) -> &str {
+        let told = [self.labels.get(EXTERNAL_ENI_CONFIG), self.annotations.get(annotation), self.labels.get(label)];
+        told.into_iter().flatten().find(|name| !name.is_empty()).map_or(DEFAULT_ENI_CONFIG, String::as_str)
+    }
 }
 
 /// A pod.
@@ -251,6 +264,23 @@ mod tests {
         for (text, want) in [("", "EOF"), ("[]", "empty"), ("{}", "empty"), ("[1]", "empty"), ("null", "empty")] {
             let error = BranchEni::parse(text, false).unwrap_err();
             assert!(error.contains(want), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_eni_config_of_a_node() {
+        let map = |pairs: &[(&str, &str)]| {
+            pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect::<BTreeMap<_, _>>()
+        };
+        for (labels, annotations, expected) in [
+            (vec![], vec![], "default"),
+            (vec![("l", "by label")], vec![("l", "no")], "by label"),
+            (vec![("l", "by label")], vec![("a", "by annotation")], "by annotation"),
+            (vec![(EXTERNAL_ENI_CONFIG, "outside"), ("l", "by label")], vec![("a", "by annotation")], "outside"),
+            (vec![(EXTERNAL_ENI_CONFIG, ""), ("l", "by label")], vec![("a", "")], "by label"),
+        ] {
+            let node = Node { labels: map(&labels), annotations: map(&annotations), ..Node::default() };
+            assert_eq!(node.eni_config("a", "l"), expected, "{labels:?} {annotations:?}");
         }
     }
 }

@@ -148,7 +148,7 @@ enum Op {
     VpcCidrs,
     Groups,
     Describe,
-    Host { enis: BTreeSet<EniId>, gone: BTreeSet<IpAddr> },
+    Host { enis: BTreeSet<EniId>, gone: BTreeSet<IpAddr>, swept: BTreeMap<IpAddr, Mono> },
     Tags(EniId),
     ModifyGroups(EniId),
     Unassign(EniId, Vec<IpNet>),
@@ -582,7 +582,18 @@ impl Core {
             eni_limit: self.eni_limit(card).saturating_sub(unmanaged.count()),
             reserved: leaving.count() + trunk,
             max_pods: self.max_pods(),
+            demand: self.demand(card),
         }
+    }
+
+    // Pods without an address on a card: those that wait, and those that will ask.
+    fn demand(&self, card: u32) -> usize {
+        let waiting = self.waiting.iter().filter(|waiting| waiting.needs(card)).count();
+        if card != 0 || self.bound == 0 {
+            return waiting;
+        }
+        let held = self.pool.allocations().filter(|held| held.card == 0).count();
+        waiting.max(self.bound.saturating_sub(held))
     }
 
     // Whether pods may be put on an attached ENI, as far as is known. Without ENABLE_MULTI_NIC only card 0 is there.

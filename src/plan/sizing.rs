@@ -45,13 +45,13 @@ pub struct Sizing {
     pub reserved: usize,
     /// Pods that the node may run.
     pub max_pods: usize,
+    /// Pods that need an address and have none: they count as if they had.
+    pub demand: usize,
 }
 
 /// What is wanted and what is on its way, besides what the pool shows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Outlook {
-    /// Pods that need an address and have none: they count as if they had.
-    pub demand: usize,
     /// A pod waits: addresses in their cooldown do not count as available (B59).
     pub starved: bool,
     /// CIDRs that are being assigned to ENIs of the pool.
@@ -146,6 +146,10 @@ impl Sizing {
         }
     }
 
+    fn with_demand(&self, stats: Stats) -> Stats {
+        Stats { assigned: stats.assigned + self.demand, ..stats }
+    }
+
     // The pool as it will be once everything has come, and with every waiting pod served.
     fn foreseen(&self, pool: &Pool, now: Mono, outlook: &Outlook) -> Stats {
         let mut stats = pool.stats(now, self.card);
@@ -158,7 +162,7 @@ impl Sizing {
         stats.total += if pool.prefix_mode() { coming * PREFIX_ADDRESSES } else { coming };
         stats.prefixes += prefixes;
         stats.free_prefixes += prefixes;
-        stats.assigned += outlook.demand;
+        stats.assigned += self.demand;
         stats
     }
 
@@ -197,7 +201,7 @@ impl Sizing {
 
     /// CIDRs to give back, by ENI (6.5, 6.9 with B26: from the ENI with fewest pods, never a cooling address).
     pub fn surplus(&self, pool: &Pool, now: Mono) -> Vec<(EniId, Vec<IpNet>)> {
-        let stats = pool.stats(now, self.card);
+        let stats = self.with_demand(pool.stats(now, self.card));
         let mut over = match (self.deviation(&stats, pool.prefix_mode()), pool.prefix_mode()) {
             (Some((_, over)), _) => over,
             (None, true) => stats.free_prefixes.saturating_sub(self.warm_prefix().max(1)),
@@ -220,7 +224,7 @@ impl Sizing {
     /// An ENI that the pool can do without, if there is one (6.9 "remove-extra" and "free one ENI", B27).
     pub fn spare_eni(&self, pool: &Pool, now: Mono) -> Option<EniId> {
         let prefix_mode = pool.prefix_mode();
-        let stats = pool.stats(now, self.card);
+        let stats = self.with_demand(pool.stats(now, self.card));
         let targets = self.ip_targets();
         let worth_a_look = targets.is_some() || {
             let warm = if prefix_mode { self.warm_prefix() } else { self.targets.warm_eni };
@@ -253,6 +257,7 @@ impl Sizing {
         }
         let prefix_mode = pool.prefix_mode();
         let others = pool.stats_of(now, |other, eni| other != id && eni.card == self.card && eni.serves());
+        let others = self.with_demand(others);
         let whole = |addresses: usize| {
             if prefix_mode { addresses.next_multiple_of(PREFIX_ADDRESSES) } else { addresses }
         };

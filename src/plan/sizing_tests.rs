@@ -15,6 +15,7 @@ fn sizing(enis: usize, slots: usize, warm_eni: usize, warm_ip: usize, minimum_ip
         eni_limit: enis,
         reserved: 0,
         max_pods: 110,
+        demand: 0,
     }
 }
 

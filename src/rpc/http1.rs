@@ -1,7 +1,7 @@
 //! A small HTTP/1.1 server for metrics, introspection and the endpoints of the sandbox: one thread per connection with a
-//! cap, keep-alive, GET, PUT and POST, bounded heads and bodies, a time-out on every read and write.
+//! cap, keep-alive, GET, PUT, POST and PATCH, bounded heads and bodies, a time-out on every read and write.
 //!
-//! No TLS, no chunked requests, no HTTP/1.0 keep-alive: its clients are Prometheus, `curl`, the AWS SDKs and ourselves on
+//! Answers may be streams. No TLS, no chunked requests, no HTTP/1.0 keep-alive: its clients are Prometheus, `curl`, the AWS SDKs and ourselves on
 //! one machine. It knows no path; what is served is the handler's.
 
 use crate::clock;
@@ -56,6 +56,7 @@ pub enum Method {
     Get,
     Put,
     Post,
+    Patch,
 }
 
 impl Method {
@@ -65,6 +66,7 @@ impl Method {
             Method::Get => "GET",
             Method::Put => "PUT",
             Method::Post => "POST",
+            Method::Patch => "PATCH",
         }
     }
 }
@@ -123,11 +125,28 @@ impl Response {
     }
 }
 
-/// What a handler makes of a request.
+/// A piece of a stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Piece {
+    /// Send this.
+    Bytes(Vec<u8>),
+    /// There was nothing for a while. It is asked again, unless the peer has gone.
+    Nothing,
+    /// The stream ends well.
+    End,
+    /// The connection breaks.
+    Cut,
+}
+
+/// Asked for the pieces of a stream, on the thread of the connection; it waits itself, a second or so at a time.
+pub type Pieces = dyn FnMut() -> Piece + Send;
+
+/// What a handler makes of a request.
 pub enum Verdict {
     /// Answer it.
     Answer(Response),
+    /// Answer it with a body that comes in pieces; that of the response is not sent.
+    Stream(Response, Box<Pieces>),
     /// Close the connection without a word (the sandbox loses answers on purpose).
     HangUp,
 }
@@ -354,12 +373,51 @@ fn serve(mut connection: Connection, peer: Option<SocketAddr>, shared: &Shared) 
         let close = close || shared.stopping.load(Ordering::SeqCst);
         match (shared.handler)(&request) {
             Verdict::Answer(response) => connection.stream.write_all(&render(&response, close))?,
+            Verdict::Stream(response, mut pieces) => {
+                if !stream(&mut connection.stream, &response, &mut pieces, shared)? {
+                    return Ok(());
+                }
+            }
             Verdict::HangUp => return Ok(()),
         }
         if close {
             return Ok(());
         }
     }
+}
+
+// Sends a chunked body (RFC 9112 7.1); whether the connection can be used on.
+fn stream(to: &mut TcpStream, response: &Response, pieces: &mut Pieces, shared: &Shared) -> Result<bool> {
+    let mut head = head_of(response);
+    head.push_str("transfer-encoding: chunked\r\n\r\n");
+    to.write_all(head.as_bytes())?;
+    while !shared.stopping.load(Ordering::SeqCst) {
+        match pieces() {
+            Piece::Bytes(bytes) if !bytes.is_empty() => {
+                let chunk = [format!("{:x}\r\n", bytes.len()).as_bytes(), &bytes, b"\r\n"].concat();
+                to.write_all(&chunk)?;
+            }
+            Piece::Bytes(_) => {}
+            Piece::Nothing if gone(to)? => return Ok(false),
+            Piece::Nothing => {}
+            Piece::End => {
+                to.write_all(b"0\r\n\r\n")?;
+                return Ok(true);
+            }
+            Piece::Cut => return Ok(false),
+        }
+    }
+    Ok(false)
+}
+
+fn gone(stream: &TcpStream) -> io::Result<bool> {
+    stream.set_nonblocking(true)?;
+    let peeked = stream.peek(&mut [0]);
+    stream.set_nonblocking(false)?;
+    Ok(match peeked {
+        Ok(count) => count == 0,
+        Err(error) => error.kind() != ErrorKind::WouldBlock,
+    })
 }
 
 #[derive(Debug)]
@@ -444,6 +502,7 @@ fn parse_head(bytes: &[u8], most_headers: usize) -> Result<Head, Bad> {
         "GET" => Method::Get,
         "PUT" => Method::Put,
         "POST" => Method::Post,
+        "PATCH" => Method::Patch,
         _ => return Err(Bad::Refused(501, "method not implemented")),
     };
     if !target.starts_with('/') || target.bytes().any(|byte| byte.is_ascii_control()) {
@@ -505,6 +564,8 @@ fn reason(status: u16) -> &'static str {
         403 => "Forbidden",
         404 => "Not Found",
         405 => "Method Not Allowed",
+        409 => "Conflict",
+        410 => "Gone",
         413 => "Content Too Large",
         431 => "Request Header Fields Too Large",
         500 => "Internal Server Error",
@@ -515,13 +576,19 @@ fn reason(status: u16) -> &'static str {
     }
 }
 
-fn render(response: &Response, close: bool) -> Vec<u8> {
+// Without the empty line at its end.
+fn head_of(response: &Response) -> String {
     let mut head = format!("HTTP/1.1 {} {}\r\n", response.status, reason(response.status));
     for (name, value) in &response.headers {
         // A line break in a value would let it forge headers.
         let value: String = value.chars().filter(|c| !c.is_control()).collect();
         head.extend([*name, ": ", &value, "\r\n"]);
     }
+    head
+}
+
+fn render(response: &Response, close: bool) -> Vec<u8> {
+    let mut head = head_of(response);
     head.extend(["content-length: ", &response.body.len().to_string(), "\r\n"]);
     head.push_str(if close { "connection: close\r\n\r\n" } else { "\r\n" });
     let mut bytes = head.into_bytes();
@@ -577,6 +644,11 @@ mod tests {
     fn server(limits: Limits) -> Server {
         let handler: Arc<Handler> = Arc::new(|request: &Request| match request.path.as_str() {
             "/lost" => Verdict::HangUp,
+            "/stream" | "/cut" => {
+                let last = if request.path == "/cut" { Piece::Cut } else { Piece::End };
+                let mut pieces = vec![last, Piece::Bytes(b"two".into()), Piece::Nothing, Piece::Bytes(b"one,".into())];
+                Verdict::Stream(Response::text(200, ""), Box::new(move || pieces.pop().unwrap_or(Piece::Cut)))
+            }
             path => {
                 let text = format!("{} {path} {} {}", request.method.as_str(), request.query, request.body.len());
                 Response::text(200, text).into()
@@ -601,6 +673,25 @@ mod tests {
         let text = talk(&server, b"GET /a?x HTTP/1.1\r\n\r\nPOST /b HTTP/1.1\r\ncontent-length: 3\r\n\r\nabc");
         assert!(text.contains("GET /a x 0") && text.ends_with("POST /b  3"), "{text}");
         assert_eq!(text.matches("HTTP/1.1 200 OK").count(), 2);
+    }
+
+    #[test]
+    fn streams_go_out_in_chunks() {
+        let server = server(Limits::default());
+        let body = "transfer-encoding: chunked\r\n\r\n4\r\none,\r\n3\r\ntwo\r\n";
+        // The peer must not have gone, so its side stays open.
+        let talk = |path: &str, more: &str| {
+            let mut stream = TcpStream::connect(server.address()).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            write!(stream, "GET {path} HTTP/1.1\r\n\r\n{more}").unwrap();
+            let mut text = String::new();
+            stream.read_to_string(&mut text).unwrap();
+            text
+        };
+        let whole = talk("/stream", "GET /b HTTP/1.1\r\nconnection: close\r\n\r\n");
+        assert!(whole.contains(&format!("{body}0\r\n\r\nHTTP/1.1 200 OK")) && whole.ends_with("GET /b  0"), "{whole}");
+        let cut = talk("/cut", "");
+        assert!(cut.ends_with(body), "{cut}");
     }
 
     #[test]

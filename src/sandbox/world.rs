@@ -1,8 +1,10 @@
 //! A small world to try things in: a VPC with two CIDRs and two zones, nodes, hosts near and far, EC2 and IMDS.
 
+use super::kube::Api;
 use super::runs::Run;
+use super::serve::kube::Kube;
 use super::serve::{Cloud, Seat};
-use super::topology::{EC2, IMDS, Node, Topology};
+use super::topology::{EC2, IMDS, KUBE, Node, Topology};
 use crate::clock;
 use crate::error::{Context, Error, Result};
 use crate::model::ids::InstanceId;
@@ -125,6 +127,14 @@ impl World {
     pub fn node(&self, index: usize) -> Result<Arc<Node>> {
         let node = self.nodes.get(index).and_then(|node| self.topology().node(&node.instance).cloned());
         node.ok_or_else(|| Error::new(format!("there is no node {index}")))
+    }
+
+    /// Starts an API server at `http://`[`KUBE`] that has these objects; there is none before.
+    pub fn serve_kube(&mut self, api: Api) -> Result<Arc<Kube>> {
+        let kube = Kube::new(api);
+        let listener = self.topology().listen(KUBE, 80)?;
+        self.servers.push(kube.serve(listener)?);
+        Ok(kube)
     }
 
     /// From now on only wires that `pass` likes are there, asked after every change and at [`Cloud::tick`]: links that

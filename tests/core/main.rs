@@ -2,6 +2,7 @@
 
 #![cfg(feature = "sandbox")]
 
+mod cluster;
 mod lives;
 mod scenarios;
 mod world;

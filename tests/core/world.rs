@@ -2,6 +2,7 @@
 
 use enibox::model::ids::{EniId, InstanceId, PodKey, PodName};
 use enibox::model::imds::{Answer as Told, Query};
+use enibox::model::kube;
 use enibox::model::naming;
 use enibox::model::spool::Record;
 use enibox::model::time::{Mono, Now, Wall};
@@ -9,11 +10,14 @@ use enibox::model::wire::{AddNetworkRequest, DelNetworkRequest, UNKNOWN_POD};
 use enibox::plan::core::{Answer, Applied, CallId, Config, Core, Effect, Event, Seen, Tunables};
 use enibox::plan::host::Intent;
 use enibox::plan::sizing::Targets;
+use enibox::sim::api::Api;
 use enibox::sim::vpc::Vpc;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::time::Duration;
 
+/// Index of the link of a trunk ENI.
+pub const TRUNK_LINK: u32 = 7;
 const LATENCY: Duration = Duration::from_millis(50);
 
 /// A node in a VPC: the core, its disk, its kernel and its pods. Only the core and what is in flight dies in a crash.
@@ -40,6 +44,10 @@ pub struct World {
     pub effects: u64,
     pub crash_at: Option<u64>,
     pub ec2_down: bool,
+    /// The API server; without it every request fails at once.
+    pub api: Option<Api>,
+    /// What differs from the default configuration.
+    pub configure: fn(&mut Config),
     pub log: Vec<String>,
 }
 
@@ -49,12 +57,19 @@ pub fn key(pod: &str) -> PodKey {
 
 impl World {
     pub fn new(kind: &str, targets: Targets) -> World {
+        let mut world = World::asleep(kind, targets);
+        world.start();
+        world
+    }
+
+    /// The node before its daemon starts for the first time.
+    pub fn asleep(kind: &str, targets: Targets) -> World {
         let mut vpc = Vpc::new("eu-west-1", vec!["10.20.0.0/16".parse().unwrap()], 7);
         let group = vpc.add_group();
         let subnet = vpc.add_subnet("eu-west-1a", "10.20.0.0/22".parse().unwrap(), None, &[]);
         let start = World::moment(0);
         let instance = vpc.launch(start, kind, &subnet, &[group]).unwrap();
-        let mut world = World {
+        World {
             vpc,
             instance,
             targets,
@@ -76,10 +91,10 @@ impl World {
             effects: 0,
             crash_at: None,
             ec2_down: false,
+            api: None,
+            configure: |_| {},
             log: Vec::new(),
-        };
-        world.start();
-        world
+        }
     }
 
     pub fn moment(nanos: u64) -> Now {
@@ -101,7 +116,7 @@ impl World {
     pub fn start(&mut self) {
         let identity = self.vpc.identity(&self.instance).unwrap();
         let limits = enibox::model::limits::of(&identity.instance_type).unwrap();
-        let config = Config {
+        let mut config = Config {
             identity,
             v6: false,
             prefix_mode: false,
@@ -130,6 +145,7 @@ impl World {
             },
             seed: 42 + self.effects,
         };
+        (self.configure)(&mut config);
         self.core = Some(Core::new(config));
         self.ready = false;
         self.wake_at = None;
@@ -210,7 +226,9 @@ impl World {
             Effect::Kernel(op, intent) => {
                 self.check_intent(&intent);
                 self.swept.extend(intent.gone.iter().copied());
-                self.later(LATENCY, Event::Kernel(op, Ok(Applied::default())));
+                let trunks = intent.enis.iter().filter(|eni| eni.trunk).map(|eni| (eni.id.clone(), TRUNK_LINK));
+                let applied = Applied { failed: BTreeMap::new(), trunks: trunks.collect() };
+                self.later(LATENCY, Event::Kernel(op, Ok(applied)));
             }
             Effect::Save(generation, content) => {
                 if self.disk_full {
@@ -228,9 +246,10 @@ impl World {
             Effect::WakeAt(at) => self.wake_at = Some(at),
             Effect::Ready => self.ready = true,
             Effect::Tally(_) => {}
-            Effect::Kube(op, _) => {
-                let failure = enibox::model::kube::Failure { status: 0, message: "no API server".into() };
-                self.later(LATENCY, Event::Kube(op, Err(failure)));
+            Effect::Kube(op, call) => {
+                let away = || Err(kube::Failure { status: 0, message: "no API server".into() });
+                let result = self.api.as_mut().map_or_else(away, |api| api.answer(&call));
+                self.later(LATENCY, Event::Kube(op, result));
             }
             Effect::Log(level, text) => self.log.push(format!("{} ms {level:?} {text}", self.nanos / 1_000_000)),
         }
@@ -291,6 +310,17 @@ impl World {
             self.pass(Duration::from_secs(1));
         }
         panic!("the core does not come to rest: {:#?}", self.log);
+    }
+
+    /// The Node object changed, or was read.
+    pub fn tell_node(&mut self) {
+        let node = self.api.as_ref().map(|api| api.node.clone()).unwrap_or_default();
+        self.happen(Event::NodeSeen(Box::new(node)));
+    }
+
+    /// The answer to an ADD or a DEL.
+    pub fn answer(&mut self, pod: &str) -> Answer {
+        self.answers.get_mut(pod).and_then(VecDeque::pop_front).unwrap_or_else(|| panic!("no answer for {pod}"))
     }
 
     /// What the runtime and the plugin do for a new pod, without waiting for the answer.

@@ -3,7 +3,9 @@
 #![cfg(feature = "sandbox")]
 
 mod kills;
+mod kube;
 mod restarts;
+mod settings;
 mod stage;
 #[path = "../support/mod.rs"]
 mod support;

@@ -234,6 +234,10 @@ fn other_questions() {
     let cidrs = ["10.0.0.0/16", "100.64.0.0/16"].map(|cidr| cidr.parse().unwrap()).to_vec();
     assert_eq!(ask(Query::VpcCidrs { v6: false }), Ok(Answer::Cidrs(cidrs)));
     assert_eq!(ask(Query::VpcCidrs { v6: true }), Ok(Answer::Cidrs(Vec::new())));
+    let path = format!("/latest/meta-data/network/interfaces/macs/{A}/vpc-ipv6-cidr-blocks");
+    entries.lock().unwrap().insert(path, "2001:db8::/56\n2001:db8:f00::/56\n".into());
+    let both = ["2001:db8::/56", "2001:db8:f00::/56"].map(|cidr| cidr.parse().unwrap()).to_vec();
+    assert_eq!(ask(Query::VpcCidrs { v6: true }), Ok(Answer::Cidrs(both)));
     assert!(matches!(ask(Query::Eni(B.parse().unwrap())), Ok(Answer::Eni(Some(_)))));
     assert_eq!(ask(Query::Eni("02:00:00:00:00:09".parse().unwrap())), Ok(Answer::Eni(None)));
     entries.lock().unwrap().retain(|path, _| !path.ends_with("vpc-ipv4-cidr-blocks"));
@@ -367,6 +371,16 @@ fn configuration() {
     assert!(check(&[("AWS_EC2_METADATA_V1_DISABLED", "true")]).v1_disabled);
     let disabled = Client::new(check(&[("AWS_EC2_METADATA_DISABLED", "1")])).unwrap();
     assert!(disabled.get("mac").unwrap_err().to_string().contains("AWS_EC2_METADATA_DISABLED"));
+}
+
+#[test]
+fn over_ipv6() {
+    let server = Server::at("[::1]:0", |request| match request.method.as_str() {
+        "PUT" => token_answer("300"),
+        _ => answer(200, request.header("host").unwrap_or_default()),
+    });
+    let host = client(&server).get("mac").unwrap();
+    assert_eq!(host.map(|host| format!("http://{host}")), Some(server.url()));
 }
 
 #[test]

@@ -9,7 +9,7 @@ use crate::model::imds::{self, Query};
 use crate::model::naming;
 use crate::model::order::{self, Gather as _};
 use crate::model::spool::Record;
-use crate::model::time::Wall;
+use crate::model::time::{Mono, Wall};
 use crate::plan::host::HostEni;
 use crate::plan::pool::{Eni, Kind, Owner, Refused};
 use ipnet::IpNet;
@@ -253,26 +253,29 @@ impl Core {
         let pods = self.pool.allocations().filter(|held| settled(held.owner));
         intent.pods = pods.filter_map(|held| held.table.map(|table| (held.address, table))).collect();
         let swept = self.sweepable();
-        let gone: BTreeSet<IpAddr> = self.gone.iter().copied().chain(swept).gather();
+        let gone: BTreeSet<IpAddr> = self.gone.iter().copied().chain(swept.keys().copied()).gather();
         intent.gone = gone.iter().copied().collect();
-        let op = self.begin(Op::Host { enis: included, gone });
+        let op = self.begin(Op::Host { enis: included, gone, swept });
         self.out.push(Effect::Kernel(op, Box::new(intent)));
     }
 
     // A rule that was put back while its pod was being deleted would lead the next owner of the address astray. Only
     // addresses that nobody can get before the kernel has done its work: well inside their cooldown.
-    fn sweepable(&mut self) -> Vec<IpAddr> {
+    fn sweepable(&mut self) -> BTreeMap<IpAddr, Mono> {
         let (now, rest) = (self.now.mono, self.pool.cooldown().saturating_sub(PLUGIN_MAX));
         self.released.retain(|_, at| now.since(*at) < rest);
         let due = self.released.extract_if(.., |_, at| now.since(*at) >= PLUGIN_MAX);
-        due.map(|(address, _)| address).collect()
+        due.gather()
     }
 
     pub(super) fn kernel_done(&mut self, op: super::OpId, result: Result<Applied, String>) {
-        let Some(Op::Host { enis, gone }) = self.ops.remove(&op) else { return };
+        let Some(Op::Host { enis, gone, swept }) = self.ops.remove(&op) else { return };
         match result {
             Err(error) => {
                 self.log(Level::Error, format!("set up the host's network: {error}"));
+                for (address, at) in swept {
+                    self.released.entry(address).or_insert(at); // again with the next round, if there is time
+                }
                 self.host_dirty = true;
                 self.retry(Timer::Host);
             }

@@ -18,10 +18,6 @@ const TRUNK_SCAN: Duration = Duration::from_secs(5);
 const NOTICES_MAX: usize = 16;
 /// Bytes of a note (`spec/kubernetes.md` 7).
 const NOTE_MAX: usize = 1024;
-/// The label that is looked at first for the name of the ENIConfig.
-const EXTERNAL_ENI_CONFIG: &str = "vpc.amazonaws.com/externalEniConfig";
-/// The ENIConfig of a node that names none.
-const DEFAULT_ENI_CONFIG: &str = "default";
 
 /// What the API server told.
 #[derive(Debug, Default)]
@@ -61,10 +57,7 @@ impl Core {
     /// The name of the node's ENIConfig; absent without custom networking and as long as the Node has not been read (B34).
     pub fn eni_config_name(&self) -> Option<String> {
         let (annotation, label) = self.config.custom_networking.as_ref()?;
-        let node = self.cluster.node.as_ref()?;
-        let named = node.labels.get(EXTERNAL_ENI_CONFIG);
-        let named = named.or_else(|| node.annotations.get(annotation)).or_else(|| node.labels.get(label));
-        Some(named.map_or_else(|| DEFAULT_ENI_CONFIG.to_owned(), Clone::clone))
+        Some(self.cluster.node.as_ref()?.eni_config(annotation, label).to_owned())
     }
 
     /// Whether the ENIConfig is known well enough to create an ENI; asks for it if not.
@@ -132,7 +125,7 @@ impl Core {
         if self.config.custom_networking.is_some() && name.is_none() {
             return Vec::new(); // not before the Node is known
         }
-        let custom = name.filter(|name| name != DEFAULT_ENI_CONFIG);
+        let custom = name.filter(|name| name != kube::DEFAULT_ENI_CONFIG);
         let mut wanted: Vec<Feature> =
             custom.map(|value| Feature { name: kube::FEATURE_CUSTOM_NETWORKING.into(), value }).into_iter().collect();
         let enis = self.pool.enis().filter(|(_, eni)| eni.card == 0).count();

@@ -144,13 +144,7 @@ impl Core {
     /// What is wanted on a card and what is on its way.
     fn outlook(&self, card: u32) -> Outlook {
         let mut outlook = Outlook::default();
-        let waiting = self.waiting.iter().filter(|waiting| waiting.needs(card)).count();
-        outlook.starved = waiting > 0;
-        outlook.demand = waiting;
-        if card == 0 {
-            let held = self.pool.allocations().filter(|held| held.card == 0).count();
-            outlook.demand = waiting.max(self.bound.saturating_sub(held));
-        }
+        outlook.starved = self.waiting.iter().any(|waiting| waiting.needs(card));
         let size = |count: u32| usize::try_from(count).unwrap_or(usize::MAX);
         for growth in self.growths.values().filter(|growth| growth.card == card) {
             match (&growth.stage, &growth.creating) {

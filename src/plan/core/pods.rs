@@ -170,10 +170,14 @@ impl Core {
         }
     }
 
-    // Whether an address may turn up before the deadline: an allocation is under way, or one ends its cooldown.
+    // Whether an address may turn up before the deadline: an allocation is under way, one ends its cooldown, or EC2's word
+    // on those that are there is still awaited.
     fn address_expected(&self, deadline: Mono) -> bool {
         let cooldown = self.pool.cooldown();
-        self.growing_now() || self.pool.cooling(self.now.mono).any(|(_, freed)| freed.plus(cooldown) <= deadline)
+        let trusted = self.timers.get(&Timer::Trust).is_some_and(|at| self.described.is_none() && *at <= deadline);
+        trusted
+            || self.growing_now()
+            || self.pool.cooling(self.now.mono).any(|(_, freed)| freed.plus(cooldown) <= deadline)
     }
 
     pub(super) fn del(&mut self, call: CallId, request: &DelNetworkRequest) {

@@ -13,6 +13,12 @@ pub struct Status {
     pub phase: &'static str,
     /// Warm targets that count now.
     pub targets: Targets,
+    /// Pods that the node may run.
+    pub max_pods: usize,
+    /// The node is cordoned: nothing grows, and no ENI is given back.
+    pub cordoned: bool,
+    /// Free addresses of the subnets that ENIs may be put into, and when EC2 told.
+    pub subnets: Vec<(SubnetId, u32, Mono)>,
     /// ADDs that wait for an address.
     pub waiting: usize,
     /// Growths in progress.
@@ -36,7 +42,14 @@ pub struct Status {
 impl Core {
     /// What the core is doing.
     pub fn status(&self) -> Status {
+        let mut subnets = Vec::new();
+        if let Some((at, Some(told))) = &self.subnets {
+            subnets.extend(told.iter().map(|subnet| (subnet.id.clone(), subnet.free, *at)));
+        }
         Status {
+            subnets,
+            max_pods: self.max_pods(),
+            cordoned: self.cordoned(),
             phase: match self.phase {
                 Phase::Starting => "starting",
                 Phase::Booting => "booting",

@@ -5,6 +5,7 @@
 //! sandbox to fail on.
 
 mod imds;
+pub mod kube;
 mod query;
 mod xml;
 

@@ -32,6 +32,9 @@ pub const IMDS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 /// Where the sandbox's EC2 is: an address for documentation, outside of any VPC.
 pub const EC2: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 
+/// Where the sandbox's API server is.
+pub const KUBE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
+
 // One ENI as it is wired now.
 #[derive(Debug)]
 struct Port {
@@ -73,7 +76,7 @@ impl Topology {
         let (gateways, ports) = (BTreeSet::new(), BTreeMap::new());
         let (nodes, hosts) = (BTreeMap::new(), BTreeMap::new());
         let mut topology = Topology { router, socket, gateways, ports, nodes, hosts, run };
-        for service in [IMDS, EC2] {
+        for service in [IMDS, EC2, KUBE] {
             topology.answer_for(service)?;
         }
         Ok(topology)
@@ -96,7 +99,7 @@ impl Topology {
         self.socket.run(&[addr::add(&Address { dev: lo, addr, no_prefix_route: false, no_dad: false }).or_exists()])
     }
 
-    /// A listener on an address of the router's, for [`IMDS`] and [`EC2`].
+    /// A listener on an address of the router's, for [`IMDS`], [`EC2`] and [`KUBE`].
     pub fn listen(&self, address: Ipv4Addr, port: u16) -> Result<TcpListener> {
         let at = SocketAddr::from((address, port));
         let listener = self.router.net.run(|| TcpListener::bind(at))?;

@@ -345,6 +345,15 @@ impl Vpc {
         result.map_err(|refusal| self.failure("CreateNetworkInterface", refusal))
     }
 
+    /// Makes an ENI one of another kind, as whoever created it would: `trunk`, `efa`, `efa-only`.
+    pub fn set_interface_type(&mut self, now: Now, eni: &EniId, kind: &str) {
+        if let Some(state) = self.enis.get_mut(eni) {
+            kind.clone_into(&mut state.interface.interface_type);
+            self.touched.insert(eni.clone());
+        }
+        self.publish(now);
+    }
+
     /// All calls so far.
     pub fn journal(&self) -> &Journal {
         &self.journal

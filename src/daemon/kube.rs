@@ -1,0 +1,281 @@
+//! The API server's place in the daemon (`spec/kubernetes.md` 5): what has to wait for it, the watches of our node and its
+//! pods, and the threads that carry out the core's calls.
+//!
+//! Without a feature that needs it nothing here delays the start, or anything else: an API server that is away is looked for
+//! by the watches, in their own time.
+
+use super::executors::QUEUE_MAX;
+use super::{End, spawn};
+use crate::error::{Context, Error, Result};
+use crate::kube::config::SERVICE_ACCOUNT;
+use crate::kube::events::Writer;
+use crate::kube::{Client, Config, Seen, objects};
+use crate::model::kube::{Call, Node};
+use crate::model::settings::Settings;
+use crate::plan::core::{Event, OpId};
+use crate::sys;
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// Calls to the API server that are out at one time.
+const THREADS: usize = 2;
+/// Pause between two attempts to reach it while the start waits.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// Reading our node at the start: one attempt, and their number.
+const NODE_LIMIT: Duration = Duration::from_secs(10);
+const NODE_ATTEMPTS: u32 = 3;
+
+/// The API server, if there is one.
+pub(super) struct Api {
+    server: Option<(Client, Writer)>,
+    node: Option<Node>,
+}
+
+/// Finds the API server; waits for it if a feature that is on cannot do without. `None`: a signal came meanwhile.
+pub(super) fn reach(settings: &Settings) -> Result<Option<Api>> {
+    let features = [
+        (settings.pod_eni, "ENABLE_POD_ENI"),
+        (settings.custom_networking, "AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG"),
+        (settings.annotate_pod_ip, "ANNOTATE_POD_IP"),
+    ];
+    let needed = features.iter().find(|(on, _)| *on).map(|(_, what)| *what);
+    let server = match (find(settings), needed) {
+        (Ok(client), _) => Some(client),
+        (Err(error), Some(what)) => return Err(error.context(format!("find the API server, which {what} needs"))),
+        (Err(error), None) => {
+            log::warn!("going on without the API server: {error}");
+            None
+        }
+    };
+    let Some((client, _)) = server.as_ref().filter(|_| needed.is_some()) else {
+        return Ok(Some(Api { server, node: None }));
+    };
+    if !wait(client)? {
+        return Ok(None);
+    }
+    let mut attempt = 1;
+    let node = loop {
+        match client.node(NODE_LIMIT) {
+            Ok(node) => break node,
+            Err(trouble) if attempt < NODE_ATTEMPTS && !trouble.is_final() => {
+                log::warn!("read our node: {trouble}; again");
+                attempt += 1;
+            }
+            Err(trouble) => return Err(trouble).context("read our node"),
+        }
+    };
+    Ok(Some(Api { server, node: Some(node) }))
+}
+
+fn find(settings: &Settings) -> Result<(Client, Writer)> {
+    if settings.node_name.is_empty() {
+        return Err(Error::new("MY_NODE_NAME is not set"));
+    }
+    match Config::find(settings, Path::new(SERVICE_ACCOUNT))? {
+        Some(config) => Client::new(config),
+        None => Err(Error::new("none is named: neither KUBERNETES_SERVICE_HOST with a token, nor CLUSTER_ENDPOINT")),
+    }
+}
+
+// Everything may pass but a certificate and credentials that are refused. False: a signal wants us to end.
+fn wait(client: &Client) -> Result<bool> {
+    let mut cause = String::new();
+    loop {
+        match client.probe() {
+            Ok(()) => return Ok(true),
+            Err(trouble) if trouble.is_final() => return Err(trouble).context("reach the API server"),
+            Err(trouble) => {
+                let text = trouble.to_string();
+                if text != cause {
+                    log::warn!("waiting for the API server: {text}");
+                    cause = text;
+                }
+            }
+        }
+        if let Some(signal) = sys::wait_signal(LOOK_EVERY).context("wait for a signal")? {
+            log::info!("signal {signal}: stopping");
+            return Ok(false);
+        }
+    }
+}
+
+impl Api {
+    /// Starts the threads; where calls go. A node that was read already is told first.
+    pub(super) fn start(
+        self,
+        events: &SyncSender<Event>,
+        ended: &SyncSender<End>,
+    ) -> Result<Option<SyncSender<(OpId, Call)>>> {
+        let Some((client, writer)) = self.server else { return Ok(None) };
+        if let Some(node) = self.node.clone() {
+            events.send(Event::NodeSeen(Box::new(node))).context("tell of our node")?;
+        }
+        let client = Arc::new(client);
+        let (queue, calls) = sync_channel(QUEUE_MAX);
+        let calls = Arc::new(Mutex::new(calls));
+        for n in 0..THREADS {
+            let (events, client, calls) = (events.clone(), Arc::clone(&client), Arc::clone(&calls));
+            spawn(&format!("kube-{n}"), ended, move || serve(&client, &calls, &events))?;
+        }
+        let (sender, watching, known) = (events.clone(), Arc::clone(&client), self.node);
+        spawn("kube-node", ended, move || {
+            watch_node(&watching, &sender, known);
+            Ok(())
+        })?;
+        let (sender, watching) = (events.clone(), Arc::clone(&client));
+        spawn("kube-pods", ended, move || {
+            watch_pods(&watching, &sender);
+            Ok(())
+        })?;
+        spawn("kube-events", ended, move || {
+            writer.run(&client);
+            Ok(())
+        })?;
+        Ok(Some(queue))
+    }
+}
+
+fn serve(client: &Client, calls: &Mutex<Receiver<(OpId, Call)>>, events: &SyncSender<Event>) -> Result<()> {
+    loop {
+        // Whoever holds the lock waits for the next call; the lock goes before the call is made.
+        let next = calls.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok((op, call)) = next else { return Ok(()) };
+        let result = client.execute(&call);
+        events.send(Event::Kube(op, result)).context("tell the core")?;
+    }
+}
+
+// The heartbeat of the kubelet changes the object every few minutes, and nothing that we look at.
+fn watch_node(client: &Client, events: &SyncSender<Event>, mut known: Option<Node>) {
+    let selector = format!("metadata.name={}", client.config().node);
+    client.watch("/api/v1/nodes", &selector).run(&mut |seen| {
+        let (Seen::Item(object) | Seen::Set(object)) = seen else { return true };
+        let node = objects::node(&object);
+        if known.as_ref() == Some(&node) {
+            return true;
+        }
+        let cordoned = if node.unschedulable { ", cordoned" } else { "" };
+        log::info!("our node takes {} pods{cordoned}", node.max_pods.unwrap_or(0));
+        known = Some(node.clone());
+        events.send(Event::NodeSeen(Box::new(node))).is_ok()
+    });
+}
+
+fn watch_pods(client: &Client, events: &SyncSender<Event>) {
+    let selector = format!("spec.nodeName={}", client.config().node);
+    let mut pods = Pods::default();
+    client.watch("/api/v1/pods", &selector).run(&mut |seen| {
+        pods.see(&seen).is_none_or(|count| {
+            log::debug!("{count} pods of our node need an address");
+            events.send(Event::PodsSeen(count)).is_ok()
+        })
+    });
+}
+
+// The pods of our node that need an address, by uid; nothing else of them is kept.
+#[derive(Default)]
+struct Pods {
+    there: BTreeSet<String>,
+    listed: BTreeSet<String>, // of a list that is not whole yet
+    told: Option<usize>,
+}
+
+impl Pods {
+    // Their number, when it has changed.
+    fn see(&mut self, seen: &Seen) -> Option<usize> {
+        match seen {
+            Seen::List => self.listed.clear(),
+            Seen::Item(pod) if objects::needs_address(pod) => drop(self.listed.insert(uid(pod))),
+            Seen::Item(_) => {}
+            Seen::Listed => self.there = std::mem::take(&mut self.listed),
+            Seen::Set(pod) if objects::needs_address(pod) => drop(self.there.insert(uid(pod))),
+            Seen::Set(pod) | Seen::Gone(pod) => drop(self.there.remove(&uid(pod))),
+        }
+        let count = Some(self.there.len());
+        let whole = self.told.is_some() || matches!(seen, Seen::Listed);
+        if whole && count != self.told {
+            self.told = count;
+            return count;
+        }
+        None
+    }
+}
+
+fn uid(pod: &serde_json::Value) -> String {
+    objects::text(pod, "/metadata/uid").to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn pods_are_counted() {
+        let pod = |uid: &str, phase: &str| json!({"metadata": {"uid": uid}, "status": {"phase": phase}});
+        let mut pods = Pods::default();
+        let mut check = |seen: Seen, expect: Option<usize>| assert_eq!(pods.see(&seen), expect, "{seen:?}");
+        check(Seen::List, None);
+        check(Seen::Item(pod("a", "Running")), None);
+        check(Seen::Item(pod("b", "Succeeded")), None);
+        check(Seen::Listed, Some(1));
+        check(Seen::Set(pod("a", "Running")), None);
+        check(Seen::Set(pod("c", "Pending")), Some(2));
+        check(Seen::Set(pod("a", "Failed")), Some(1));
+        check(Seen::Gone(pod("a", "Failed")), None);
+        // A list that breaks off changes nothing.
+        check(Seen::List, None);
+        check(Seen::Item(pod("x", "Running")), None);
+        check(Seen::Set(pod("d", "Running")), Some(2));
+        check(Seen::List, None);
+        check(Seen::Listed, Some(0));
+    }
+
+    fn settings(variables: &[(&str, &str)]) -> Settings {
+        Settings::parse(|name| variables.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned())).0
+    }
+
+    #[test]
+    fn what_is_missing_matters_to_features_alone() {
+        let complaint = |variables: &[(&str, &str)]| match reach(&settings(variables)) {
+            Ok(api) => Ok(api.is_some_and(|api| api.server.is_some())),
+            Err(error) => Err(error.to_string()),
+        };
+        assert_eq!(complaint(&[]), Ok(false));
+        let endpoint = ("CLUSTER_ENDPOINT", "http://127.0.0.1:1");
+        assert_eq!(complaint(&[endpoint]), Ok(false), "no name of a node");
+        assert_eq!(complaint(&[endpoint, ("MY_NODE_NAME", "n")]), Ok(true), "it is not tried");
+        let missing = "find the API server, which ENABLE_POD_ENI needs: MY_NODE_NAME is not set";
+        assert_eq!(complaint(&[endpoint, ("ENABLE_POD_ENI", "true")]), Err(missing.to_owned()));
+    }
+
+    #[cfg(feature = "sandbox")]
+    #[test]
+    fn features_wait_for_the_api_server() {
+        use crate::sandbox::{kube, serve::kube::Kube};
+        use std::net::TcpListener;
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        drop(listener);
+        let endpoint = format!("http://{address}");
+        let settings = settings(&[("CLUSTER_ENDPOINT", &endpoint), ("MY_NODE_NAME", "n"), ("ANNOTATE_POD_IP", "true")]);
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| reach(&settings));
+            std::thread::sleep(Duration::from_millis(300));
+            assert!(!waiting.is_finished());
+            let mut api = kube::Api::new();
+            api.add_node("n", 17);
+            let kube = Kube::new(api);
+            let _server = kube.serve(TcpListener::bind(address).unwrap()).unwrap();
+            let api = waiting.join().unwrap().unwrap().unwrap();
+            assert_eq!(api.node.unwrap().max_pods, Some(17));
+            // Credentials that are refused are not waited for.
+            kube.tune(|knobs| knobs.tokens = Some(BTreeSet::new()));
+            let error = reach(&settings).err().unwrap().to_string();
+            assert!(error.starts_with("reach the API server: GET /version: Unauthorized"), "{error}");
+        });
+    }
+}

@@ -1,0 +1,118 @@
+//! The daemon and the API server: there, away, late, silent.
+
+use crate::stage::{Stage, eventually};
+use enibox::sandbox::kube::Api;
+use serde_json::json;
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+const ENDPOINT: (&str, &str) = ("CLUSTER_ENDPOINT", "http://198.51.100.2");
+const TOKEN: &str = "/run/secrets/kubernetes.io/serviceaccount/token";
+const LIMIT: Duration = Duration::from_secs(90);
+
+fn objects() -> Api {
+    let mut api = Api::new();
+    api.add_node("node-1", 29);
+    api.add_pod("tests", "early", "node-1", &json!({}));
+    api.add_pod("tests", "on-the-host", "node-1", &json!({"hostNetwork": true}));
+    api.add_pod("tests", "elsewhere", "node-2", &json!({}));
+    api
+}
+
+#[track_caller]
+fn logged(stage: &Stage, text: &str) {
+    eventually(LIMIT, text, || if stage.log().contains(text) { Ok(()) } else { Err(stage.log()) });
+}
+
+fn serves(stage: &Stage) {
+    let pod = stage.add("some");
+    stage.probe(&pod);
+    stage.delete(pod);
+    stage.assert_no_complaints();
+}
+
+#[test]
+fn watches_its_node_and_pods_and_is_idle() {
+    let mut stage = Stage::new("m5.large", 61, &[ENDPOINT]);
+    let kube = stage.world.serve_kube(objects()).unwrap();
+    stage.start();
+    stage.wait_ready();
+    logged(&stage, "our node takes 29 pods\"");
+    logged(&stage, "1 pods of our node need an address");
+    kube.change(|api| {
+        api.cordon("node-1", true);
+        api.add_pod("tests", "second", "node-1", &json!({}));
+    });
+    logged(&stage, "our node takes 29 pods, cordoned");
+    logged(&stage, "2 pods of our node need an address");
+    kube.cut();
+    kube.change(|api| api.remove(enibox::sandbox::kube::Kind::Pod, "tests", "early"));
+    eventually(LIMIT, "the count falls", || {
+        let last = stage.log().lines().rfind(|line| line.contains("pods of our node need")).map(str::to_owned);
+        if last.as_ref().is_some_and(|line| line.contains("\"1 pods")) { Ok(()) } else { Err(last) }
+    });
+    // Two watches and nothing else.
+    let before = kube.requests();
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(kube.requests(), before);
+    serves(&stage);
+    stage.stop();
+}
+
+#[test]
+fn serves_pods_while_the_api_server_is_away() {
+    let mut stage = Stage::ready("m5.large", 62, &[ENDPOINT]);
+    serves(&stage);
+    assert!(!stage.log().contains("our node takes"));
+    // It appears late, and takes no token but that of a file which comes later still.
+    let kube = stage.world.serve_kube(objects()).unwrap();
+    kube.tune(|knobs| knobs.tokens = Some(BTreeSet::from(["t-1".to_owned()])));
+    logged(&stage, "Unauthorized");
+    let write = || {
+        std::fs::create_dir_all("/run/secrets/kubernetes.io/serviceaccount")?;
+        Ok(std::fs::write(TOKEN, "t-1\n")?)
+    };
+    stage.node.inside(write).unwrap();
+    logged(&stage, "our node takes 29 pods");
+    // The kubelet has renewed the token, and the old one has run out.
+    stage.write(TOKEN, "t-2\n");
+    kube.tune(|knobs| knobs.tokens = Some(BTreeSet::from(["t-2".to_owned()])));
+    kube.cut();
+    kube.change(|api| api.cordon("node-1", true));
+    logged(&stage, "our node takes 29 pods, cordoned");
+    stage.stop();
+}
+
+#[test]
+fn serves_pods_while_the_api_server_is_a_black_hole() {
+    let mut stage = Stage::new("m5.large", 63, &[ENDPOINT]);
+    let kube = stage.world.serve_kube(objects()).unwrap();
+    kube.tune(|knobs| knobs.black_hole = true);
+    stage.start();
+    let took = stage.wait_ready();
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    serves(&stage);
+    kube.tune(|knobs| knobs.black_hole = false);
+    logged(&stage, "our node takes 29 pods");
+    stage.kill();
+    // A restart is no other.
+    kube.tune(|knobs| knobs.black_hole = true);
+    stage.start();
+    let took = stage.wait_ready();
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    serves(&stage);
+    kube.tune(|knobs| knobs.black_hole = false); // whoever waits there may go
+    stage.stop();
+}
+
+#[test]
+fn a_daemon_without_a_node_name_goes_on_alone() {
+    let mut stage = Stage::new("m5.large", 64, &[ENDPOINT, ("MY_NODE_NAME", "")]);
+    let kube = stage.world.serve_kube(objects()).unwrap();
+    stage.start();
+    stage.wait_ready();
+    serves(&stage);
+    assert_eq!(stage.log().matches("MY_NODE_NAME is not set").count(), 1);
+    assert_eq!(kube.requests(), [""; 0]);
+    stage.stop();
+}
