@@ -10,18 +10,22 @@ use crate::error::{Context, Error, Result};
 use crate::kube::config::SERVICE_ACCOUNT;
 use crate::kube::events::Writer;
 use crate::kube::{Client, Config, Seen, objects};
-use crate::model::kube::{Call, Node};
+use crate::model::kube::{Call, Node, Reply};
 use crate::model::settings::Settings;
 use crate::plan::core::{Event, OpId};
 use crate::sys;
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// Calls to the API server that are out at one time.
 const THREADS: usize = 2;
+/// Pods whose branch ENI is waited for at one time, each on a thread of its own: the others' calls must not wait behind
+/// them. For a further one the kubelet tries again.
+const BRANCHES_MAX: usize = 32;
 /// Pause between two attempts to reach it while the start waits.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// Reading our node at the start: one attempt, and their number.
@@ -138,13 +142,38 @@ impl Api {
     }
 }
 
-fn serve(client: &Client, calls: &Mutex<Receiver<(OpId, Call)>>, events: &SyncSender<Event>) -> Result<()> {
+fn serve(client: &Arc<Client>, calls: &Mutex<Receiver<(OpId, Call)>>, events: &SyncSender<Event>) -> Result<()> {
+    static BRANCHES: AtomicUsize = AtomicUsize::new(0);
     loop {
         // Whoever holds the lock waits for the next call; the lock goes before the call is made.
         let next = calls.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok((op, call)) = next else { return Ok(()) };
-        let result = client.execute(&call);
+        let result = client.execute(&at_once(&call));
+        let waits =
+            matches!(&result, Ok(Reply::Pod(pod)) if matches!(call, Call::PodWithBranch { .. }) && pod.lacks_branch());
+        if waits && BRANCHES.fetch_add(1, Ordering::Relaxed) < BRANCHES_MAX {
+            let (client, events) = (Arc::clone(client), events.clone());
+            let wait = move || {
+                let result = client.execute(&call);
+                BRANCHES.fetch_sub(1, Ordering::Relaxed);
+                events.send(Event::Kube(op, result)).ok(); // nobody is there at the end of the process
+            };
+            if std::thread::Builder::new().name("kube-branch".into()).spawn(wait).is_ok() {
+                continue;
+            }
+        }
+        if waits {
+            BRANCHES.fetch_sub(1, Ordering::Relaxed);
+        }
         events.send(Event::Kube(op, result)).context("tell the core")?;
+    }
+}
+
+// The call without its wait.
+fn at_once(call: &Call) -> Call {
+    match call.clone() {
+        Call::PodWithBranch { namespace, name } => Call::Pod { namespace, name },
+        call => call,
     }
 }
 
@@ -158,7 +187,7 @@ fn watch_node(client: &Client, events: &SyncSender<Event>, mut known: Option<Nod
             return true;
         }
         let cordoned = if node.unschedulable { ", cordoned" } else { "" };
-        log::info!("our node takes {} pods{cordoned}", node.max_pods.unwrap_or(0));
+        log::debug!("our node takes {} pods{cordoned}", node.max_pods.unwrap_or(0));
         known = Some(node.clone());
         events.send(Event::NodeSeen(Box::new(node))).is_ok()
     });
@@ -250,6 +279,42 @@ mod tests {
         assert_eq!(complaint(&[endpoint, ("MY_NODE_NAME", "n")]), Ok(true), "it is not tried");
         let missing = "find the API server, which ENABLE_POD_ENI needs: MY_NODE_NAME is not set";
         assert_eq!(complaint(&[endpoint, ("ENABLE_POD_ENI", "true")]), Err(missing.to_owned()));
+    }
+
+    #[cfg(feature = "sandbox")]
+    #[test]
+    fn pods_that_wait_for_a_branch_eni_hold_up_nobody() {
+        use crate::model::kube::POD_ENI;
+        use crate::sandbox::kube::{Api as Objects, Kind};
+        let limits = json!({"containers": [{"resources": {"limits": {POD_ENI: "1"}}}]});
+        let mut objects = Objects::new();
+        for number in 0..8 {
+            objects.add_pod("a", &format!("branch-{number}"), "n", &limits);
+        }
+        objects.add_pod("a", "plain", "n", &json!({}));
+        let kube = crate::sandbox::serve::kube::Kube::new(objects);
+        let server = kube.serve(std::net::TcpListener::bind("127.0.0.1:0").unwrap()).unwrap();
+        let endpoint = format!("http://{}", server.address());
+        let settings = settings(&[("CLUSTER_ENDPOINT", &endpoint), ("MY_NODE_NAME", "n")]);
+        let (events, inbox) = sync_channel(64);
+        let (ended, _ends) = sync_channel(16);
+        let queue = reach(&settings).unwrap().unwrap().start(&events, &ended).unwrap().unwrap();
+        let ask = |op: u64, name: &str| {
+            queue.send((op, Call::PodWithBranch { namespace: "a".into(), name: name.into() })).unwrap();
+        };
+        let next = || loop {
+            if let Event::Kube(op, result) = inbox.recv_timeout(Duration::from_secs(8)).unwrap() {
+                let Ok(Reply::Pod(pod)) = result else { panic!("{result:?}") };
+                return (op, pod.annotations.contains_key(POD_ENI));
+            }
+        };
+        for number in 0..8 {
+            ask(number, &format!("branch-{number}"));
+        }
+        ask(100, "plain");
+        assert_eq!(next(), (100, false));
+        kube.change(|api| api.annotate(Kind::Pod, "a", "branch-5", POD_ENI, "[]"));
+        assert_eq!(next(), (5, true));
     }
 
     #[cfg(feature = "sandbox")]

@@ -10,7 +10,7 @@ use super::watch::{self, Watch};
 use crate::clock;
 use crate::error::{Context, Error, Result};
 use crate::http::{Agent, Broken, Options, Proxies, Response, Roots};
-use crate::model::kube::{Call, EniConfig, Failure, POD_ENI, Pod, Reply};
+use crate::model::kube::{Call, EniConfig, Failure, Pod, Reply};
 use crate::model::time::Mono;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -206,7 +206,7 @@ impl Client {
         loop {
             let pod = objects::pod(&object);
             let left = end.since(clock::now().mono);
-            if !pod.wants_branch || pod.annotations.contains_key(POD_ENI) || left < Duration::from_secs(1) {
+            if !pod.lacks_branch() || left < Duration::from_secs(1) {
                 return Ok(pod);
             }
             match watch::next_version(self, namespace, name, objects::version(&object), left) {

@@ -3,6 +3,7 @@
 use super::config::{Authority, Token};
 use super::watch::Tempo;
 use super::*;
+use crate::clock;
 use crate::http::script::{self, Step};
 use crate::model::kube::{Call, Feature, Notice, POD_ENI, POD_IPS, Regarding, Reply};
 use crate::sandbox::kube::{Api, Kind};
@@ -14,7 +15,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -170,7 +171,7 @@ fn the_other_address_is_tried() {
 fn a_black_hole_costs_the_deadline() {
     let bed = Bed::new();
     bed.kube.tune(|knobs| knobs.black_hole = true);
-    let begin = Instant::now();
+    let begin = clock::instant();
     let failure = bed.client().execute(&pod()).unwrap_err();
     assert!(begin.elapsed() < Duration::from_secs(7), "{:?}", begin.elapsed());
     assert_eq!(failure.status, 0, "{failure}");
@@ -203,7 +204,7 @@ fn a_branch_eni_is_waited_for() {
     bed.kube.change(|api| api.add_pod("a", "branch", "n1", &limits));
     let call = |name: &str| Call::PodWithBranch { namespace: "a".into(), name: name.into() };
     // A pod that wants none is not waited for.
-    let begin = Instant::now();
+    let begin = clock::instant();
     assert!(matches!(client.execute(&call("p")), Ok(Reply::Pod(_))));
     assert!(begin.elapsed() < Duration::from_secs(3));
     std::thread::scope(|scope| {
@@ -285,7 +286,7 @@ fn expect(watch: &Receiver<String>, words: &[&str]) {
 
 #[track_caller]
 fn eventually(mut done: impl FnMut() -> bool) {
-    let begin = Instant::now();
+    let begin = clock::instant();
     while !done() {
         assert!(begin.elapsed() < SOON, "not within {SOON:?}");
         std::thread::sleep(Duration::from_millis(5));
@@ -392,9 +393,9 @@ fn a_server_that_appears_late_is_found() {
     api.add_pod("a", "late", "n1", &json!({}));
     let kube = Kube::new(api);
     let _server = kube.serve(TcpListener::bind(address).unwrap()).unwrap();
-    let end = Instant::now() + SOON;
+    let end = clock::instant() + SOON;
     while seen.recv_timeout(SOON).unwrap() != "item late" {
-        assert!(Instant::now() < end);
+        assert!(clock::instant() < end);
     }
     expect(&seen, &["listed"]);
 }
@@ -511,7 +512,8 @@ fn authority(file: &str) -> Authority {
 fn tls_to_an_address_with_the_cluster_s_ca() {
     let bed = Bed::new();
     let url = tls_in_front_of(bed.server.address());
-    let with = |authority: Authority| Client::new(Config { authority, ..config(&[url.clone()]) }).unwrap().0;
+    let with =
+        |authority: Authority| Client::new(Config { authority, ..config(std::slice::from_ref(&url)) }).unwrap().0;
     let good = with(authority("ca.pem"));
     good.probe().unwrap();
     let seen = std::cell::RefCell::new(Vec::new());

@@ -21,8 +21,8 @@ const PAGES_LIMIT: u32 = 100;
 /// A whole list.
 const LIST_LIMIT: Duration = Duration::from_secs(30);
 /// How long the server is asked to keep a watch, at least, and the random rest, so that nodes do not come back together.
-const STAY: Duration = Duration::from_secs(300);
-const STAY_MORE: Duration = Duration::from_secs(300);
+const STAY: Duration = Duration::from_mins(5);
+const STAY_MORE: Duration = Duration::from_mins(5);
 /// A watch that ends sooner without a word has something wrong.
 const TOO_SHORT: Duration = Duration::from_secs(1);
 /// How long the server may answer with its error 500 before the list is read again.

@@ -140,6 +140,13 @@ pub struct Pod {
     pub wants_branch: bool,
 }
 
+impl Pod {
+    /// A branch ENI is wanted, and the resource controller has not told yet which.
+    pub fn lacks_branch(&self) -> bool {
+        self.wants_branch && !self.annotations.contains_key(POD_ENI)
+    }
+}
+
 /// `spec` of an ENIConfig.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EniConfig {

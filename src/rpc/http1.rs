@@ -397,9 +397,8 @@ fn stream(to: &mut TcpStream, response: &Response, pieces: &mut Pieces, shared: 
                 let chunk = [format!("{:x}\r\n", bytes.len()).as_bytes(), &bytes, b"\r\n"].concat();
                 to.write_all(&chunk)?;
             }
-            Piece::Bytes(_) => {}
             Piece::Nothing if gone(to)? => return Ok(false),
-            Piece::Nothing => {}
+            Piece::Bytes(_) | Piece::Nothing => {} // an empty chunk would be the end
             Piece::End => {
                 to.write_all(b"0\r\n\r\n")?;
                 return Ok(true);

@@ -173,14 +173,11 @@ impl Kube {
             if state.cuts != cuts {
                 return Piece::Cut;
             }
-            let mut bytes = Vec::new();
-            match state.api.since(kind, &namespace, &selector, at) {
-                Some(told) => bytes.extend(told.into_iter().flat_map(|(what, item)| line(what, item))),
-                None => {
-                    over = true;
-                    return Piece::Bytes(line("ERROR", &status(&gone())));
-                }
-            }
+            let Some(told) = state.api.since(kind, &namespace, &selector, at) else {
+                over = true;
+                return Piece::Bytes(line("ERROR", &status(&gone())));
+            };
+            let mut bytes: Vec<u8> = told.into_iter().flat_map(|(what, item)| line(what, item)).collect();
             at = state.api.version();
             if state.bookmarks != bookmarks {
                 bookmarks = state.bookmarks;
