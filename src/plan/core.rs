@@ -16,6 +16,7 @@ mod growth;
 mod pods;
 mod saver;
 mod status;
+mod sweep;
 mod upkeep;
 
 pub use event::{Answer, Applied, CallId, Effect, Event, Level, OpId, Seen, Tally};
@@ -134,6 +135,8 @@ enum Timer {
     Freeing,
     /// EC2: ENIs that we made and do not know of.
     Leaked,
+    /// EC2: ENIs that dead nodes have left.
+    Sweep,
     /// The API server: features of the CNINode.
     Features,
 }
@@ -158,6 +161,8 @@ enum Op {
     Modify(GrowthId),
     Free(EniId),
     Leaked,
+    Sweep,
+    SweepDelete(EniId),
     EniConfig(String),
     CniNode,
     SetFeatures,
@@ -202,6 +207,8 @@ const PATIENCE: Duration = Duration::from_millis(500);
 /// How long new pods wait for that word: an address that EC2 has taken away leads nowhere. After that, what IMDS lists and
 /// EC2 listed before the restart is trusted.
 const TRUST: Duration = Duration::from_secs(3);
+/// When tags or security groups that EC2 refused to set are tried again.
+const AMEND_AGAIN: Duration = Duration::from_mins(10);
 /// A plugin needs less than this between the answer of the daemon and the end of its work on the host.
 const PLUGIN_MAX: Duration = Duration::from_secs(5);
 /// How often the host's links are compared with the allocations (B18).
@@ -223,6 +230,8 @@ pub struct Core {
     woken_for: Option<Mono>,
     // Looks for forgotten ENIs that are still to come.
     leak_checks: usize,
+    // ENIs that dead nodes have left, to be deleted one after the other.
+    leftovers: Vec<EniId>,
 
     pool: Pool,
     saver: saver::Saver,
@@ -298,6 +307,7 @@ impl Core {
             attempts: BTreeMap::new(),
             woken_for: None,
             leak_checks: 0,
+            leftovers: Vec::new(),
             saver: saver::Saver::default(),
             waiting: VecDeque::new(),
             cluster: cluster::Cluster::default(),
@@ -430,6 +440,7 @@ impl Core {
                 }
                 Timer::Growing => self.growing_timer(),
                 Timer::Leaked => self.look_for_leaked(),
+                Timer::Sweep => self.sweep(),
                 Timer::Trust => self.trust(),
                 Timer::Features => self.read_features(),
                 // Looked at in every step.
@@ -559,9 +570,12 @@ impl Core {
                 self.log(Level::Warn, format!("look for leaked ENIs: {failure}"));
                 self.retry(Timer::Leaked);
             }
+            (Some(Op::Sweep), result) => self.sweep_done(result),
+            (Some(Op::SweepDelete(eni)), result) => self.swept(&eni, result.err()),
             (Some(Op::Tags(eni) | Op::ModifyGroups(eni)), Err(failure)) => {
-                // Looked at again with the next description of the ENIs.
+                // Compared and tried again with the next description of the ENIs.
                 self.log(Level::Warn, format!("eni {eni}: {failure}"));
+                self.wake_for(Timer::Describe, self.now.mono.plus(AMEND_AGAIN));
             }
             (Some(Op::Tags(_) | Op::ModifyGroups(_)) | None, _) => {}
             (Some(op), result) => self.log(Level::Error, format!("EC2 answered {result:?} to {op:?}")),
@@ -600,7 +614,10 @@ impl Core {
     fn managed(&self, id: &EniId) -> bool {
         let usable = |facts: &EniFacts| facts.managed && facts.interface_type != "efa-only";
         let card_managed = self.attached.get(id).is_none_or(|eni| self.config.cards.contains_key(&eni.card));
-        *id == self.config.identity.primary_eni || (card_managed && self.facts.get(id).is_some_and(usable))
+        let known = self.facts.get(id);
+        // Without EC2 nobody tells what an ENI is for (`spec/aws.md` 9.2).
+        let ours = if self.config.imds_only { self.attached.contains_key(id) } else { known.is_some_and(usable) };
+        *id == self.config.identity.primary_eni || (card_managed && ours)
     }
 
     fn eni_limit(&self, card: u32) -> usize {

@@ -5,4 +5,5 @@
 mod cluster;
 mod lives;
 mod scenarios;
+mod truth;
 mod world;

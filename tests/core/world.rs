@@ -130,7 +130,7 @@ impl World {
             trunk_capable: false,
             annotate_pod_ip: false,
             multi_nic: false,
-            clean_leaked: true,
+            clean_leaked: false,
             subnet_discovery: true,
             manage_untagged: true,
             cluster_name: "test".into(),

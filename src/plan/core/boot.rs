@@ -64,6 +64,9 @@ impl Core {
     // connections for new ones and moves their ports; an answer of EC2 would be lost. On a restart the rules are there.
     fn ask_ec2_first(&mut self) {
         self.asked_ec2 = true;
+        if self.config.imds_only {
+            return;
+        }
         self.describe();
         self.set_timer(Timer::Patience, PATIENCE);
         self.set_timer(Timer::Trust, TRUST);
@@ -315,7 +318,9 @@ impl Core {
     /// Takes ENIs into the pool for which the host is ready. IMDS may list addresses that EC2 has taken away already, so
     /// EC2 is given a moment to speak first.
     pub(super) fn enrol_ready(&mut self) {
-        let heard = self.described.is_some() || (self.asked_ec2 && !self.timers.contains_key(&Timer::Patience));
+        let heard = self.config.imds_only
+            || self.described.is_some()
+            || (self.asked_ec2 && !self.timers.contains_key(&Timer::Patience));
         if !heard {
             return;
         }
@@ -412,6 +417,7 @@ impl Core {
             self.log(Level::Info, text);
             self.out.push(Effect::Ready);
             self.set_timer(Timer::Scan, self.scan_every());
+            self.plan_sweep();
         }
     }
 
@@ -421,6 +427,8 @@ impl Core {
         if self.config.custom_networking.is_some() && !self.cordoned() {
             return false;
         }
-        self.described.is_some() && !self.growing_now() && (self.grown_once || !self.config.provisioning)
+        (self.described.is_some() || self.config.imds_only)
+            && !self.growing_now()
+            && (self.grown_once || !self.config.provisioning)
     }
 }

@@ -146,6 +146,9 @@ impl Core {
 
     /// A creation may have left an ENI behind: it is looked for, soon and once more later, since EC2 may list it late.
     pub(super) fn suspect_leak(&mut self) {
+        if self.config.imds_only {
+            return;
+        }
         self.leak_checks = super::LEAK_CHECKS.len();
         self.set_timer(Timer::Leaked, super::LEAK_CHECKS[0]);
     }
@@ -192,6 +195,9 @@ impl Core {
     }
 
     pub(super) fn advance_freeing(&mut self) {
+        if !self.config.provisioning {
+            return; // what a former run began waits until it is allowed again
+        }
         let due: Vec<EniId> = self
             .freeing
             .iter()

@@ -143,8 +143,8 @@ impl Core {
 
     /// What is wanted on a card and what is on its way.
     fn outlook(&self, card: u32) -> Outlook {
-        let mut outlook = Outlook::default();
-        outlook.starved = self.waiting.iter().any(|waiting| waiting.needs(card));
+        let starved = self.waiting.iter().any(|waiting| waiting.needs(card));
+        let mut outlook = Outlook { starved, ..Outlook::default() };
         let size = |count: u32| usize::try_from(count).unwrap_or(usize::MAX);
         for growth in self.growths.values().filter(|growth| growth.card == card) {
             match (&growth.stage, &growth.creating) {

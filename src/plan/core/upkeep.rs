@@ -8,6 +8,7 @@ use super::{Absent, Core, Level, Op, Phase, RECONCILE_MAX, Tally, Timer, WATCH, 
 use crate::model::checkpoint::EniFacts;
 use crate::model::ec2::{Call, Interface};
 use crate::model::ids::{EniId, GroupId};
+use crate::model::imds;
 use crate::model::order::{self, Gather as _};
 use ipnet::IpNet;
 use std::collections::btree_map::Entry;
@@ -22,7 +23,7 @@ const SCAN_AGAIN: Duration = Duration::from_secs(2);
 
 impl Core {
     pub(super) fn describe(&mut self) {
-        if !self.ops.values().any(|op| *op == Op::Describe) {
+        if !self.config.imds_only && !self.ops.values().any(|op| *op == Op::Describe) {
             let instance = self.config.identity.instance.clone();
             self.ask_ec2(Op::Describe, Call::DescribeAttached(instance));
         }
@@ -128,7 +129,7 @@ impl Core {
             }
             let Some(again) = self.miss(key) else { continue };
             if !again {
-                self.log(Level::Warn, format!("eni {id}: EC2 does not list it"));
+                self.log(Level::Warn, format!("eni {id}: it is not listed"));
                 self.pool.set_missing(&id, true);
             } else if self.drop_eni(&id) {
                 self.log(Level::Warn, format!("eni {id}: detached by somebody else, dropped"));
@@ -144,18 +145,21 @@ impl Core {
 
     /// Brings the CIDRs of an ENI of the pool in line with what EC2 lists.
     pub(super) fn sync_cidrs(&mut self, interface: &Interface) {
-        let Some(eni) = self.pool.eni(&interface.id) else { return };
+        let listed = cidrs_of(interface);
+        self.listed.insert(interface.id.clone(), listed.clone());
+        self.sync_with(&interface.id, listed);
+    }
+
+    fn sync_with(&mut self, id: &EniId, listed: BTreeSet<IpNet>) {
+        let Some(eni) = self.pool.eni(id) else { return };
         if self.config.v6 {
             return;
         }
-        let listed = cidrs_of(interface);
-        self.listed.insert(interface.id.clone(), listed.clone());
         let held: BTreeSet<IpNet> = eni.cidrs().map(|(net, _)| *net).gather();
-        let id = &interface.id;
         for net in listed.difference(&held) {
             if !self.resting(net) {
                 self.unassigned.remove(net);
-                self.log(Level::Info, format!("eni {id}: EC2 lists {net}, taken in"));
+                self.log(Level::Info, format!("eni {id}: {net} is listed, taken in"));
                 self.tally(Tally::Reconcile("eniDataStorePoolReconcileAdd"));
                 self.add_cidr(id, *net);
             }
@@ -172,11 +176,11 @@ impl Core {
                 continue;
             }
             if self.pool.remove_cidr(id, net).is_ok() {
-                self.log(Level::Warn, format!("eni {id}: EC2 does not list {net} any more, dropped"));
+                self.log(Level::Warn, format!("eni {id}: {net} is not listed any more, dropped"));
                 self.tally(Tally::Reconcile("eniIPPoolReconcileDel"));
                 self.absent.remove(&key);
             } else {
-                self.log(Level::Error, format!("eni {id}: EC2 does not list {net}, which a pod uses"));
+                self.log(Level::Error, format!("eni {id}: {net} is not listed, but a pod uses it"));
             }
         }
     }
@@ -279,10 +283,31 @@ impl Core {
         }
         self.last_reconcile = self.now.mono;
         self.unassigned.retain(|_, at| self.now.mono.since(*at) < RECONCILE_MAX);
-        if let Some(difference) = self.difference() {
+        let difference = self.difference();
+        if self.config.imds_only {
+            return self.believe_imds(difference.as_deref());
+        }
+        if let Some(difference) = difference {
             let text = format!("IMDS and pool differ ({difference}); asking EC2");
             self.log(Level::Info, text);
             self.describe();
+        }
+    }
+
+    // IMDS is all there is: what it adds is taken in, what it lacks twice, well apart, is dropped as soon as nobody uses it.
+    fn believe_imds(&mut self, difference: Option<&str>) {
+        if let Some(difference) = difference {
+            self.log(Level::Info, format!("IMDS and pool differ ({difference})"));
+        } else if self.absent.values().all(|absent| absent.confirmed) {
+            return;
+        }
+        let listed: BTreeSet<EniId> = self.attached.keys().cloned().gather();
+        self.miss_enis(&listed.iter().gather());
+        for eni in self.attached.values().cloned().collect::<Vec<_>>() {
+            self.sync_with(&eni.id, carried(&eni, self.config.v6));
+        }
+        if self.absent.values().any(|absent| !absent.confirmed) {
+            self.wake_for(Timer::Scan, self.now.mono.plus(OBSERVE_AGAIN.saturating_add(Duration::from_secs(1))));
         }
     }
 
@@ -292,8 +317,7 @@ impl Core {
                 continue;
             }
             let Some(entry) = self.pool.eni(id) else { return Some(format!("{id} is new")) };
-            let singles = eni.ipv4s.iter().skip(1).map(|ip| IpNet::from(IpAddr::V4(*ip)));
-            let listed: BTreeSet<IpNet> = singles.chain(eni.v4_prefixes.iter().copied()).gather();
+            let listed = carried(eni, self.config.v6);
             let held: BTreeSet<IpNet> = entry.cidrs().map(|(net, _)| *net).gather();
             let known = |net: &IpNet| self.absent.contains_key(&(id.clone(), Some(*net)));
             let odd = listed.symmetric_difference(&held).find(|net| !self.resting(net) && !known(net));
@@ -307,4 +331,13 @@ impl Core {
             .find(|id| !self.freeing.contains_key(*id));
         missing.map(|id| format!("{id} is missing"))
     }
+}
+
+// What IMDS says an ENI carries besides its own address.
+fn carried(eni: &imds::Eni, v6: bool) -> BTreeSet<IpNet> {
+    if v6 {
+        return eni.v6_prefixes.iter().copied().gather();
+    }
+    let singles = eni.ipv4s.iter().skip(1).map(|ip| IpNet::from(IpAddr::V4(*ip)));
+    singles.chain(eni.v4_prefixes.iter().copied()).gather()
 }

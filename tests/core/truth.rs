@@ -1,0 +1,131 @@
+//! What is believed and what is: IMDS that lags, omits or invents, EC2 that is not there, ENIs of the dead.
+
+use super::world::{DEFAULT, World};
+use enibox::model::ec2::Call;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+const MINUTE: Duration = Duration::from_mins(1);
+
+fn second(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+#[test]
+fn with_imds_alone_no_call_to_ec2_is_made() {
+    let mut world = World::new("t3.small", DEFAULT);
+    world.pass(MINUTE);
+    for n in 0..4 {
+        assert!(world.add(&format!("pod-{n}")));
+    }
+    world.settle();
+    // The node restarts in the mode; the same ENIs and addresses serve on.
+    world.crash();
+    world.configure = |config| {
+        config.imds_only = true;
+        config.provisioning = false;
+        config.clean_leaked = false;
+    };
+    let before = world.vpc.journal().counts().clone();
+    world.start();
+    world.pass(second(2));
+    assert!(world.ready);
+    world.del("pod-0");
+    assert!(world.add("pod-4"));
+    // Somebody assigns an address: it is taken in. Somebody takes one away: nobody gets it, and its pod keeps it.
+    let eni = world.vpc.interfaces().next().unwrap().id.clone();
+    let (taken, now) = (world.vpc.interface(&eni).unwrap().secondary_ipv4s[0], world.now());
+    world.vpc.execute(now, &Call::UnassignAddresses { eni, addresses: vec![taken] }).result.unwrap();
+    let mut expected = before.clone();
+    *expected.entry("UnassignPrivateIpAddresses").or_default() += 1;
+    world.pass(MINUTE * 10);
+    let pool = world.core.as_ref().unwrap().pool();
+    let held = pool.allocations().any(|held| held.address == std::net::IpAddr::V4(taken));
+    assert_eq!(pool.enis().any(|(_, eni)| eni.cidr_of(taken.into()).is_some()), held, "{taken}: {:#?}", world.log);
+    assert_eq!(*world.vpc.journal().counts(), expected, "EC2 was called: {:#?}", world.log);
+}
+
+#[test]
+fn a_fresh_node_with_imds_alone_serves_what_is_attached() {
+    let mut world = World::asleep("t3.small", DEFAULT);
+    world.configure = |config| {
+        config.imds_only = true;
+        config.provisioning = false;
+    };
+    let (primary, now) = (world.vpc.identity(&world.instance).unwrap().primary_eni, world.now());
+    let count = enibox::model::ec2::Count::Addresses(2);
+    world.vpc.execute(now, &Call::Assign { eni: primary, count }).result.unwrap();
+    world.start();
+    world.pass(second(2));
+    assert!(world.add("pod-0") && world.add("pod-1"));
+    world.ask("pod-2");
+    world.pass(second(5));
+    assert!(!world.wired("pod-2"));
+    assert_eq!(world.vpc.journal().counts().len(), 1, "{:?}", world.vpc.journal().counts());
+}
+
+#[test]
+fn enis_of_dead_nodes_are_deleted_and_young_ones_kept() {
+    let mut world = World::asleep("t3.small", DEFAULT);
+    world.configure = |config| config.clean_leaked = true;
+    world.start();
+    world.pass(MINUTE);
+    let subnet = world.vpc.identity(&world.instance).unwrap().subnet;
+    let mut leave = |world: &mut World, description: &str, created: Option<String>| {
+        let mut tags = BTreeMap::from([("node.k8s.amazonaws.com/instance_id".to_owned(), "i-dead".to_owned())]);
+        tags.insert("cluster.k8s.amazonaws.com/name".into(), "test".into());
+        tags.extend(created.map(|created| ("node.k8s.amazonaws.com/createdAt".to_owned(), created)));
+        let now = world.now();
+        world.vpc.add_interface(now, &subnet, description, &tags).unwrap()
+    };
+    let old = world.now().wall.to_string();
+    let dead = leave(&mut world, "aws-K8S-i-dead", Some(old.clone()));
+    let foreign = leave(&mut world, "somebody's", Some(old));
+    let undated = leave(&mut world, "aws-K8S-i-dead", None);
+    let garbled = leave(&mut world, "aws-K8S-i-dead", Some("yesterday".into()));
+    let there = |world: &World, eni| world.vpc.interface(eni).is_some();
+    while there(&world, &dead) {
+        world.pass(MINUTE);
+        assert!(world.nanos < 95 * 60 * 1_000_000_000, "{:#?}", world.log);
+    }
+    assert!(there(&world, &foreign) && there(&world, &undated) && there(&world, &garbled));
+    let dated = |world: &World, eni| world.vpc.interface(eni).unwrap().tags["node.k8s.amazonaws.com/createdAt"].clone();
+    assert!(dated(&world, &undated).starts_with("20") && dated(&world, &garbled).starts_with("20"));
+    world.pass(MINUTE * 95);
+    assert!(!there(&world, &undated) && !there(&world, &garbled) && there(&world, &foreign));
+}
+
+#[test]
+fn groups_that_could_not_be_set_are_tried_again() {
+    let mut world = World::new("t3.small", DEFAULT);
+    world.pass(MINUTE);
+    assert!(world.add("pod"));
+    world.settle();
+    let group = world.vpc.add_group();
+    let (primary, now) = (world.vpc.identity(&world.instance).unwrap().primary_eni, world.now());
+    let modify = Call::ModifyGroups { eni: primary, groups: vec![group.clone()] };
+    world.vpc.execute(now, &modify).result.unwrap();
+    world.vpc.knobs.refuse_next("ModifyNetworkInterfaceAttribute", "UnauthorizedOperation", 403);
+    world.pass(MINUTE * 2);
+    let others = |world: &World| world.vpc.interfaces().filter(|eni| eni.groups == [group.clone()]).count();
+    assert_eq!(others(&world), 1, "refused once");
+    world.pass(MINUTE * 12);
+    assert_eq!(others(&world), world.vpc.interfaces().count());
+    let calls = world.calls("ModifyNetworkInterfaceAttribute");
+    world.pass(MINUTE * 30);
+    assert_eq!(world.calls("ModifyNetworkInterfaceAttribute"), calls, "what matches is left alone");
+}
+
+#[test]
+fn an_attached_eni_that_only_ec2_knows_waits_for_imds() {
+    let mut world = World::new("t3.small", DEFAULT);
+    world.pass(second(5));
+    world.vpc.knobs.imds_lag = MINUTE * 3;
+    for n in 0..3 {
+        assert!(world.add(&format!("pod-{n}")), "{:#?}", world.log);
+    }
+    world.pass(MINUTE * 12);
+    world.settle();
+    world.check_at_rest();
+    assert_eq!(world.enis().len(), 2, "one ENI is enough, however late IMDS shows it: {:?}", world.enis());
+}
