@@ -32,6 +32,9 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 const NODE_LIMIT: Duration = Duration::from_secs(10);
 const NODE_ATTEMPTS: u32 = 3;
 
+/// A start that knows nothing of the node waits so long for it: settings may stand in it.
+const FIRST_LIMIT: Duration = Duration::from_secs(1);
+
 /// The API server, if there is one.
 pub(super) struct Api {
     server: Option<(Client, Writer)>,
@@ -72,6 +75,12 @@ pub(super) fn reach(settings: &Settings) -> Result<Option<Api>> {
         }
     };
     Ok(Some(Api { server, node: Some(node) }))
+}
+
+/// Our node, if the API server gives it at once. If not, the watches will tell why.
+pub(super) fn look(settings: &Settings) -> Option<Node> {
+    let (client, _) = find(settings).ok()?;
+    client.node(FIRST_LIMIT).ok()
 }
 
 fn find(settings: &Settings) -> Result<(Client, Writer)> {

@@ -155,13 +155,13 @@ impl Metrics {
         self.kept().initialising = Some(clock::now().mono);
     }
 
-    /// Requests are served from now on.
-    pub(super) fn started(&self) {
+    /// Requests are served from now on; whether the API server had told of our node by then.
+    pub(super) fn started(&self, with_api_server: bool) {
         let now = clock::now().mono;
         let since = self.kept().initialising.unwrap_or(now);
         let success = || ("success", "true".to_owned());
         self.measure("awscni_ipamd_node_initialization_duration_seconds", vec![success()], now.since(since));
-        let api_server = ("with_api_server", "false".to_owned()); // the start never waits for it
+        let api_server = ("with_api_server", with_api_server.to_string());
         let labels = vec![success(), api_server, ("failure_reason", String::new())];
         self.measure("awscni_ipamd_startup_duration_seconds", labels, now.since(self.start.mono));
     }

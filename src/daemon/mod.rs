@@ -89,23 +89,16 @@ enum End {
 
 /// Runs the daemon until a signal ends it; the exit code.
 pub fn run() -> u8 {
-    let tuner = Tuner::read();
-    let Known { layered, wrong, .. } = tuner.known().clone();
-    let settings = &layered.settings;
-    logging::init(&settings.log_file, &settings.log_level, logging::Stdout::Allowed);
+    let mut tuner = Tuner::read();
+    let settings = &tuner.known().layered.settings;
+    let log_file = settings.log_file.clone();
+    logging::init(&log_file, &settings.log_level, logging::Stdout::Allowed);
     log::info!("enibox {} starting as the node's IPAM daemon", crate::VERSION);
-    for line in &wrong {
-        log::warn!("{line}");
-    }
-    for line in settings.effective().filter(|line| !line.is_default) {
-        log::info!("setting {line} ({})", layered.source(line.variable));
-    }
-    let fatal = layered.complaints.iter().find(|complaint| complaint.fatal);
-    match fatal.map_or_else(|| serve(settings, tuner), |complaint| Err(Error::new(complaint.to_string()))) {
+    match settle(&mut tuner).and_then(|settings| serve(&settings, tuner)) {
         Ok(()) => exit::OK,
         Err(error) => {
             log::error!("{error}");
-            if !matches!(settings.log_file.to_ascii_lowercase().as_str(), "" | "stderr" | "stdout") {
+            if !matches!(log_file.to_ascii_lowercase().as_str(), "" | "stderr" | "stdout") {
                 // Whoever started us may have closed it; the log has it in any case.
                 let _ = writeln!(std::io::stderr(), "aws-k8s-agent: {error}");
             }
@@ -114,12 +107,32 @@ pub fn run() -> u8 {
     }
 }
 
-fn serve(settings: &Settings, tuner: Tuner) -> Result<()> {
+// The settings to start with, told in the log.
+fn settle(tuner: &mut Tuner) -> Result<Settings> {
     // Before any thread starts, so that all inherit the mask and only the waiting thread gets them.
     sys::block_signals().context("block signals")?;
-    let env = |name: &str| std::env::var(name).ok();
-    settings.check().map_err(Error::new).context("settings")?;
+    if tuner.is_first()
+        && let Some(node) = kube::look(&tuner.known().layered.settings)
+    {
+        tuner.begin_with(&node);
+    }
+    let Known { layered, wrong, .. } = tuner.known();
+    logging::set_level(&layered.settings.log_level);
+    for line in wrong {
+        log::warn!("{line}");
+    }
+    for line in layered.settings.effective().filter(|line| !line.is_default) {
+        log::info!("setting {line} ({})", layered.source(line.variable));
+    }
+    if let Some(complaint) = layered.complaints.iter().find(|complaint| complaint.fatal) {
+        return Err(Error::new(complaint.to_string()));
+    }
+    layered.settings.check().map_err(Error::new).context("settings")?;
+    Ok(layered.settings.clone())
+}
 
+fn serve(settings: &Settings, tuner: Tuner) -> Result<()> {
+    let env = |name: &str| std::env::var(name).ok();
     let metrics = Arc::new(Metrics::new());
     let (ended, ends) = sync_channel(16);
     let board = Board::new(settings, tuner.known().clone());
@@ -256,7 +269,7 @@ impl Hands {
 
 fn core_loop(mut core: Core, inbox: &Receiver<Event>, hands: &Hands, rpc: impl FnOnce() -> Result<()>) -> Result<()> {
     let mut rpc = Some(rpc);
-    let mut wake_at = None;
+    let (mut wake_at, mut with_api_server) = (None, false);
     let mut stale = true; // the published view is older than the core
     let mut published = clock::now().mono;
     loop {
@@ -278,7 +291,10 @@ fn core_loop(mut core: Core, inbox: &Receiver<Event>, hands: &Hands, rpc: impl F
         }
         match &event {
             Event::Stop => rpc = None,
-            Event::NodeSeen(node) => hands.notes.node_seen(node),
+            Event::NodeSeen(node) => {
+                with_api_server = true;
+                hands.notes.node_seen(node);
+            }
             _ => {}
         }
         // Effects that cannot be handed over fail at once, which is an event again.
@@ -293,7 +309,7 @@ fn core_loop(mut core: Core, inbox: &Receiver<Event>, hands: &Hands, rpc: impl F
                     Effect::Ready => {
                         if let Some(rpc) = rpc.take() {
                             rpc().context("serve the plugins")?;
-                            hands.metrics.started();
+                            hands.metrics.started(with_api_server);
                         }
                     }
                     effect => next.extend(hands.executors.carry_out(effect)),

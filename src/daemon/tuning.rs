@@ -104,6 +104,18 @@ impl Tuner {
         self.now = over;
     }
 
+    /// Whether nothing is known of the Node from an earlier run.
+    pub(super) fn is_first(&self) -> bool {
+        self.remembered.is_none()
+    }
+
+    /// The Node as it is before anything has started.
+    pub(super) fn begin_with(&mut self, node: &Node) {
+        let over = said(node, &self.now);
+        self.remember(&over);
+        self.begin(over);
+    }
+
     pub(super) fn known(&self) -> &Known {
         &self.known
     }
@@ -261,7 +273,7 @@ mod tests {
     fn what_the_node_says_counts_and_is_remembered() {
         inside("node", |file, memory| {
             let mut tuner = Tuner::read_from(file.to_owned(), memory.to_owned());
-            assert!(!tuner.look(None), "nothing is there");
+            assert!(tuner.is_first() && !tuner.look(None), "nothing is there");
             let said = node(&[("enibox.io/WARM_IP_TARGET", "3")], &[("enibox.io/MAX_ENI", "2"), ("other/KEY", "x")]);
             assert!(tuner.look(Some(&said)));
             let settings = &tuner.known.layered.settings;
@@ -271,12 +283,27 @@ mod tests {
             assert!(!tuner.look(Some(&said)), "nothing is new");
 
             let again = Tuner::read_from(file.to_owned(), memory.to_owned());
+            assert!(!again.is_first());
             let settings = &again.known.layered.settings;
             assert_eq!((settings.warm_ip_target, settings.max_eni), (3, Some(2)));
 
             assert!(tuner.look(Some(&node(&[], &[]))));
             assert_eq!(tuner.known.layered.settings.warm_ip_target, 0);
             assert!(pending(&tuner).is_empty());
+            assert!(
+                !Tuner::read_from(file.to_owned(), memory.to_owned()).is_first(),
+                "a Node without settings is known"
+            );
+        });
+    }
+
+    #[test]
+    fn the_first_start_takes_the_node_whole() {
+        inside("first", |file, memory| {
+            let mut tuner = Tuner::read_from(file.to_owned(), memory.to_owned());
+            tuner.begin_with(&node(&[], &[("enibox.io/MAX_ENI", "2")]));
+            assert_eq!(tuner.known.layered.settings.max_eni, Some(2));
+            assert!(!tuner.is_first() && pending(&tuner).is_empty());
         });
     }
 

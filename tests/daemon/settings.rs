@@ -2,6 +2,7 @@
 
 use crate::stage::{PROGRAM, Stage, eventually};
 use enibox::model::settings::layers::MEMORY;
+use enibox::sandbox::kube::{Api, Kind};
 use serde_json::{Value, json};
 use std::process::Stdio;
 use std::time::Duration;
@@ -134,5 +135,46 @@ fn the_settings_file_counts_while_the_daemon_runs_and_at_its_start() {
         if shown == (0, &json!(1), json!("label")) { Ok(()) } else { Err((out, err)) }
     });
     assert_eq!(ask("status")["pending"], json!([]));
+    stage.stop();
+}
+
+#[test]
+fn the_node_object_sets_its_daemon_and_is_remembered() {
+    let endpoint = ("CLUSTER_ENDPOINT", "http://198.51.100.2");
+    let mut stage = Stage::new("m5.large", 33, &[endpoint, ("WARM_IP_TARGET", "2")]);
+    let mut api = Api::new();
+    api.add_node("node-1", 29);
+    let annotate = |api: &mut Api, variable: &str, value: &str| {
+        api.annotate(Kind::Node, "", "node-1", &format!("enibox.io/{variable}"), value);
+    };
+    annotate(&mut api, "MAX_ENI", "2");
+    annotate(&mut api, "WARM_IP_TARGET", "4");
+    let kube = stage.world.serve_kube(api).unwrap();
+    stage.start();
+    stage.wait_ready();
+    let shown = |stage: &Stage, eni_limit: u32, total: u32, pending: &Value| {
+        let want = (json!(eni_limit), json!(total), pending.clone());
+        eventually(Duration::from_secs(15), &format!("{want:?}"), || {
+            let (code, out, err) = run(stage, &["status", "--json"], &[]);
+            let status: Value = serde_json::from_str(&out).unwrap_or_default();
+            let pool = &status["pool"];
+            let seen = (pool["eni_limit"].clone(), pool["total"].clone(), status["pending"].clone());
+            if code == 0 && seen == want { Ok(()) } else { Err((out, err)) }
+        });
+    };
+    shown(&stage, 2, 4, &json!([])); // the first start asks for the Node before it decides anything
+    kube.change(|api| {
+        annotate(api, "MAX_ENI", "1");
+        annotate(api, "WARM_IP_TARGET", "7");
+    });
+    shown(&stage, 2, 7, &json!(["MAX_ENI=1"]));
+    let name = stage.node.place.net.run(|| fetch("127.0.0.1:61679", "/v1/eni-configs")).unwrap();
+    assert!(name.ends_with("\"default\""), "{name}");
+    stage.kill();
+    kube.tune(|knobs| knobs.black_hole = true);
+    stage.start();
+    stage.wait_ready();
+    shown(&stage, 1, 7, &json!([]));
+    kube.tune(|knobs| knobs.black_hole = false); // whoever waits there may go
     stage.stop();
 }
