@@ -33,7 +33,7 @@ const NODE_LIMIT: Duration = Duration::from_secs(10);
 const NODE_ATTEMPTS: u32 = 3;
 
 /// A start that knows nothing of the node waits so long for it: settings may stand in it.
-const FIRST_LIMIT: Duration = Duration::from_secs(1);
+const FIRST_LIMIT: Duration = Duration::from_secs(2);
 
 /// The API server, if there is one.
 pub(super) struct Api {
@@ -80,7 +80,7 @@ pub(super) fn reach(settings: &Settings) -> Result<Option<Api>> {
 /// Our node, if the API server gives it at once. If not, the watches will tell why.
 pub(super) fn look(settings: &Settings) -> Option<Node> {
     let (client, _) = find(settings).ok()?;
-    client.node(FIRST_LIMIT).ok()
+    client.node(FIRST_LIMIT).inspect_err(|trouble| log::info!("starting without our node: {trouble}")).ok()
 }
 
 fn find(settings: &Settings) -> Result<(Client, Writer)> {

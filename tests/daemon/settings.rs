@@ -159,7 +159,7 @@ fn the_node_object_sets_its_daemon_and_is_remembered() {
             let status: Value = serde_json::from_str(&out).unwrap_or_default();
             let pool = &status["pool"];
             let seen = (pool["eni_limit"].clone(), pool["total"].clone(), status["pending"].clone());
-            if code == 0 && seen == want { Ok(()) } else { Err((out, err)) }
+            if code == 0 && seen == want { Ok(()) } else { Err((out, err, stage.log())) }
         });
     };
     shown(&stage, 2, 4, &json!([])); // the first start asks for the Node before it decides anything
