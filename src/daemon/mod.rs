@@ -145,8 +145,7 @@ fn serve(settings: &Settings, tuner: Tuner) -> Result<()> {
     let counted = Arc::clone(&metrics);
     let ec2 = ec2::Client::new(ec2::Config::from_env(env, &identity.region), creds)?;
     let ec2 = Arc::new(ec2.observed_by(move |seen| counted.ec2(seen)));
-    let asked = (!settings.imds_only).then_some(&*ec2);
-    let limits = instance::limits(&identity.instance_type, Path::new(&settings.backing_store), asked)?;
+    let limits = instance::limits(&identity.instance_type, settings, &ec2)?;
     let valid = settings.validate(&limits).map_err(Error::new).context("settings")?;
     for warning in &valid.warnings {
         log::warn!("{warning}");
