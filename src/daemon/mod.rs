@@ -228,11 +228,7 @@ fn spawn(
 fn configure(settings: &Settings, valid: &Valid, limits: &Limits, identity: &Identity) -> Result<Config> {
     let unsupported = [
         (valid.mode != Mode::Ipv4Addresses, "ENABLE_PREFIX_DELEGATION and ENABLE_IPv6"),
-        (settings.custom_networking, "AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG"),
-        (settings.pod_eni, "ENABLE_POD_ENI"),
         (settings.multi_nic, "ENABLE_MULTI_NIC"),
-        (settings.annotate_pod_ip, "ANNOTATE_POD_IP"),
-        (settings.imds_only, "ENABLE_IMDS_ONLY_MODE"),
     ];
     if let Some((_, what)) = unsupported.iter().find(|(on, _)| *on) {
         return Err(Error::new(format!("{what}: not supported by this version")).context("settings"));
