@@ -125,6 +125,8 @@ pub struct EniFacts {
     pub managed: bool,
     /// `interface`, `efa`, `efa-only`, `trunk`.
     pub interface_type: String,
+    /// Network card.
+    pub card: u32,
     /// Needed to detach it.
     pub attachment: AttachmentId,
     /// CIDRs that EC2 listed on it.

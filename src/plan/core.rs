@@ -8,6 +8,7 @@
 
 mod boot;
 mod branch;
+mod cards;
 mod cause;
 mod cluster;
 mod event;
@@ -18,6 +19,7 @@ mod saver;
 mod status;
 mod sweep;
 mod upkeep;
+mod v6;
 
 pub use event::{Answer, Applied, CallId, Effect, Event, Level, OpId, Seen, Tally};
 pub use status::Status;
@@ -583,9 +585,11 @@ impl Core {
     }
 
     fn sizing(&self, card: u32) -> Sizing {
+        self.sizing_with(card, self.demand(card))
+    }
+
+    fn sizing_with(&self, card: u32, demand: usize) -> Sizing {
         let on_card = |id: &EniId| self.attached.get(id).is_some_and(|eni| eni.card == card);
-        let unmanaged =
-            self.attached.keys().filter(|id| on_card(id) && self.facts.contains_key(*id) && !self.managed(id));
         let trunk = usize::from(card == 0 && self.trunk_to_come());
         // An ENI on its way out still takes its slot.
         let leaving = self.freeing.keys().filter(|id| on_card(id) || (card == 0 && !self.attached.contains_key(*id)));
@@ -593,16 +597,16 @@ impl Core {
             card,
             targets: self.config.tunables.targets,
             slots: self.config.slots,
-            eni_limit: self.eni_limit(card).saturating_sub(unmanaged.count()),
+            eni_limit: self.eni_limit(card).saturating_sub(self.strangers(card)),
             reserved: leaving.count() + trunk,
             max_pods: self.max_pods(),
-            demand: self.demand(card),
+            demand,
         }
     }
 
     // Pods without an address on a card: those that wait, and those that will ask.
     fn demand(&self, card: u32) -> usize {
-        let waiting = self.waiting.iter().filter(|waiting| waiting.needs(card)).count();
+        let waiting = self.waiting_for(card);
         if card != 0 || self.bound == 0 {
             return waiting;
         }
@@ -612,8 +616,8 @@ impl Core {
 
     // Whether pods may be put on an attached ENI, as far as is known. Without ENABLE_MULTI_NIC only card 0 is there.
     fn managed(&self, id: &EniId) -> bool {
-        let usable = |facts: &EniFacts| facts.managed && facts.interface_type != "efa-only";
-        let card_managed = self.attached.get(id).is_none_or(|eni| self.config.cards.contains_key(&eni.card));
+        let usable = |facts: &EniFacts| facts.managed && facts.interface_type != cards::EFA_ONLY;
+        let card_managed = self.card_of(id).is_none_or(|card| self.config.cards.contains_key(&card));
         let known = self.facts.get(id);
         // Without EC2 nobody tells what an ENI is for (`spec/aws.md` 9.2).
         let ours = if self.config.imds_only { self.attached.contains_key(id) } else { known.is_some_and(usable) };

@@ -159,7 +159,7 @@ fn attach_trunk(world: &mut World) -> EniId {
     let tags = [("node.k8s.amazonaws.com/instance_id".to_owned(), world.instance.0.clone())].into_iter().collect();
     let now = world.now();
     let eni = world.vpc.add_interface(now, &identity.subnet, "aws-k8s-trunk-eni", &tags).unwrap();
-    world.vpc.set_interface_type(now, &eni, "trunk");
+    world.vpc.meddle(now, &eni, |eni| eni.interface_type = "trunk".into());
     let attach = Call::Attach { eni: eni.clone(), instance: world.instance.clone(), device: 1, card: 0 };
     world.vpc.execute(now, &attach).result.unwrap();
     eni

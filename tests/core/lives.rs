@@ -55,7 +55,7 @@ fn a_crash_at_any_effect_loses_and_leaks_nothing() {
     println!("{effects} crash points explored");
 }
 
-fn pick<T: Copy>(dice: &mut Random, from: &[T]) -> T {
+pub fn pick<T: Copy>(dice: &mut Random, from: &[T]) -> T {
     from[usize::try_from(dice.below(from.len() as u64)).unwrap()]
 }
 
@@ -69,30 +69,34 @@ fn random_life(seed: u64) {
         1 => Targets { warm_ip: 2, minimum_ip: 4, ..DEFAULT },
         _ => Targets { warm_eni: 0, ..DEFAULT },
     };
-    let mut world = World::new(kind, targets);
+    live(World::new(kind, targets), &mut dice, false);
+}
+
+/// The same on a node of any kind; `several`: now and then a pod wants an address on every network card.
+pub fn live(mut world: World, dice: &mut Random, several: bool) {
     for step in 0..60 {
         match dice.below(20) {
             0..=7 => {
                 let pod = format!("pod-{}", dice.below(12));
                 if !world.pods.contains_key(&pod) {
-                    world.add(&pod);
+                    world.ask_for(&pod, several && dice.below(3) == 0);
+                    world.pass(Duration::from_secs(5));
+                    world.wired(&pod);
                 }
             }
             8..=11 => {
-                if let Some(pod) =
-                    world.pods.keys().nth(pick(&mut dice, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11])).cloned()
-                {
+                if let Some(pod) = world.pods.keys().nth(pick(dice, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11])).cloned() {
                     world.del(&pod);
                 }
             }
             12 => world.crash_at = Some(world.effects + 1 + dice.below(40)),
             13 => {
-                let action = pick(&mut dice, &ACTIONS);
+                let action = pick(dice, &ACTIONS);
                 let planned = match dice.below(3) {
                     0 => Planned::AnswerLost,
                     1 => Planned::RequestLost,
                     _ => {
-                        let code = pick(&mut dice, &CODES);
+                        let code = pick(dice, &CODES);
                         Planned::Refused { code: code.into(), message: "by chance".into(), status: 400 }
                     }
                 };
@@ -122,7 +126,8 @@ fn random_life(seed: u64) {
     world.check_at_rest();
 }
 
-const ACTIONS: [&str; 9] = [
+const ACTIONS: [&str; 10] = [
+    "AssignIpv6Addresses",
     "AssignPrivateIpAddresses",
     "AttachNetworkInterface",
     "CreateNetworkInterface",

@@ -2,6 +2,7 @@
 
 #![cfg(feature = "sandbox")]
 
+mod cards;
 mod cluster;
 mod lives;
 mod scenarios;

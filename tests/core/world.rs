@@ -1,17 +1,19 @@
 //! A node in a VPC, in virtual time: the core, its disk, its kernel, its pods, and a runtime that asks.
 
+use enibox::model::ec2::{InstanceType, Interface};
 use enibox::model::ids::{EniId, InstanceId, PodKey, PodName};
 use enibox::model::imds::{Answer as Told, Query};
 use enibox::model::kube;
 use enibox::model::naming;
 use enibox::model::spool::Record;
 use enibox::model::time::{Mono, Now, Wall};
-use enibox::model::wire::{AddNetworkRequest, DelNetworkRequest, UNKNOWN_POD};
+use enibox::model::wire::{AddNetworkRequest, DelNetworkRequest, IpAllocation, UNKNOWN_POD};
 use enibox::plan::core::{Answer, Applied, CallId, Config, Core, Effect, Event, Seen, Tunables};
 use enibox::plan::host::Intent;
 use enibox::plan::sizing::Targets;
 use enibox::sim::api::Api;
 use enibox::sim::vpc::Vpc;
+use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::time::Duration;
@@ -32,9 +34,15 @@ pub struct World {
     pub coming: BTreeMap<(u64, u64), Event>,
     pub serial: u64,
     pub disk: Option<String>,
+    /// Checkpoints of the network cards above 0.
+    pub disks: BTreeMap<u32, String>,
     pub disk_full: bool,
     pub spool: Vec<Record>,
     pub pods: BTreeMap<String, IpAddr>,
+    /// Further addresses of pods that have several.
+    pub more: BTreeMap<String, Vec<IpAddr>>,
+    /// ENIs that are none of the core's business, as the test says.
+    pub foreign: BTreeSet<EniId>,
     pub asked: BTreeMap<CallId, String>,
     pub answers: BTreeMap<String, VecDeque<Answer>>,
     pub links: BTreeSet<String>,
@@ -66,7 +74,16 @@ impl World {
     pub fn asleep(kind: &str, targets: Targets) -> World {
         let mut vpc = Vpc::new("eu-west-1", vec!["10.20.0.0/16".parse().unwrap()], 7);
         let group = vpc.add_group();
-        let subnet = vpc.add_subnet("eu-west-1a", "10.20.0.0/22".parse().unwrap(), None, &[]);
+        let v6 = Some("2001:db8:0:1::/64".parse().unwrap());
+        let subnet = vpc.add_subnet("eu-west-1a", "10.20.0.0/22".parse().unwrap(), v6, &[]);
+        vpc.add_type(InstanceType {
+            name: "two.cards".into(),
+            hypervisor: "nitro".into(),
+            bare_metal: false,
+            ipv4_per_eni: 4,
+            default_card: 0,
+            cards: vec![(0, 3), (1, 2)],
+        });
         let start = World::moment(0);
         let instance = vpc.launch(start, kind, &subnet, &[group]).unwrap();
         World {
@@ -80,9 +97,12 @@ impl World {
             coming: BTreeMap::new(),
             serial: 0,
             disk: None,
+            disks: BTreeMap::new(),
             disk_full: false,
             spool: Vec::new(),
             pods: BTreeMap::new(),
+            more: BTreeMap::new(),
+            foreign: BTreeSet::new(),
             asked: BTreeMap::new(),
             answers: BTreeMap::new(),
             links: BTreeSet::new(),
@@ -107,7 +127,7 @@ impl World {
     }
 
     pub fn seen(&self) -> Seen {
-        let linked: BTreeSet<IpAddr> = self.pods.values().copied().collect();
+        let linked: BTreeSet<IpAddr> = self.pods.values().chain(self.more.values().flatten()).copied().collect();
         let routed = linked.union(&self.stale_rules).copied().collect();
         Seen { links: self.links.iter().cloned().collect(), routed, linked }
     }
@@ -115,7 +135,8 @@ impl World {
     /// The process starts: with the disk, and without a memory.
     pub fn start(&mut self) {
         let identity = self.vpc.identity(&self.instance).unwrap();
-        let limits = enibox::model::limits::of(&identity.instance_type).unwrap();
+        let kind = self.vpc.instance_type(&identity.instance_type).unwrap();
+        let limits = enibox::model::limits::from_ec2(&kind).unwrap();
         let mut config = Config {
             identity,
             v6: false,
@@ -151,7 +172,7 @@ impl World {
         self.wake_at = None;
         let spool = self.spool.clone();
         self.happen(Event::Started {
-            checkpoints: self.disk.clone().map(|text| (0, text)).into_iter().collect(),
+            checkpoints: self.disk.clone().map(|text| (0, text)).into_iter().chain(self.disks.clone()).collect(),
             seen: self.seen(),
             spool,
         });
@@ -213,14 +234,7 @@ impl World {
                 self.later(LATENCY, Event::Ec2(op, result));
             }
             Effect::Imds(op, query) => {
-                let enis: Vec<_> =
-                    self.vpc.imds(now, &self.instance.clone()).unwrap().into_iter().map(|seen| seen.eni).collect();
-                let told = match query {
-                    Query::Scan => Told::Enis(enis),
-                    Query::Eni(mac) => Told::Eni(enis.into_iter().find(|eni| eni.mac == mac)),
-                    Query::VpcCidrs { .. } => Told::Cidrs(self.vpc.cidrs().iter().map(|net| (*net).into()).collect()),
-                    Query::SecurityGroups => Told::Groups(self.primary_groups()),
-                };
+                let told = self.imds_tells(query);
                 self.later(LATENCY, Event::Imds(op, Ok(told)));
             }
             Effect::Kernel(op, intent) => {
@@ -234,10 +248,16 @@ impl World {
                 if self.disk_full {
                     return self.later(LATENCY, Event::Saved(generation, Err("no space left on device".into())));
                 }
-                self.disk = content.into_iter().next().map(|(_, text)| text);
+                for (card, text) in content {
+                    match card {
+                        0 => self.disk = Some(text),
+                        card => drop(self.disks.insert(card, text)),
+                    }
+                }
                 self.later(LATENCY, Event::Saved(generation, Ok(())));
             }
-            Effect::SetAside(..) => self.disk = None,
+            Effect::SetAside(0, _) => self.disk = None,
+            Effect::SetAside(card, _) => drop(self.disks.remove(&card)),
             Effect::ListLinks => {
                 let seen = self.seen();
                 self.later(LATENCY, Event::Seen(Ok(seen)));
@@ -255,14 +275,27 @@ impl World {
         }
     }
 
+    fn imds_tells(&mut self, query: Query) -> Told {
+        let now = self.now();
+        let enis: Vec<_> =
+            self.vpc.imds(now, &self.instance.clone()).unwrap().into_iter().map(|seen| seen.eni).collect();
+        match query {
+            Query::Scan => Told::Enis(enis),
+            Query::Eni(mac) => Told::Eni(enis.into_iter().find(|eni| eni.mac == mac)),
+            Query::VpcCidrs { v6: true } => Told::Cidrs(self.vpc.v6_cidrs()),
+            Query::VpcCidrs { v6: false } => Told::Cidrs(self.vpc.cidrs().iter().map(|net| (*net).into()).collect()),
+            Query::SecurityGroups => Told::Groups(self.primary_groups()),
+        }
+    }
+
     /// Every pod's table must be that of the ENI that EC2 has its address on, and no living pod may lose its rules.
     fn check_intent(&self, intent: &Intent) {
         for (address, table) in &intent.pods {
-            if let Some(device) = self.device_of(*address) {
-                assert_eq!(*table, naming::table_of(0, device).unwrap(), "table of {address}");
+            if let Some((card, device)) = self.place_of(*address) {
+                assert_eq!(*table, naming::table_of(card, device).unwrap(), "table of {address}");
             }
         }
-        let living = |ip: &IpAddr| self.pods.values().any(|held| held == ip);
+        let living = |ip: &IpAddr| self.pods.values().chain(self.more.values().flatten()).any(|held| held == ip);
         let (gone, pods, log) = (&intent.gone, &self.pods, &self.log);
         assert!(!gone.iter().any(living), "rules of a living pod are swept: {gone:?}, living {pods:?}, {log:#?}");
     }
@@ -272,10 +305,11 @@ impl World {
         self.vpc.interfaces().find(|interface| interface.id == primary).unwrap().groups.clone()
     }
 
-    pub fn device_of(&self, address: IpAddr) -> Option<u32> {
-        let IpAddr::V4(address) = address else { return None };
-        let holds = |i: &&enibox::model::ec2::Interface| i.secondary_ipv4s.contains(&address);
-        self.vpc.interfaces().find(holds)?.attachment.as_ref().map(|attachment| attachment.device)
+    /// Network card and device index of the ENI that EC2 has an address on.
+    pub fn place_of(&self, address: IpAddr) -> Option<(u32, u32)> {
+        let holds = |i: &&Interface| nets_of(i).iter().chain(&i.v6_prefixes).any(|net| net.contains(&address));
+        let attachment = self.vpc.interfaces().find(holds)?.attachment.as_ref();
+        attachment.map(|attachment| (attachment.card, attachment.device))
     }
 
     /// Lets virtual time pass.
@@ -325,6 +359,11 @@ impl World {
 
     /// What the runtime and the plugin do for a new pod, without waiting for the answer.
     pub fn ask(&mut self, pod: &str) {
+        self.ask_for(pod, false);
+    }
+
+    /// The same for a pod that wants an address on every network card.
+    pub fn ask_for(&mut self, pod: &str, every_card: bool) {
         if self.core.is_none() || !self.ready {
             self.answers.entry(pod.into()).or_default().push_back(Answer::Error("no daemon".into()));
             return;
@@ -339,6 +378,7 @@ impl World {
             network_name: key.network,
             container_id: key.container,
             if_name: key.ifname,
+            requires_multi_nic: every_card,
             ..AddNetworkRequest::default()
         };
         self.happen(Event::Add(call, request));
@@ -348,12 +388,22 @@ impl World {
     pub fn wired(&mut self, pod: &str) -> bool {
         match self.answers.get_mut(pod).and_then(VecDeque::pop_front) {
             Some(Answer::Add(reply)) if reply.success => {
-                let address: IpAddr = reply.allocations[0].ipv4.parse().unwrap();
-                if let Some((other, _)) = self.pods.iter().find(|(other, held)| **held == address && *other != pod) {
-                    panic!("{address} is given to {other} and to {pod}");
+                let parse = |given: &IpAllocation| {
+                    if given.ipv4.is_empty() { given.ipv6.parse() } else { given.ipv4.parse() }
+                };
+                let addresses: Vec<IpAddr> = reply.allocations.iter().map(|given| parse(given).unwrap()).collect();
+                for address in &addresses {
+                    let holders =
+                        self.pods.iter().chain(self.more.iter().flat_map(|(p, ips)| ips.iter().map(move |ip| (p, ip))));
+                    if let Some((other, _)) =
+                        holders.into_iter().find(|(other, held)| *held == address && *other != pod)
+                    {
+                        panic!("{address} is given to {other} and to {pod}");
+                    }
+                    assert!(self.place_of(*address).is_some(), "EC2 does not know {address}");
                 }
-                assert!(self.device_of(address).is_some(), "EC2 does not know {address}");
-                self.pods.insert(pod.into(), address);
+                self.pods.insert(pod.into(), addresses[0]);
+                self.more.insert(pod.into(), addresses[1..].to_vec());
                 self.links.insert(naming::host_veth("eni", "default", pod, 0).unwrap());
                 true
             }
@@ -374,6 +424,7 @@ impl World {
     /// DEL: through the daemon, or into the spool when it is away. The kernel's part is done in any case.
     pub fn del(&mut self, pod: &str) {
         self.pods.remove(pod);
+        self.more.remove(pod);
         self.links.remove(&naming::host_veth("eni", "default", pod, 0).unwrap());
         let key = key(pod);
         if self.core.is_some() && self.ready {
@@ -416,24 +467,42 @@ impl World {
     /// What must hold whenever the core is at rest.
     pub fn check_at_rest(&self) {
         let core = self.core.as_ref().unwrap();
-        let given: BTreeMap<PodKey, IpAddr> =
+        let given: BTreeSet<(PodKey, IpAddr)> =
             core.pool().allocations().map(|held| (held.owner.key.clone(), held.address)).collect();
-        let living: BTreeMap<PodKey, IpAddr> = self.pods.iter().map(|(pod, ip)| (key(pod), *ip)).collect();
+        let mut living: BTreeSet<(PodKey, IpAddr)> = self.pods.iter().map(|(pod, ip)| (key(pod), *ip)).collect();
+        living.extend(self.more.iter().flat_map(|(pod, ips)| ips.iter().map(|ip| (key(pod), *ip))));
         assert_eq!(given, living, "the pool and the living pods: {:#?}", self.log);
-        let mut held: BTreeSet<(EniId, IpAddr)> = BTreeSet::new();
+        let mut held: BTreeSet<(EniId, IpNet)> = BTreeSet::new();
         for (id, eni) in core.pool().enis() {
-            held.extend(eni.cidrs().map(|(net, _)| (id.clone(), net.addr())));
+            held.extend(eni.cidrs().map(|(net, _)| (id.clone(), *net)));
         }
-        let attached = self.vpc.interfaces().filter(|i| i.attachment.is_some());
-        let truth: BTreeSet<(EniId, IpAddr)> =
-            attached.flat_map(|i| i.secondary_ipv4s.iter().map(|ip| (i.id.clone(), IpAddr::V4(*ip)))).collect();
+        let attached = self.vpc.interfaces().filter(|i| i.attachment.is_some() && !self.foreign.contains(&i.id));
+        let truth: BTreeSet<(EniId, IpNet)> =
+            attached.flat_map(|i| nets_of(i).into_iter().map(|net| (i.id.clone(), net))).collect();
+        // Where EC2 lists several prefixes of the same ENI, any one of them will do.
+        let spare = |(id, net): &(EniId, IpNet)| {
+            let listed = self.vpc.interfaces().filter(|i| i.id == *id && i.v6_prefixes.contains(net));
+            let listed = listed.map(|i| i.v6_prefixes.first().copied()).next();
+            listed.flatten().map_or_else(|| (id.clone(), *net), |first| (id.clone(), first))
+        };
+        let held: BTreeSet<(EniId, IpNet)> = held.iter().map(spare).collect();
         assert_eq!(held, truth, "the pool and EC2: {:#?}", self.log);
-        let orphans: Vec<_> = self.vpc.interfaces().filter(|i| i.attachment.is_none()).map(|i| &i.id).collect();
+        let left = self.vpc.interfaces().filter(|i| i.attachment.is_none() && !self.foreign.contains(&i.id));
+        let orphans: Vec<_> = left.map(|i| &i.id).collect();
         assert!(orphans.is_empty(), "leaked ENIs: {orphans:?}: {:#?}", self.log);
         let disk = enibox::model::checkpoint::Checkpoint::parse(self.disk.as_deref().unwrap()).unwrap();
-        assert_eq!(disk.allocations.len(), self.pods.len(), "the checkpoint reproduces the pool");
+        let others = self.disks.values().map(|text| enibox::model::checkpoint::Checkpoint::parse(text).unwrap());
+        let written = disk.allocations.len() + others.map(|disk| disk.allocations.len()).sum::<usize>();
+        assert_eq!(written, living.len(), "the checkpoint reproduces the pool");
         assert!(disk.enibox.unwrap().creating.is_empty(), "no intent is left");
     }
+}
+
+/// What EC2 has given an ENI for pods: of several IPv6 prefixes the first.
+pub fn nets_of(interface: &Interface) -> Vec<IpNet> {
+    let singles = interface.secondary_ipv4s.iter().map(|ip| IpNet::from(IpAddr::V4(*ip)));
+    let prefixes = interface.v4_prefixes.iter().map(|net| IpNet::V4(*net));
+    singles.chain(prefixes).chain(interface.v6_prefixes.first().copied()).collect()
 }
 
 /// The targets of the default settings.

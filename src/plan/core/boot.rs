@@ -145,7 +145,8 @@ impl Core {
             self.log(Level::Warn, "IMDS lists no ENI: ignored".into());
             return self.retry(Timer::Scan);
         }
-        self.attached = enis.into_iter().map(|eni| (eni.id.clone(), eni)).gather();
+        let before = std::mem::replace(&mut self.attached, enis.into_iter().map(|eni| (eni.id.clone(), eni)).gather());
+        self.note_attached(&before);
         let first = !std::mem::replace(&mut self.scanned, true);
         if self.phase != Phase::Booting || !first {
             self.compare_scan();
@@ -351,11 +352,7 @@ impl Core {
         if primary && self.config.custom_networking.is_some() {
             self.pool.set_excluded(id, true); // B31: its pods stay, nobody new
         }
-        let singles = eni.ipv4s.iter().skip(1).map(|ip| IpNet::from(IpAddr::V4(*ip)));
-        let prefixes = if self.config.v6 { eni.v6_prefixes.clone() } else { eni.v4_prefixes.clone() };
-        let told: BTreeSet<IpNet> =
-            if self.config.v6 { prefixes.into_iter().gather() } else { singles.chain(prefixes).gather() };
-        let cidrs = self.listed.get(id).filter(|_| !self.config.v6).cloned().unwrap_or(told);
+        let cidrs = self.listed.get(id).cloned().unwrap_or_else(|| self.told_cidrs(&eni));
         // What only IMDS lists may be gone: nobody new gets it before EC2 has said so.
         let confirmed = self.listed.contains_key(id) || self.config.imds_only;
         for net in cidrs {

@@ -6,7 +6,7 @@
 //! same ENI. Then IMDS must show it and the host must be set up before a pod may have an address of it.
 
 use super::freeing::Free;
-use super::{Core, GrowthId, Level, Op, Phase, Tally, Timer, cidrs_of};
+use super::{Core, GrowthId, Level, Op, Phase, Tally, Timer};
 use crate::model::checkpoint::Creating;
 use crate::model::ec2::{Call, Count, Create, Failure, Interface, Reply, Subnet};
 use crate::model::ids::{AttachmentId, EniId, SubnetId};
@@ -87,6 +87,11 @@ impl Growth {
         self.creating.as_ref()
     }
 
+    /// The network card that it is for.
+    pub(super) fn card(&self) -> u32 {
+        self.card
+    }
+
     // The new ENI, once EC2 has made it.
     fn eni(&self) -> Option<(EniId, Mac)> {
         self.creating.as_ref()?.eni.clone()
@@ -96,7 +101,7 @@ impl Growth {
 impl Core {
     pub(super) fn grow(&mut self) {
         self.go_on();
-        let allowed = self.config.provisioning && !self.config.v6 && self.phase != Phase::Stopping;
+        let allowed = self.config.provisioning && self.phase != Phase::Stopping;
         let informed = self.described.is_some() && self.groups.is_some() && self.scanned && self.vpc_cidrs.is_some();
         let primary = self.pool.eni(&self.config.identity.primary_eni).is_some();
         if !allowed || !informed || !primary || self.cordoned() || self.timers.contains_key(&Timer::Growth) {
@@ -111,7 +116,7 @@ impl Core {
         }
         self.exhausted.retain(|_, until| *until > self.now.mono);
         self.full.retain(|_, until| *until > self.now.mono);
-        for card in self.config.cards.keys().copied().collect::<Vec<_>>() {
+        for card in self.open_cards() {
             while self.growths.len() < GROWTHS_MAX && !self.timers.contains_key(&Timer::Growth) {
                 if !self.grow_card(card) {
                     break;
@@ -122,12 +127,11 @@ impl Core {
 
     // Begins the next growth of a card, if one is due.
     fn grow_card(&mut self, card: u32) -> bool {
-        let skip = |id: &EniId| {
-            let in_exhausted = self.pool.eni(id).is_some_and(|eni| self.exhausted.contains_key(&eni.subnet));
-            in_exhausted || self.full.contains_key(id) || self.absent.contains_key(&(id.clone(), None))
-        };
+        if self.config.v6 {
+            return self.grow_card_v6(card);
+        }
         let outlook = self.outlook(card);
-        match self.sizing(card).growth(&self.pool, self.now.mono, &outlook, skip) {
+        match self.sizing(card).growth(&self.pool, self.now.mono, &outlook, |id| self.skipped(id)) {
             None => false,
             Some(sizing::Growth::Assign { eni, count }) => {
                 let count = u32::try_from(count).unwrap_or(u32::MAX);
@@ -141,10 +145,15 @@ impl Core {
         }
     }
 
+    /// Whether an ENI of the pool can take no more now.
+    pub(super) fn skipped(&self, id: &EniId) -> bool {
+        let in_exhausted = self.pool.eni(id).is_some_and(|eni| self.exhausted.contains_key(&eni.subnet));
+        in_exhausted || self.full.contains_key(id) || self.absent.contains_key(&(id.clone(), None))
+    }
+
     /// What is wanted on a card and what is on its way.
-    fn outlook(&self, card: u32) -> Outlook {
-        let starved = self.waiting.iter().any(|waiting| waiting.needs(card));
-        let mut outlook = Outlook { starved, ..Outlook::default() };
+    pub(super) fn outlook(&self, card: u32) -> Outlook {
+        let mut outlook = Outlook { starved: self.waiting_for(card) > 0, ..Outlook::default() };
         let size = |count: u32| usize::try_from(count).unwrap_or(usize::MAX);
         for growth in self.growths.values().filter(|growth| growth.card == card) {
             match (&growth.stage, &growth.creating) {
@@ -163,7 +172,7 @@ impl Core {
         self.wanted.keys().any(|id| self.pool.eni(id).is_none() && !growing(id))
     }
 
-    fn begin_growth(&mut self, card: u32, creating: Option<Creating>) -> GrowthId {
+    pub(super) fn begin_growth(&mut self, card: u32, creating: Option<Creating>) -> GrowthId {
         let id = self.next_op;
         self.next_op += 1;
         // Every path sets the stage before anything can look at it.
@@ -183,18 +192,23 @@ impl Core {
     }
 
     fn count(&self, count: u32) -> Count {
-        if self.config.prefix_mode { Count::Prefixes(count) } else { Count::Addresses(count) }
+        match (self.config.v6, self.config.prefix_mode) {
+            (true, _) => Count::Ipv6Addresses(1),
+            (false, true) => Count::Prefixes(count),
+            (false, false) => Count::Addresses(count),
+        }
     }
 
-    fn assign(&mut self, id: GrowthId, eni: EniId, count: u32, single: bool) {
+    pub(super) fn assign(&mut self, id: GrowthId, eni: EniId, count: u32, single: bool) {
         self.log(Level::Info, format!("eni {eni}: assign {count} more"));
         self.stage(id, Stage::Assign { eni: eni.clone(), count, single });
-        let call = Call::Assign { eni, count: self.count(count) };
+        let count = self.count(count);
+        let call = if self.config.v6 { Call::AssignIpv6Prefix(eni) } else { Call::Assign { eni, count } };
         self.ask_ec2(Op::Growth(id), call);
     }
 
     // Whether a subnet can be chosen now; asks for what is missing if not.
-    fn place_known(&mut self) -> bool {
+    pub(super) fn place_known(&mut self) -> bool {
         if self.config.custom_networking.is_some() {
             return self.eni_config_known();
         }
@@ -227,7 +241,7 @@ impl Core {
     }
 
     // Begins the creation of an ENI; false if there is no subnet for it.
-    fn create(&mut self, card: u32, count: u32) -> bool {
+    pub(super) fn create(&mut self, card: u32, count: u32) -> bool {
         let config = self.cluster.eni_config.as_ref().filter(|_| self.config.custom_networking.is_some());
         let own_groups = config.map(|(_, config)| config.groups.clone()).filter(|groups| !groups.is_empty());
         let Some(subnet) = self.choose_subnet() else {
@@ -317,6 +331,10 @@ impl Core {
         let (Some((eni, _)), Some(card)) = (self.new_eni(id), self.growths.get(&id).map(|growth| growth.card)) else {
             return;
         };
+        if !self.config.cards.contains_key(&card) {
+            // It was begun under other settings.
+            return self.abandon(id, "its network card is not managed any more", None);
+        }
         let attached = self.attached.values().filter(|eni| eni.card == card).map(|eni| eni.device);
         let asked = self.growths.iter().filter(|(other, growth)| **other != id && growth.card == card);
         let used: BTreeSet<u32> = attached.chain(asked.filter_map(|(_, growth)| growth.device)).gather();
@@ -370,8 +388,12 @@ impl Core {
                 self.assign_failed(id, eni, count, single, &failure);
             }
             (Stage::Inspect(eni), Ok(Reply::Interfaces(found))) => {
-                if let Some(interface) = found.iter().find(|interface| interface.id == eni) {
+                let found = found.iter().find(|interface| interface.id == eni);
+                if let Some(interface) = found {
                     self.sync_cidrs(interface);
+                }
+                if self.config.v6 && found.is_none_or(|interface| interface.v6_prefixes.is_empty()) {
+                    return self.prefix_unclear(id, &eni);
                 }
                 self.growth_succeeded(id);
             }
@@ -456,7 +478,7 @@ impl Core {
         if let Some(creating) = self.growths.get_mut(&id).and_then(|growth| growth.creating.as_mut()) {
             creating.eni = Some((interface.id.clone(), mac));
         }
-        self.listed.insert(interface.id.clone(), cidrs_of(interface));
+        self.listed.insert(interface.id.clone(), self.cidrs_of(interface));
         self.changed();
         self.send_attach(id, BTreeSet::new());
     }
@@ -508,7 +530,7 @@ impl Core {
         let eni = self.new_eni(id).map(|(eni, _)| eni);
         let interface = found.into_iter().find(|interface| Some(&interface.id) == eni.as_ref());
         if let Some(interface) = &interface {
-            self.listed.insert(interface.id.clone(), cidrs_of(interface));
+            self.listed.insert(interface.id.clone(), self.cidrs_of(interface));
         }
         match (interface.map(|interface| interface.attachment), failure) {
             (Some(Some(attachment)), _) if attachment.instance == self.config.identity.instance => {
@@ -537,10 +559,11 @@ impl Core {
     }
 
     fn settle(&mut self, id: GrowthId, attachment: AttachmentId) {
-        let Some((eni, _)) = self.new_eni(id) else { return };
+        let (Some((eni, _)), Some(card)) = (self.new_eni(id), self.growths.get(&id).map(Growth::card)) else { return };
         self.log(Level::Info, format!("eni {eni}: attached ({attachment})"));
         let facts = self.facts.entry(eni.clone()).or_default();
         facts.managed = true;
+        facts.card = card;
         "interface".clone_into(&mut facts.interface_type);
         facts.attachment = attachment.clone();
         self.changed();
@@ -567,7 +590,8 @@ impl Core {
         let Stage::Settle { since, looks, look_at, modify } = &mut growth.stage else { return };
         let complete = seen.filter(|seen| {
             let carried = seen.ipv4s.len().saturating_sub(1) + seen.v4_prefixes.len();
-            seen.id == eni && carried >= usize::try_from(wanted).unwrap_or(usize::MAX)
+            let addressed = seen.own_address(self.config.v6).is_some();
+            seen.id == eni && addressed && carried >= usize::try_from(wanted).unwrap_or(usize::MAX)
         });
         let Some(seen) = complete else {
             let at = self.now.mono.plus(LOOK.pause(*looks, &mut self.random));

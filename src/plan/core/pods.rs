@@ -29,15 +29,8 @@ pub(super) struct Waiting {
     call: CallId,
     owner: Owner,
     // One address on every card, and not just one.
-    every_card: bool,
+    pub(super) every_card: bool,
     pub(super) deadline: Mono,
-}
-
-impl Waiting {
-    /// Whether an address of this card would help. Pods that need one only are meant for card 0.
-    pub(super) fn needs(&self, card: u32) -> bool {
-        card == 0 || self.every_card
-    }
 }
 
 impl Core {
@@ -55,7 +48,7 @@ impl Core {
             return self.refuse(call, &key, "several interfaces are wanted, but ENABLE_MULTI_NIC is off");
         }
         let pod = PodName { namespace: request.pod_namespace, name: request.pod_name };
-        let interfaces = if every_card { u32::try_from(self.config.cards.len()).unwrap_or(u32::MAX) } else { 1 };
+        let interfaces = if every_card { u32::try_from(self.open_cards().len()).unwrap_or(u32::MAX) } else { 1 };
         let owner = Owner { key, pod, interfaces, since: self.now.wall };
         if self.config.pod_eni {
             return self.look_up(call, owner, every_card);
@@ -80,16 +73,16 @@ impl Core {
     // Gives what is wanted if all of it is there; the reply leaves when it is durable.
     fn try_assign(&mut self, call: CallId, owner: &Owner, every_card: bool) -> bool {
         let held = self.pool.cards_of(&owner.key);
-        let cards: Vec<u32> = self.config.cards.keys().copied().collect();
-        // An ordinary pod takes the first card that has an address, and gets the same again if it asks twice.
-        let wanted = if every_card || held.is_empty() { cards } else { held.iter().copied().collect() };
+        // An ordinary pod takes the first card that has an address. Whoever asks twice gets the same again.
+        let whole = self.pool.owner(&owner.key).is_some_and(|had| had.interfaces as usize <= held.len());
+        let wanted = if whole { held.into_iter().collect() } else { self.open_cards() };
         let (mut places, mut fresh) = (Vec::new(), Vec::new());
         for card in wanted {
             match self.pool.assign(self.now, card, owner.clone()) {
                 Ok((place, new)) => {
                     fresh.extend(new.then_some(card));
                     places.push(place);
-                    if !every_card {
+                    if !every_card && !whole {
                         break;
                     }
                 }

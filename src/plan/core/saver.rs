@@ -9,6 +9,7 @@ use crate::model::ids::{EniId, PodKey};
 use crate::model::kube;
 use crate::model::order::Gather as _;
 use crate::plan::pool::{Eni, Released};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 // An effect that waits for a generation. If that cannot be made durable, the change is undone and the caller is told.
@@ -32,6 +33,8 @@ pub(super) struct Saver {
     current: u64,
     written: u64,
     in_flight: bool,
+    // What was last written for the cards above 0. Only what differs is written: a node may have 32 of them.
+    cards: BTreeMap<u32, String>,
     pending: Vec<Pending>,
 }
 
@@ -89,8 +92,10 @@ impl Core {
         let paused = self.timers.contains_key(&Timer::Save);
         if !self.saver.in_flight && !paused && self.saver.written < self.saver.current {
             self.saver.in_flight = true;
-            let cards = self.config.cards.keys();
-            let content = cards.map(|card| (*card, self.checkpoint(*card).to_text())).collect();
+            let texts = self.config.cards.keys().map(|card| (*card, self.checkpoint(*card).to_text()));
+            let mut content: Vec<(u32, String)> = texts.collect();
+            content.retain(|(card, text)| *card == 0 || self.saver.cards.get(card) != Some(text));
+            self.saver.cards.extend(content.iter().filter(|(card, _)| *card > 0).cloned());
             self.out.push(Effect::Save(self.saver.current, content));
         }
     }
@@ -110,6 +115,7 @@ impl Core {
             return;
         };
         self.log(Level::Error, format!("write checkpoint: {error}"));
+        self.saver.cards.clear(); // whichever of them was written
         // Newest first, so that each change is undone on the state that it made.
         for Pending { effect, undo, .. } in std::mem::take(&mut self.saver.pending).into_iter().rev() {
             match undo {

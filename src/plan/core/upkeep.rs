@@ -4,16 +4,15 @@
 //! lacks is taken in. What the pool has and EC2 does not list must be missing twice, well apart, before it is dropped, and
 //! is never dropped while a pod uses it.
 
-use super::{Absent, Core, Level, Op, Phase, RECONCILE_MAX, Tally, Timer, WATCH, cidrs_of};
+use super::cards::EFA_ONLY;
+use super::{Absent, Core, Level, Op, Phase, RECONCILE_MAX, Tally, Timer, WATCH};
 use crate::model::checkpoint::EniFacts;
 use crate::model::ec2::{Call, Interface};
 use crate::model::ids::{EniId, GroupId};
-use crate::model::imds;
 use crate::model::order::{self, Gather as _};
 use ipnet::IpNet;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 use std::time::Duration;
 
 /// Two observations must be at least so far apart to count as two.
@@ -38,14 +37,16 @@ impl Core {
             return self.retry(Timer::Describe);
         }
         self.described = Some(self.now.mono);
-        self.listed = interfaces.iter().map(|interface| (interface.id.clone(), cidrs_of(interface))).gather();
+        self.listed = interfaces.iter().map(|interface| (interface.id.clone(), self.cidrs_of(interface))).gather();
         let before = self.facts.clone();
         for interface in interfaces {
             self.learn(interface);
         }
         let listed: BTreeSet<&EniId> = interfaces.iter().map(|interface| &interface.id).gather();
-        self.miss_enis(&listed);
+        let ours = listed.iter().copied().filter(|id| self.managed(id)).gather();
+        self.miss_enis(&ours);
         let coming = self.coming();
+        self.unwant_strangers(&coming);
         self.facts.retain(|id, _| {
             listed.contains(id) || self.pool.eni(id).is_some() || self.freeing.contains_key(id) || coming.contains(id)
         });
@@ -96,11 +97,12 @@ impl Core {
         if primary {
             self.conntrack = interface.conntrack;
         }
-        let attachment = interface.attachment.as_ref().map(|attachment| attachment.id.clone()).unwrap_or_default();
+        let attached = interface.attachment.as_ref();
         let facts = EniFacts {
             managed: managed || primary,
             interface_type: interface.interface_type.clone(),
-            attachment,
+            card: attached.map_or(0, |attachment| attachment.card),
+            attachment: attached.map(|attachment| attachment.id.clone()).unwrap_or_default(),
             cidrs: Vec::new(),
         };
         let known = self.facts.get(&interface.id);
@@ -129,13 +131,13 @@ impl Core {
             }
             let Some(again) = self.miss(key) else { continue };
             if !again {
-                self.log(Level::Warn, format!("eni {id}: it is not listed"));
+                self.log(Level::Warn, format!("eni {id}: it is not listed as ours to use"));
                 self.pool.set_missing(&id, true);
             } else if self.drop_eni(&id) {
-                self.log(Level::Warn, format!("eni {id}: detached by somebody else, dropped"));
+                self.log(Level::Warn, format!("eni {id}: detached or claimed by somebody else, dropped"));
                 self.tally(Tally::Reconcile("eniReconcileDel"));
             } else {
-                self.log(Level::Error, format!("eni {id}: detached by somebody else while pods use it"));
+                self.log(Level::Error, format!("eni {id}: detached or claimed by somebody else while pods use it"));
             }
         }
         for id in listed {
@@ -145,16 +147,13 @@ impl Core {
 
     /// Brings the CIDRs of an ENI of the pool in line with what EC2 lists.
     pub(super) fn sync_cidrs(&mut self, interface: &Interface) {
-        let listed = cidrs_of(interface);
+        let listed = self.cidrs_of(interface);
         self.listed.insert(interface.id.clone(), listed.clone());
         self.sync_with(&interface.id, listed);
     }
 
     fn sync_with(&mut self, id: &EniId, listed: BTreeSet<IpNet>) {
         let Some(eni) = self.pool.eni(id) else { return };
-        if self.config.v6 {
-            return;
-        }
         let held: BTreeSet<IpNet> = eni.cidrs().map(|(net, _)| *net).gather();
         for net in listed.difference(&held) {
             if !self.resting(net) {
@@ -238,7 +237,7 @@ impl Core {
 
     fn keep_tags(&mut self, interface: &Interface) {
         let kind = interface.interface_type.as_str();
-        if !self.config.provisioning || !self.managed(&interface.id) || matches!(kind, "trunk" | "efa-only") {
+        if !self.config.provisioning || !self.managed(&interface.id) || matches!(kind, "trunk" | EFA_ONLY) {
             return;
         }
         let missing: BTreeMap<String, String> =
@@ -255,7 +254,8 @@ impl Core {
         let mut has = interface.groups.clone();
         order::sort(&mut has);
         let primary = interface.id == self.config.identity.primary_eni;
-        let secondary = self.managed(&interface.id) && !primary && interface.interface_type == "interface";
+        let kind = interface.interface_type.as_str();
+        let secondary = self.managed(&interface.id) && !primary && matches!(kind, "interface" | "efa");
         if self.config.provisioning && secondary && has != *groups && !groups.is_empty() {
             let call = Call::ModifyGroups { eni: interface.id.clone(), groups: groups.clone() };
             self.ask_ec2(Op::ModifyGroups(interface.id.clone()), call);
@@ -304,7 +304,8 @@ impl Core {
         let listed: BTreeSet<EniId> = self.attached.keys().cloned().gather();
         self.miss_enis(&listed.iter().gather());
         for eni in self.attached.values().cloned().collect::<Vec<_>>() {
-            self.sync_with(&eni.id, carried(&eni, self.config.v6));
+            let told = self.told_cidrs(&eni);
+            self.sync_with(&eni.id, told);
         }
         if self.absent.values().any(|absent| !absent.confirmed) {
             self.wake_for(Timer::Scan, self.now.mono.plus(OBSERVE_AGAIN.saturating_add(Duration::from_secs(1))));
@@ -313,15 +314,16 @@ impl Core {
 
     fn difference(&self) -> Option<String> {
         for (id, eni) in &self.attached {
-            if self.freeing.contains_key(id) || (self.facts.contains_key(id) && !self.managed(id)) {
-                continue;
+            let useless = !self.managed(id) || eni.own_address(self.config.v6).is_none();
+            if self.freeing.contains_key(id) || (self.facts.contains_key(id) && useless) {
+                continue; // EC2 knows it, and it is not for pods
             }
             let Some(entry) = self.pool.eni(id) else { return Some(format!("{id} is new")) };
-            let listed = carried(eni, self.config.v6);
+            let listed = self.told_cidrs(eni);
             let held: BTreeSet<IpNet> = entry.cidrs().map(|(net, _)| *net).gather();
             let known = |net: &IpNet| self.absent.contains_key(&(id.clone(), Some(*net)));
             let odd = listed.symmetric_difference(&held).find(|net| !self.resting(net) && !known(net));
-            if let Some(net) = odd.filter(|_| !self.config.v6) {
+            if let Some(net) = odd {
                 return Some(format!("{net} on {id}"));
             }
         }
@@ -331,13 +333,4 @@ impl Core {
             .find(|id| !self.freeing.contains_key(*id));
         missing.map(|id| format!("{id} is missing"))
     }
-}
-
-// What IMDS says an ENI carries besides its own address.
-fn carried(eni: &imds::Eni, v6: bool) -> BTreeSet<IpNet> {
-    if v6 {
-        return eni.v6_prefixes.iter().copied().gather();
-    }
-    let singles = eni.ipv4s.iter().skip(1).map(|ip| IpNet::from(IpAddr::V4(*ip)));
-    singles.chain(eni.v4_prefixes.iter().copied()).gather()
 }

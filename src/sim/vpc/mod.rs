@@ -345,10 +345,10 @@ impl Vpc {
         result.map_err(|refusal| self.failure("CreateNetworkInterface", refusal))
     }
 
-    /// Makes an ENI one of another kind, as whoever created it would: `trunk`, `efa`, `efa-only`.
-    pub fn set_interface_type(&mut self, now: Now, eni: &EniId, kind: &str) {
+    /// Changes an ENI as somebody else would: its kind, tags, addresses. Addresses that it loses stay taken in the subnet.
+    pub fn meddle(&mut self, now: Now, eni: &EniId, change: impl FnOnce(&mut Interface)) {
         if let Some(state) = self.enis.get_mut(eni) {
-            kind.clone_into(&mut state.interface.interface_type);
+            change(&mut state.interface);
             self.touched.insert(eni.clone());
         }
         self.publish(now);

@@ -126,7 +126,7 @@ impl Vpc {
             device: at.device,
             card: at.card,
             subnet: subnet.clone(),
-            subnet_v4: Some(IpNet::V4(place.space.cidr())),
+            subnet_v4: interface.primary_ipv4.map(|_| IpNet::V4(place.space.cidr())),
             // IMDS lists the attribute only for an ENI with IPv6 addresses.
             subnet_v6: place.v6.filter(|_| !interface.ipv6s.is_empty()).map(IpNet::V6),
             ipv4s: interface.primary_ipv4.iter().chain(&interface.secondary_ipv4s).copied().collect(),

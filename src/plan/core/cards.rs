@@ -1,0 +1,90 @@
+//! Network cards: which ones serve pods, what takes their slots, and which card a pod is meant for
+//! (`spec/ipamd.md` 7.2, 7.3; `spec/config.md` 5.6).
+
+use super::{Core, Level};
+use crate::model::ids::EniId;
+use crate::model::imds;
+use crate::model::order::Gather as _;
+use crate::plan::sizing::Outlook;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// The type of an ENI that carries no addresses at all.
+pub(super) const EFA_ONLY: &str = "efa-only";
+
+impl Core {
+    /// The network card of an attached ENI, as IMDS or else EC2 tells.
+    pub(super) fn card_of(&self, id: &EniId) -> Option<u32> {
+        let seen = self.attached.get(id).map(|eni| eni.card);
+        seen.or_else(|| self.facts.get(id).map(|facts| facts.card))
+    }
+
+    /// The managed cards in ascending order. A card is left out while it holds an ENI without addresses (`efa-only`) and
+    /// no other that is ours to use.
+    pub(super) fn open_cards(&self) -> Vec<u32> {
+        let on = |card: u32| self.facts.keys().filter(move |id| self.card_of(id) == Some(card));
+        let efa_only = |id: &EniId| self.facts.get(id).is_some_and(|facts| facts.interface_type == EFA_ONLY);
+        let open = |card: u32| card == 0 || !on(card).any(efa_only) || on(card).any(|id| self.managed(id));
+        self.config.cards.keys().copied().filter(|card| open(*card)).collect()
+    }
+
+    /// Attached ENIs of a card that take a slot and are neither in the pool nor on their way in or out: those that are not
+    /// ours to use, and those that cannot serve this family.
+    pub(super) fn strangers(&self, card: u32) -> usize {
+        let coming = self.coming();
+        let stranger = |id: &&EniId| {
+            self.pool.eni(id).is_none()
+                && self.facts.contains_key(*id)
+                && !self.freeing.contains_key(*id)
+                && !coming.contains(*id)
+        };
+        self.attached.iter().filter(|(_, eni)| eni.card == card).map(|(id, _)| id).filter(stranger).count()
+    }
+
+    /// A new scan of IMDS: what it shows for the first time on a card that is not managed is told, and what is gone of the
+    /// ENIs that are not in the pool is looked up, because it may open a card or a slot.
+    pub(super) fn note_attached(&mut self, before: &BTreeMap<EniId, imds::Eni>) {
+        let odd: Vec<String> = self
+            .attached
+            .values()
+            .filter(|eni| !before.contains_key(&eni.id) && !self.config.cards.contains_key(&eni.card))
+            .map(|eni| format!("eni {} is on network card {}, which is not managed: left alone", eni.id, eni.card))
+            .collect();
+        for text in odd {
+            self.log(Level::Info, text);
+        }
+        let gone = before.keys().filter(|id| !self.attached.contains_key(*id));
+        let strange = |id: &EniId| self.facts.contains_key(id) && !self.freeing.contains_key(id);
+        if gone.filter(|id| self.pool.eni(id).is_none()).any(strange) {
+            self.describe();
+        }
+    }
+
+    /// What was going to be taken in and turns out not to be ours: IMDS or the checkpoint had told otherwise.
+    pub(super) fn unwant_strangers(&mut self, coming: &BTreeSet<EniId>) {
+        let ours = |id: &EniId| self.managed(id) || self.pool.eni(id).is_some() || coming.contains(id);
+        let strange: Vec<EniId> = self.wanted.keys().filter(|id| !ours(id)).cloned().collect();
+        for id in strange {
+            self.wanted.remove(&id);
+            self.ready.remove(&id);
+            self.host_dirty = true;
+        }
+    }
+
+    /// How many pods wait for an address of a card. Those that need only one are meant for the first card that can grow.
+    pub(super) fn waiting_for(&self, card: u32) -> usize {
+        let everywhere = self.waiting.iter().filter(|waiting| waiting.every_card).count();
+        let ordinary = self.waiting.len() - everywhere;
+        if ordinary == 0 || self.config.cards.len() == 1 {
+            return self.waiting.len();
+        }
+        let busy: BTreeSet<u32> = self.growths.values().map(super::growth::Growth::card).gather();
+        let can_grow = |card: &u32| {
+            let outlook = Outlook { starved: true, ..Outlook::default() };
+            let sizing = self.sizing_with(*card, self.waiting.len());
+            let skip = |id: &EniId| self.skipped(id);
+            busy.contains(card) || sizing.growth(&self.pool, self.now.mono, &outlook, skip).is_some()
+        };
+        let meant = self.open_cards().into_iter().find(can_grow).unwrap_or(0);
+        everywhere + if card == meant { ordinary } else { 0 }
+    }
+}
