@@ -284,6 +284,8 @@ pub struct Core {
     pacer: Pacer<OpId>,
     growths: BTreeMap<GrowthId, growth::Growth>,
     growth_failures: u32,
+    // Failures of the cards above 0, and until when each is left alone.
+    held_up: BTreeMap<u32, (u32, Mono)>,
     last_failure: Option<String>,
     grown_once: bool,
     resume: VecDeque<Creating>,
@@ -342,6 +344,7 @@ impl Core {
             pacer: Pacer::default(),
             growths: BTreeMap::new(),
             growth_failures: 0,
+            held_up: BTreeMap::new(),
             last_failure: None,
             grown_once: false,
             resume: VecDeque::new(),

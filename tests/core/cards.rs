@@ -341,6 +341,32 @@ fn a_full_card_sends_pods_to_the_next_and_a_pod_for_all_cards_gets_all_or_none()
 }
 
 #[test]
+fn a_card_that_cannot_grow_holds_up_itself_alone() {
+    let mut world = asleep(TWO_CARDS, several);
+    for _ in 0..40 {
+        world.vpc.knobs.refuse_next("AttachNetworkInterface", "InternalError", 500);
+    }
+    world.start();
+    world.pass(Duration::from_mins(10));
+    let before = world.calls("AttachNetworkInterface");
+    assert!((4..=20).contains(&before), "with growing pauses: {before}");
+    assert!(world.ready && world.add("a"));
+    world.ask_for("b", true);
+    world.pass(Duration::from_secs(5));
+    let Some(Answer::Add(reply)) = world.answers.get("b").and_then(|answers| answers.front()) else {
+        panic!("no answer")
+    };
+    assert!(reply.failure.contains("network card 1") && reply.failure.contains("InternalError"), "{}", reply.failure);
+    assert!(!world.wired("b"));
+    world.vpc.knobs.action("AttachNetworkInterface").next.clear();
+    world.pass(Duration::from_mins(5));
+    world.settle();
+    assert!(add_on_all(&mut world, "b"));
+    world.settle();
+    world.check_at_rest();
+}
+
+#[test]
 fn many_pods_that_overflow_at_once_are_served_together() {
     let mut world = node(TWO_CARDS, several);
     world.settle();

@@ -103,7 +103,6 @@ const NO_PROFILES: Kind = Kind::Ignored("shared configuration files of the SDKs 
 pub(super) const NOT_YET: &[&str] = &[
     "ENABLE_IPv6",
     "ENABLE_PREFIX_DELEGATION",
-    "ENABLE_MULTI_NIC",
     "WARM_PREFIX_TARGET",
     "POD_MTU",
     "DISABLE_POD_V6",

@@ -1,10 +1,12 @@
 //! Network cards: which ones serve pods, what takes their slots, and which card a pod is meant for
 //! (`spec/ipamd.md` 7.2, 7.3; `spec/config.md` 5.6).
 
-use super::{Core, Level};
+use super::growth::AFTER_FAILURE;
+use super::{Core, Level, Timer};
 use crate::model::ids::EniId;
 use crate::model::imds;
 use crate::model::order::Gather as _;
+use crate::model::time::Mono;
 use crate::plan::sizing::Outlook;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -59,6 +61,24 @@ impl Core {
         }
     }
 
+    /// Until when a card does not grow because it failed to. A card above 0 holds up itself alone: the node's own needs
+    /// nothing of it.
+    pub(super) fn growth_pause(&self, card: u32) -> Option<Mono> {
+        let own = self.held_up.get(&card).map(|(_, until)| *until).filter(|until| *until > self.now.mono);
+        self.timers.get(&Timer::Growth).copied().or(own)
+    }
+
+    /// A growth of a card above 0 has failed.
+    pub(super) fn hold_up(&mut self, card: u32) {
+        if self.growth_pause(card).is_some() {
+            return; // several failed together
+        }
+        let failures = self.held_up.get(&card).map_or(0, |(failures, _)| *failures);
+        let until = self.now.mono.plus(AFTER_FAILURE.pause(failures, &mut self.random));
+        self.held_up.insert(card, (failures.saturating_add(1), until));
+        self.wake_for(Timer::Shrink, until);
+    }
+
     /// What was going to be taken in and turns out not to be ours: IMDS or the checkpoint had told otherwise.
     pub(super) fn unwant_strangers(&mut self, coming: &BTreeSet<EniId>) {
         let ours = |id: &EniId| self.managed(id) || self.pool.eni(id).is_some() || coming.contains(id);
@@ -79,6 +99,9 @@ impl Core {
         }
         let busy: BTreeSet<u32> = self.growths.values().map(super::growth::Growth::card).gather();
         let can_grow = |card: &u32| {
+            if self.growth_pause(*card).is_some() {
+                return false;
+            }
             let outlook = Outlook { starved: true, ..Outlook::default() };
             let sizing = self.sizing_with(*card, self.waiting.len());
             let skip = |id: &EniId| self.skipped(id);

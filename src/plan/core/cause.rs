@@ -1,23 +1,30 @@
 //! Why a pod gets no address: one word for the counters, one sentence for the pod's event (`field.md` B11).
 
-use super::{Core, Phase, Timer};
+use super::{Core, Phase};
 use crate::model::time::Mono;
 
 impl Core {
     /// The most telling cause that is known now: (word, sentence).
-    pub(super) fn why_no_address(&self) -> (&'static str, String) {
+    pub(super) fn why_no_address(&self, every_card: bool) -> (&'static str, String) {
         let now = self.now.mono;
+        // Of a pod for all cards the first that has nothing is to blame.
+        let without = |card: &u32| {
+            let stats = self.pool.stats(now, *card);
+            every_card && stats.available() <= stats.cooling
+        };
+        let card = self.open_cards().into_iter().find(without).unwrap_or(0);
         let seconds = |until: Mono| until.since(now).as_secs() + 1;
-        let stats = self.pool.stats(now, 0);
-        let enis = self.pool.enis().filter(|(_, eni)| eni.card == 0).count();
+        let stats = self.pool.stats(now, card);
+        let enis = self.pool.enis().filter(|(_, eni)| eni.card == card).count();
         let held = format!(
             "{} of {} addresses are in use, {} rest after their last pod, {enis} of {} ENIs are attached",
             stats.assigned,
             stats.total,
             stats.cooling,
-            self.sizing(0).eni_limit,
+            self.sizing(card).eni_limit,
         );
-        let with = |cause: &'static str, why: String| (cause, format!("{why}; {held}"));
+        let on = if card > 0 { format!(" on network card {card}") } else { String::new() };
+        let with = |cause: &'static str, why: String| (cause, format!("{why}; {held}{on}"));
         if self.phase == Phase::Stopping {
             return with("stopping", "the daemon is stopping".into());
         }
@@ -37,8 +44,8 @@ impl Core {
         if self.cordoned() {
             return with("cordoned", "the node is cordoned: it asks EC2 for nothing".into());
         }
-        if let (Some(failure), Some(until)) = (&self.last_failure, self.timers.get(&Timer::Growth)) {
-            return with("ec2_error", format!("{failure}: next try in {} s", seconds(*until)));
+        if let (Some(failure), Some(until)) = (&self.last_failure, self.growth_pause(card)) {
+            return with("ec2_error", format!("{failure}: next try in {} s", seconds(until)));
         }
         if self.growing_now() {
             return with("growing", "more addresses are on their way".into());

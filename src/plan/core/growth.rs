@@ -23,7 +23,7 @@ use std::time::Duration;
 /// Growths at one time; what they will bring counts for the next.
 const GROWTHS_MAX: usize = 8;
 /// Pauses after a growth that failed for another reason than an exhausted subnet.
-const AFTER_FAILURE: Backoff =
+pub(super) const AFTER_FAILURE: Backoff =
     Backoff { first: Duration::from_secs(5), cap: Duration::from_mins(2), jitter_percent: 20 };
 /// Pauses between looks at IMDS for a new ENI: an attach takes 1 to 5 s as a rule (`spec/aws.md` 8.5).
 const LOOK: Backoff = Backoff { first: Duration::from_millis(100), cap: Duration::from_secs(2), jitter_percent: 15 };
@@ -108,7 +108,8 @@ impl Core {
             return;
         }
         while self.growths.len() < GROWTHS_MAX {
-            let Some(creating) = self.resume.pop_front() else { break };
+            let next = self.resume.iter().position(|creating| self.growth_pause(creating.card).is_none());
+            let Some(creating) = next.and_then(|index| self.resume.remove(index)) else { break };
             self.resume_creating(creating);
         }
         if self.adopting() {
@@ -117,7 +118,7 @@ impl Core {
         self.exhausted.retain(|_, until| *until > self.now.mono);
         self.full.retain(|_, until| *until > self.now.mono);
         for card in self.open_cards() {
-            while self.growths.len() < GROWTHS_MAX && !self.timers.contains_key(&Timer::Growth) {
+            while self.growths.len() < GROWTHS_MAX && self.growth_pause(card).is_none() {
                 if !self.grow_card(card) {
                     break;
                 }
@@ -552,10 +553,9 @@ impl Core {
         if let Some((eni, _)) = self.new_eni(id) {
             self.freeing.insert(eni, Free::resumed(None));
         }
-        self.growths.remove(&id);
         self.changed();
         self.tally(Tally::Error("increaseIPPoolAllocENI"));
-        self.growth_failed(None, &format!("attach the new ENI: {why}"), failure);
+        self.growth_failed(Some(id), &format!("attach the new ENI: {why}"), failure);
     }
 
     fn settle(&mut self, id: GrowthId, attachment: AttachmentId) {
@@ -686,9 +686,13 @@ impl Core {
     }
 
     fn growth_succeeded(&mut self, id: GrowthId) {
-        self.growths.remove(&id);
-        self.timers.remove(&Timer::Growth);
-        self.growth_failures = 0;
+        match self.growths.remove(&id).map_or(0, |growth| growth.card) {
+            0 => {
+                self.timers.remove(&Timer::Growth);
+                self.growth_failures = 0;
+            }
+            card => drop(self.held_up.remove(&card)),
+        }
         self.grown_once = true;
         self.acted();
     }
@@ -697,10 +701,11 @@ impl Core {
         let cause = failure.map(|failure| format!(": {failure}")).unwrap_or_default();
         self.log(Level::Error, format!("grow the pool: {what}{cause}"));
         self.last_failure = Some(format!("{what}{cause}"));
-        if let Some(id) = id {
-            self.growths.remove(&id);
-        }
+        let growth = id.and_then(|id| self.growths.remove(&id));
         self.grown_once = true;
+        if let Some(card) = growth.map(|growth| growth.card).filter(|card| *card > 0) {
+            return self.hold_up(card);
+        }
         if self.timers.contains_key(&Timer::Growth) {
             return; // several failed together
         }

@@ -155,8 +155,8 @@ impl Core {
         let (rest, hopeless): (Vec<Waiting>, Vec<Waiting>) =
             std::mem::take(&mut self.waiting).into_iter().partition(|waiting| expected(self, waiting.deadline));
         self.waiting = rest.into();
-        for Waiting { call, owner, .. } in hopeless {
-            let (cause, why) = self.why_no_address();
+        for Waiting { call, owner, every_card, .. } in hopeless {
+            let (cause, why) = self.why_no_address(every_card);
             self.tally(Tally::NoAddress(cause));
             self.notice(Regarding::Node, "NoPodAddress", cause, &why);
             self.refuse(call, &owner.key, &why);

@@ -62,7 +62,7 @@ impl Core {
             paused_until: self.timers.get(&Timer::Growth).copied(),
             last_failure: self.last_failure.clone(),
             throttled: self.pacer.paused(self.now.mono).gather(),
-            cause: self.why_no_address(),
+            cause: self.why_no_address(false),
             exhausted: self.exhausted.iter().map(|(subnet, until)| (subnet.clone(), *until)).gather(),
             freeing: self.freeing.keys().cloned().gather(),
             observing: self.ops.values().any(|op| matches!(op, Op::Scan | Op::Describe)),
