@@ -93,6 +93,7 @@ struct State {
     preferred: usize,
     token: Option<(String, Option<Mono>)>, // and when it was read; `None`: the server did not like it
     kept: BTreeMap<String, EniConfig>,
+    no_authority: bool, // its file could not be read, which is told once
 }
 
 /// A client of the API server. Threads may share it.
@@ -186,14 +187,18 @@ impl Client {
                 }
                 Ok(config)
             }
-            Err(trouble) if matches!(trouble.failure.status, 0 | 429 | 500..) => {
-                let kept = self.state().kept.get(name).cloned();
-                let kept = kept.ok_or_else(|| trouble.failure.clone())?;
-                log::warn!("read ENIConfig {name:?}: {trouble}; going on with what it was");
-                Ok(kept)
-            }
             Err(trouble) => {
-                self.state().kept.remove(name);
+                let mut state = self.state();
+                match trouble.failure.status {
+                    404 => drop(state.kept.remove(name)),
+                    400 | 401 | 403 => {}
+                    _ => {
+                        if let Some(kept) = state.kept.get(name) {
+                            log::warn!("read ENIConfig {name:?}: {trouble}; going on with what it was");
+                            return Ok(kept.clone());
+                        }
+                    }
+                }
                 Err(trouble.into())
             }
         }
@@ -319,19 +324,22 @@ impl Client {
             return Ok((place, Arc::clone(agent)));
         }
         let server = self.config.servers.get(place).map_or("", String::as_str);
-        let agent = self.new_agent(server).map_err(|error| Trouble::new(0, error.to_string()))?;
+        let agent =
+            self.new_agent(server, &mut state.no_authority).map_err(|error| Trouble::new(0, error.to_string()))?;
         let agent = Arc::new(agent);
         state.agents.insert(place, Arc::clone(&agent));
         Ok((place, agent))
     }
 
-    fn new_agent(&self, server: &str) -> Result<Agent> {
+    fn new_agent(&self, server: &str, told: &mut bool) -> Result<Agent> {
         let roots = match &self.config.authority {
             Authority::Pem(pem) => Roots::of_pem(pem.clone()),
             Authority::File(file) if server.starts_with("https") => match load(file) {
                 Ok(pem) => Roots::of_pem(pem),
                 Err(error) => {
-                    log::warn!("read the API server's CA {}: {error}; trusting the system's", file.display());
+                    let level = if *told { log::Level::Debug } else { log::Level::Warn };
+                    *told = true;
+                    log::log!(level, "read the API server's CA {}: {error}; trusting the system's", file.display());
                     Roots::default()
                 }
             },
