@@ -1,7 +1,7 @@
 //! The daemon and the API server: there, away, late, silent.
 
 use crate::stage::{Stage, eventually};
-use enibox::sandbox::kube::Api;
+use enibox::sandbox::kube::{Api, Kind};
 use serde_json::json;
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -46,7 +46,7 @@ fn watches_its_node_and_pods_and_is_idle() {
     logged(&stage, "our node takes 29 pods, cordoned");
     logged(&stage, "2 pods of our node need an address");
     kube.cut();
-    kube.change(|api| api.remove(enibox::sandbox::kube::Kind::Pod, "tests", "early"));
+    kube.change(|api| api.remove(Kind::Pod, "tests", "early"));
     eventually(LIMIT, "the count falls", || {
         let last = stage.log().lines().rfind(|line| line.contains("pods of our node need")).map(str::to_owned);
         if last.as_ref().is_some_and(|line| line.contains("\"1 pods")) { Ok(()) } else { Err(last) }
@@ -114,5 +114,29 @@ fn a_daemon_without_a_node_name_goes_on_alone() {
     serves(&stage);
     assert_eq!(stage.log().matches("MY_NODE_NAME is not set").count(), 1);
     assert_eq!(kube.requests(), [""; 0]);
+    stage.stop();
+}
+
+#[test]
+fn a_feature_waits_for_the_api_server_and_annotates_pods() {
+    let mut stage = Stage::new("m5.large", 65, &[ENDPOINT, ("ANNOTATE_POD_IP", "true")]);
+    stage.start();
+    logged(&stage, "waiting for the API server");
+    let kube = stage.world.serve_kube(objects()).unwrap();
+    stage.wait_ready();
+    let annotation = || {
+        kube.change(|api| {
+            let pod = api.get(Kind::Pod, "tests", "early").expect("it stays");
+            let address = pod.pointer("/metadata/annotations/vpc.amazonaws.com~1pod-ips");
+            address.and_then(|address| address.as_str()).map(str::to_owned)
+        })
+    };
+    let pod = stage.add("early");
+    assert_eq!(annotation(), Some(pod.address().to_string()));
+    stage.probe(&pod);
+    stage.delete(pod);
+    eventually(LIMIT, "the annotation is emptied", || {
+        if annotation().as_deref() == Some("") { Ok(()) } else { Err(annotation()) }
+    });
     stage.stop();
 }
