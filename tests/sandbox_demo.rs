@@ -46,7 +46,7 @@ fn every_flow_is_as_it_should_be() {
 
 #[test]
 fn without_snat_a_pod_is_seen_as_itself() {
-    let output = sandbox(&["--nodes", "1", "--pods", "2", "--json", "--env", "AWS_VPC_K8S_CNI_EXTERNALSNAT=true"]);
+    let output = sandbox(&["--nodes", "1", "--pods", "2", "--json", "--set", "AWS_VPC_K8S_CNI_EXTERNALSNAT=true"]);
     let report = json(&{ output }.output().unwrap());
     assert_eq!(failed(&report), Vec::<&Value>::new());
     let flow = report["flows"].as_array().unwrap().iter().find(|flow| flow["to"] == "internet").unwrap();
@@ -57,7 +57,7 @@ fn without_snat_a_pod_is_seen_as_itself() {
 fn a_wrong_network_is_found_out() {
     // Without node-port support the answer of a pod on a secondary ENI leaves by that ENI, with an address that is not
     // the ENI's: the router drops it.
-    let args = ["--nodes", "1", "--pods", "10", "--json", "--env", "AWS_VPC_CNI_NODE_PORT_SUPPORT=false"];
+    let args = ["--nodes", "1", "--pods", "10", "--json", "--set", "AWS_VPC_CNI_NODE_PORT_SUPPORT=false"];
     let output = sandbox(&args).output().unwrap();
     let report = json(&output);
     assert_eq!((output.status.code(), &report["ok"]), (Some(1), &Value::Bool(false)));
@@ -71,7 +71,7 @@ fn a_bad_command_line_is_told() {
     for (args, code) in [
         (["--nodes", "0"], 2),
         (["--pods", "x"], 2),
-        (["--env", "nothing"], 2),
+        (["--set", "nothing"], 2),
         (["--instance-type", "m5.tiny"], 1),
         (["--pods", "200"], 1),
     ] {

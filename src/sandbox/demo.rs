@@ -43,9 +43,9 @@ pub struct Args {
     /// Leave everything standing until Ctrl-C or `enibox sandbox down`
     #[arg(long)]
     keep: bool,
-    /// A setting of the daemon, besides those of the sandbox; may be given several times
-    #[arg(long = "env", value_name = "NAME=VALUE", value_parser = setting)]
-    env: Vec<(String, String)>,
+    /// A setting of the daemons, besides those of the sandbox; may be given several times
+    #[arg(long = "set", value_name = "VAR=VALUE", value_parser = setting)]
+    set: Vec<(String, String)>,
     /// Decides ids and addresses
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -60,7 +60,7 @@ enum Command {
 fn setting(text: &str) -> std::result::Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
-        _ => Err("not NAME=VALUE".into()),
+        _ => Err("not VAR=VALUE".into()),
     }
 }
 
@@ -146,7 +146,7 @@ fn demo(args: &Args) -> Result<bool> {
 
 // What the daemon's settings mean for the source that others see.
 fn expectation(args: &Args) -> flows::Expectation {
-    let lookup = |name: &str| args.env.iter().rev().find(|(key, _)| key == name).map(|(_, value)| value.clone());
+    let lookup = |name: &str| args.set.iter().rev().find(|(key, _)| key == name).map(|(_, value)| value.clone());
     let (settings, _) = Settings::parse(lookup);
     flows::Expectation { snat: !settings.external_snat, excluded: settings.exclude_snat_cidrs }
 }
@@ -183,7 +183,7 @@ impl Stage {
         say("starting the daemon on each node");
         let logs = self.world.topology().run().logs();
         for node in &self.nodes {
-            self.agents.push(Agent::start(&self.program, &logs, node, &args.env)?);
+            self.agents.push(Agent::start(&self.program, &logs, node, &args.set)?);
         }
         let mut ready = Vec::new();
         for (agent, node) in self.agents.iter_mut().zip(&self.nodes) {
