@@ -23,7 +23,7 @@ pub fn config(settings: &Settings, valid: &Valid, limits: &Limits, identity: &Id
         prefix_mode: valid.mode != Mode::Ipv4Addresses,
         slots: size(limits.slots_per_eni()),
         cards: cards.gather(),
-        max_pods: size(limits.max_pods()),
+        max_pods: size(max_pods(settings, valid, limits)),
         provisioning: !settings.read_only(),
         imds_only: settings.imds_only,
         custom_networking: settings.custom_networking.then_some(names),
@@ -39,6 +39,16 @@ pub fn config(settings: &Settings, valid: &Valid, limits: &Limits, identity: &Id
         network_policy_mode: settings.network_policy_mode.clone().unwrap_or_default(),
         tunables: tunables(settings, identity),
         seed,
+    }
+}
+
+// As far as the instance type tells; the Node object knows better (`spec/config.md` 2.2).
+fn max_pods(settings: &Settings, valid: &Valid, limits: &Limits) -> u32 {
+    let reserved = u32::from(settings.custom_networking);
+    match valid.mode {
+        Mode::Ipv4Addresses => limits.max_pods_with(reserved, false),
+        Mode::Ipv4Prefixes => limits.max_pods_with(reserved, true),
+        Mode::Ipv6Prefixes => limits.kubelet_pods,
     }
 }
 

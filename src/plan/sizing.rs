@@ -3,7 +3,7 @@
 //! Pure arithmetic. The letters of the specification stand in the comments: T total, A assigned, V available, P prefixes,
 //! F free prefixes, W/M/WE/WP the targets, E the ENI limit.
 
-use super::pool::{Kind, Pool, Stats};
+use super::pool::{Eni, Kind, Pool, Stats};
 use crate::model::ids::EniId;
 use crate::model::order;
 use crate::model::time::Mono;
@@ -178,21 +178,24 @@ impl Sizing {
         if wanted == 0 {
             return None;
         }
+        let coming = |id: &EniId| outlook.assigning.get(id).copied();
+        let room = |id: &EniId, eni: &Eni| self.slots.saturating_sub(eni.cidr_count() + coming(id).unwrap_or(0));
         let mut candidates: Vec<_> = pool
             .enis()
             .filter(|(id, eni)| {
-                eni.card == self.card
-                    && eni.kind != Kind::Trunk
-                    && eni.serves()
-                    && eni.cidr_count() < self.slots
-                    && !outlook.assigning.contains_key(*id)
-                    && !skip(id)
+                let takes = eni.card == self.card && eni.kind != Kind::Trunk && eni.serves();
+                takes && room(id, eni) > 0 && !skip(id)
             })
             .collect();
         order::sort_by_key(&mut candidates, |(_, eni)| eni.device);
-        if let Some((id, eni)) = candidates.first() {
-            let count = wanted.min(self.slots - eni.cidr_count());
-            return Some(Growth::Assign { eni: (*id).clone(), count });
+        if let Some((id, eni)) = candidates.iter().find(|(id, _)| coming(id).is_none()) {
+            return Some(Growth::Assign { eni: (*id).clone(), count: wanted.min(room(id, eni)) });
+        }
+        // An ENI that is being assigned to takes the rest when that is done: no new one is made for what it has room for.
+        let later: usize = candidates.iter().map(|(id, eni)| room(id, eni)).sum();
+        let wanted = wanted.saturating_sub(later);
+        if wanted == 0 {
+            return None;
         }
         let held = pool.enis().filter(|(_, eni)| eni.card == self.card).count();
         let room = held + outlook.creating.len() + self.reserved < self.eni_limit;

@@ -287,3 +287,14 @@ fn steady_states() {
         }
     }
 }
+
+#[test]
+fn a_busy_eni_with_room_is_waited_for() {
+    let pool = pool_of(&[(1, 2)], 30);
+    let busy = |count| Outlook { assigning: [("eni-0".into(), count)].into(), ..Outlook::default() };
+    let sizing = Sizing { demand: 3, ..sizing(3, 9, 1, 2, 0) };
+    assert_eq!(sizing.growth(&pool, at(OLD).mono, &Outlook::default(), |_| false), assign(0, 4));
+    assert_eq!(sizing.growth(&pool, at(OLD).mono, &busy(1), |_| false), None, "it has room for the other three");
+    let many = Sizing { demand: 12, ..sizing };
+    assert_eq!(many.growth(&pool, at(OLD).mono, &busy(1), |_| false), new_eni(6), "what it has no room for");
+}
