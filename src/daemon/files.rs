@@ -170,6 +170,17 @@ mod tests {
     use crate::model::time::Wall;
 
     #[test]
+    fn each_card_has_its_file() {
+        for (store, card, file) in [
+            ("/var/run/aws-node/ipam.json", 0, "/var/run/aws-node/ipam.json"),
+            ("/var/run/aws-node/ipam.json", 2, "/var/run/aws-node/ipam-nic-2.json"),
+            ("/tmp/pool", 1, "/tmp/pool-nic-1.json"),
+        ] {
+            assert_eq!(store_of(Path::new(store), card), Path::new(file));
+        }
+    }
+
+    #[test]
     fn a_newer_record_under_the_same_key_stays() {
         let folder = std::env::temp_dir().join(format!("enibox-records-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();

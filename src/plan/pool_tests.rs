@@ -53,6 +53,26 @@ fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
+#[test]
+fn ipv6_prefixes_serve_only_with_prefixes_on_and_are_never_counted_out() {
+    for (prefix_mode, serves) in [(true, true), (false, false)] {
+        let mut pool = Pool::new(prefix_mode, Duration::from_secs(30));
+        pool.add_eni("eni-0".into(), eni(0, at(0))).unwrap();
+        pool.add_cidr(&"eni-0".into(), "2001:db8:0:1:9::/80".parse().unwrap()).unwrap();
+        let given = pool.assign(at(0), 0, owner("a")).map(|(place, _)| place.address);
+        assert_eq!(given.is_ok(), serves);
+        if !serves {
+            continue;
+        }
+        assert_eq!(given, Ok(ip("2001:db8:0:1:9::")));
+        assert_eq!(pool.assign(at(0), 0, owner("b")).unwrap().0.address, ip("2001:db8:0:1:9::1"));
+        pool.release(at(1), &owner("a").key, 0).unwrap();
+        assert_eq!(pool.assign(at(2), 0, owner("c")).unwrap().0.address, ip("2001:db8:0:1:9::2"), "a's rests");
+        assert_eq!(pool.assign(at(40), 0, owner("d")).unwrap().0.address, ip("2001:db8:0:1:9::"));
+        assert_eq!(pool.stats(at(40), 0).total, 1 << 48);
+    }
+}
+
 fn prefix_pool(cooldown_s: u64) -> Pool {
     let mut pool = Pool::new(true, Duration::from_secs(cooldown_s));
     pool.add_eni("eni-0".into(), eni(0, at(0))).unwrap();

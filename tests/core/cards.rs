@@ -671,10 +671,33 @@ fn a_crash_at_any_effect_in_any_mode_loses_and_leaks_nothing() {
     }
 }
 
+/// Somebody else attaches an ENI now and then: one to be used, one that is not ours, or one without addresses.
+fn others(world: &mut World, dice: &mut Random) {
+    if dice.below(40) != 0 {
+        return;
+    }
+    let (now, subnet) = (world.now(), world.vpc.identity(&world.instance).unwrap().subnet);
+    let kind = dice.below(3);
+    let tags: BTreeMap<_, _> =
+        (kind == 1).then(|| ("node.k8s.amazonaws.com/no_manage".to_owned(), "true".to_owned())).into_iter().collect();
+    let Ok(eni) = world.vpc.add_interface(now, &subnet, "by hand", &tags) else { return };
+    world.foreign.insert(eni.clone());
+    let (device, card) = (u32::try_from(5 + dice.below(3)).unwrap(), u32::try_from(dice.below(2)).unwrap());
+    let attach = Call::Attach { eni: eni.clone(), instance: world.instance.clone(), device, card };
+    if world.vpc.execute(now, &attach).result.is_err() {
+        return; // whether it worked or not, nobody but the test cares for it
+    }
+    match kind {
+        0 if card == 0 || world.disks.contains_key(&1) => drop(world.foreign.remove(&eni)),
+        2 => make_efa(world, &eni, true),
+        _ => {}
+    }
+}
+
 fn random_life(seed: u64) {
     let mut dice = Random::new(seed);
     let (configure, multi) = pick(&mut dice, &MODES);
-    live(node(TWO_CARDS, configure), &mut dice, multi);
+    live(node(TWO_CARDS, configure), &mut dice, multi, others);
 }
 
 #[test]

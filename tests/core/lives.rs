@@ -69,12 +69,14 @@ fn random_life(seed: u64) {
         1 => Targets { warm_ip: 2, minimum_ip: 4, ..DEFAULT },
         _ => Targets { warm_eni: 0, ..DEFAULT },
     };
-    live(World::new(kind, targets), &mut dice, false);
+    live(World::new(kind, targets), &mut dice, false, |_, _| {});
 }
 
-/// The same on a node of any kind; `several`: now and then a pod wants an address on every network card.
-pub fn live(mut world: World, dice: &mut Random, several: bool) {
+/// The same on a node of any kind; `several`: now and then a pod wants an address on every network card; `others`:
+/// what else happens before each step.
+pub fn live(mut world: World, dice: &mut Random, several: bool, others: fn(&mut World, &mut Random)) {
     for step in 0..60 {
+        others(&mut world, dice);
         match dice.below(20) {
             0..=7 => {
                 let pod = format!("pod-{}", dice.below(12));

@@ -158,6 +158,9 @@ fn fields(vpc: &Vpc, ImdsEni { eni, groups }: &ImdsEni) -> Vec<(&'static str, St
         ("ipv6-prefix", lines(&eni.v6_prefixes)),
         ("subnet-ipv6-cidr-blocks", eni.subnet_v6.map(|net| net.to_string()).unwrap_or_default()),
     ];
+    if !eni.ipv6s.is_empty() {
+        fields.push(("vpc-ipv6-cidr-blocks", lines(vpc.v6_cidrs())));
+    }
     if eni.card > 0 {
         fields.push(("network-card", eni.card.to_string()));
     }
