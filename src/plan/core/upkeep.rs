@@ -149,10 +149,10 @@ impl Core {
     pub(super) fn sync_cidrs(&mut self, interface: &Interface) {
         let listed = self.cidrs_of(interface);
         self.listed.insert(interface.id.clone(), listed.clone());
-        self.sync_with(&interface.id, listed);
+        self.sync_with(&interface.id, &listed);
     }
 
-    fn sync_with(&mut self, id: &EniId, listed: BTreeSet<IpNet>) {
+    fn sync_with(&mut self, id: &EniId, listed: &BTreeSet<IpNet>) {
         let Some(eni) = self.pool.eni(id) else { return };
         let held: BTreeSet<IpNet> = eni.cidrs().map(|(net, _)| *net).gather();
         for net in listed.difference(&held) {
@@ -305,7 +305,7 @@ impl Core {
         self.miss_enis(&listed.iter().gather());
         for eni in self.attached.values().cloned().collect::<Vec<_>>() {
             let told = self.told_cidrs(&eni);
-            self.sync_with(&eni.id, told);
+            self.sync_with(&eni.id, &told);
         }
         if self.absent.values().any(|absent| !absent.confirmed) {
             self.wake_for(Timer::Scan, self.now.mono.plus(OBSERVE_AGAIN.saturating_add(Duration::from_secs(1))));
