@@ -682,13 +682,14 @@ fn others(world: &mut World, dice: &mut Random) {
         (kind == 1).then(|| ("node.k8s.amazonaws.com/no_manage".to_owned(), "true".to_owned())).into_iter().collect();
     let Ok(eni) = world.vpc.add_interface(now, &subnet, "by hand", &tags) else { return };
     world.foreign.insert(eni.clone());
-    let (device, card) = (u32::try_from(5 + dice.below(3)).unwrap(), u32::try_from(dice.below(2)).unwrap());
+    let device = u32::try_from(5 + dice.below(3)).unwrap();
+    let card = if kind == 0 { 0 } else { u32::try_from(dice.below(2)).unwrap() }; // card 1 may not be managed
     let attach = Call::Attach { eni: eni.clone(), instance: world.instance.clone(), device, card };
     if world.vpc.execute(now, &attach).result.is_err() {
         return; // whether it worked or not, nobody but the test cares for it
     }
     match kind {
-        0 if card == 0 || world.disks.contains_key(&1) => drop(world.foreign.remove(&eni)),
+        0 => drop(world.foreign.remove(&eni)),
         2 => make_efa(world, &eni, true),
         _ => {}
     }
