@@ -685,8 +685,9 @@ fn others(world: &mut World, dice: &mut Random) {
     let device = u32::try_from(5 + dice.below(3)).unwrap();
     let card = if kind == 0 { 0 } else { u32::try_from(dice.below(2)).unwrap() }; // card 1 may not be managed
     let attach = Call::Attach { eni: eni.clone(), instance: world.instance.clone(), device, card };
-    if world.vpc.execute(now, &attach).result.is_err() {
-        return; // whether it worked or not, nobody but the test cares for it
+    let answer = world.vpc.execute(now, &attach).result; // may be lost although it worked
+    if !world.vpc.interfaces().any(|i| i.id == eni && i.attachment.is_some()) {
+        return assert!(answer.is_err());
     }
     match kind {
         0 => drop(world.foreign.remove(&eni)),
