@@ -108,6 +108,9 @@ pub struct Own {
     pub cooling: BTreeMap<IpAddr, i64>,
     /// CIDRs that were given back lately, and when, in Unix nanoseconds: whoever still lists them is behind.
     pub given_back: BTreeMap<IpNet, i64>,
+    /// Subnets that had no block for a prefix: refusals in a row, and when the next try is due, in Unix nanoseconds.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub fragmented: BTreeMap<SubnetId, (u32, i64)>,
     /// An ENI may have been made that nobody remembers: it is looked for.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub leak_suspected: bool,

@@ -12,11 +12,13 @@ mod cards;
 mod cause;
 mod cluster;
 mod event;
+mod fallback;
 mod freeing;
 mod growth;
 mod pods;
 mod saver;
 mod status;
+mod subnets;
 mod sweep;
 mod upkeep;
 mod v6;
@@ -265,6 +267,7 @@ pub struct Core {
     // Absent inside: EC2 would not tell.
     subnets: Option<(Mono, Option<Vec<Subnet>>)>,
     exhausted: BTreeMap<SubnetId, Mono>,
+    fragmented: fallback::Fragmented,
     // ENIs that take no more CIDRs by EC2's word, although we know of fewer: until when that is believed.
     full: BTreeMap<EniId, Mono>,
     absent: BTreeMap<(EniId, Option<IpNet>), Absent>,
@@ -332,6 +335,7 @@ impl Core {
             groups: None,
             subnets: None,
             exhausted: BTreeMap::new(),
+            fragmented: fallback::Fragmented::default(),
             full: BTreeMap::new(),
             absent: BTreeMap::new(),
             unassigned: BTreeMap::new(),

@@ -373,10 +373,12 @@ impl Pool {
         }
     }
 
-    /// Adds a CIDR to an ENI. Addresses of living pods inside it that were orphans find their place again.
+    /// Adds a CIDR to an ENI; one that overlaps another is a duplicate. Addresses of living pods inside it that were orphans find their place again.
     pub fn add_cidr(&mut self, id: &EniId, net: IpNet) -> Result<(), Refused> {
         let net = net.trunc();
-        if let Some((holder, _)) = self.enis.iter().find(|(_, eni)| eni.cidrs.contains_key(&net)) {
+        // A late observation may still list an address that EC2 has since made part of a prefix.
+        let overlaps = |held: &IpNet| held.contains(&net) || net.contains(held);
+        if let Some((holder, _)) = self.enis.iter().find(|(_, eni)| eni.cidrs.keys().any(overlaps)) {
             return Err(Refused::Duplicate(holder.clone()));
         }
         let eni = self.enis.get_mut(id).ok_or(Refused::UnknownEni)?;
@@ -609,11 +611,21 @@ impl Pool {
         self.stats_of(now, |_, eni| eni.card == card && eni.serves())
     }
 
+    /// The same without the single addresses that stand in for prefixes.
+    pub fn stats_of_mode(&self, now: Mono, card: u32) -> Stats {
+        let include = |_: &EniId, eni: &Eni| eni.card == card && eni.serves();
+        self.figures(now, &include, &|cidr| cidr.prefix == self.prefix_mode && !cidr.barred)
+    }
+
     /// Figures over some of the ENIs.
     pub fn stats_of(&self, now: Mono, include: impl Fn(&EniId, &Eni) -> bool) -> Stats {
+        self.figures(now, &include, &|cidr| self.usable(cidr))
+    }
+
+    fn figures(&self, now: Mono, include: &dyn Fn(&EniId, &Eni) -> bool, counts: &dyn Fn(&Cidr) -> bool) -> Stats {
         let mut stats = Stats::default();
         for (_, eni) in self.enis.iter().filter(|(id, eni)| include(id, eni)) {
-            for (net, cidr) in eni.cidrs.iter().filter(|(_, cidr)| self.usable(cidr)) {
+            for (net, cidr) in eni.cidrs.iter().filter(|(_, cidr)| counts(cidr)) {
                 let assigned = cidr.assigned();
                 stats.total = stats.total.saturating_add(size_of_cidr(net));
                 stats.assigned += assigned;
@@ -630,13 +642,11 @@ impl Pool {
         self.enis.get(id).is_some_and(|eni| eni.cidrs.values().any(|cidr| cidr.cooling(now, self.cooldown) > 0))
     }
 
-    /// CIDRs of the current mode on an ENI that nobody uses and that are not cooling, lowest first.
-    pub fn idle_cidrs(&self, id: &EniId, now: Mono) -> Vec<IpNet> {
+    /// Prefixes, or single addresses, of an ENI that nobody uses and that are not cooling, lowest first.
+    pub fn idle_cidrs(&self, id: &EniId, now: Mono, prefixes: bool) -> Vec<IpNet> {
         let Some(eni) = self.enis.get(id) else { return Vec::new() };
-        let idle = eni
-            .cidrs
-            .iter()
-            .filter(|(_, cidr)| self.usable(cidr) && cidr.assigned() == 0 && cidr.cooling(now, self.cooldown) == 0);
+        let idle = |cidr: &Cidr| cidr.assigned() == 0 && cidr.cooling(now, self.cooldown) == 0;
+        let idle = eni.cidrs.iter().filter(|(_, cidr)| cidr.prefix == prefixes && !cidr.barred && idle(cidr));
         idle.map(|(net, _)| *net).collect()
     }
 

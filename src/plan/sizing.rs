@@ -17,6 +17,10 @@ pub const PREFIX_ADDRESSES: usize = 16;
 /// An ENI younger than this is not freed (`spec/ipamd.md` 6.1).
 pub const ENI_AGE_MIN: Duration = Duration::from_mins(1);
 
+/// Single addresses kept ready in place of WARM_PREFIX_TARGET while prefixes are not to be had. Sixteen for each prefix
+/// would take the slots that prefixes need to come back.
+pub const WARM_SINGLES: usize = 4;
+
 /// The warm targets; 0 in `warm_ip` and `minimum_ip` means that they are not set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Targets {
@@ -58,6 +62,8 @@ pub struct Outlook {
     pub assigning: BTreeMap<EniId, usize>,
     /// New ENIs that are being made, with the CIDRs that each will carry.
     pub creating: Vec<usize>,
+    /// In prefix mode: single addresses that are on their way, which the two above do not count.
+    pub singles: usize,
 }
 
 /// What to ask EC2 for.
@@ -79,7 +85,7 @@ pub enum Growth {
 
 impl Sizing {
     // W and M in force, if the IP targets are set at all (6.3).
-    fn ip_targets(&self) -> Option<(usize, usize)> {
+    pub(super) fn ip_targets(&self) -> Option<(usize, usize)> {
         match (self.card, self.targets.warm_ip, self.targets.minimum_ip) {
             (1.., _, _) => Some((1, 1)),
             (0, 0, 0) => None,
@@ -146,13 +152,17 @@ impl Sizing {
         }
     }
 
-    fn with_demand(&self, stats: Stats) -> Stats {
+    pub(super) fn with_demand(&self, stats: Stats) -> Stats {
         Stats { assigned: stats.assigned + self.demand, ..stats }
     }
 
     // The pool as it will be once everything has come, and with every waiting pod served.
     fn foreseen(&self, pool: &Pool, now: Mono, outlook: &Outlook) -> Stats {
-        let mut stats = pool.stats(now, self.card);
+        self.with_outlook(pool, pool.stats_of_mode(now, self.card), outlook)
+    }
+
+    /// Adds to figures of the pool what is on its way and what is wanted.
+    pub(super) fn with_outlook(&self, pool: &Pool, mut stats: Stats, outlook: &Outlook) -> Stats {
         if outlook.starved {
             stats.total -= stats.cooling;
             stats.cooling = 0;
@@ -171,10 +181,23 @@ impl Sizing {
     pub fn growth(&self, pool: &Pool, now: Mono, outlook: &Outlook, skip: impl Fn(&EniId) -> bool) -> Option<Growth> {
         let prefix_mode = pool.prefix_mode();
         let stats = self.foreseen(pool, now, outlook);
-        if !self.too_low(&stats, prefix_mode) {
-            return None;
-        }
-        let wanted = self.wanted(&stats, prefix_mode);
+        let wanted = if self.too_low(&stats, prefix_mode) { self.wanted(&stats, prefix_mode) } else { 0 };
+        self.place(pool, outlook, wanted, &skip)
+    }
+
+    /// Whether CIDRs of the mode are missing, those on their way counted as there.
+    pub(super) fn lacks(&self, pool: &Pool, now: Mono, outlook: &Outlook) -> bool {
+        self.too_low(&self.foreseen(pool, now, outlook), pool.prefix_mode())
+    }
+
+    /// Where `wanted` more CIDRs can go: to the first ENI with room, else to a new one.
+    pub(super) fn place(
+        &self,
+        pool: &Pool,
+        outlook: &Outlook,
+        wanted: usize,
+        skip: &dyn Fn(&EniId) -> bool,
+    ) -> Option<Growth> {
         if wanted == 0 {
             return None;
         }
@@ -204,7 +227,7 @@ impl Sizing {
 
     /// CIDRs to give back, by ENI (6.5, 6.9 with B26: from the ENI with fewest pods, never a cooling address).
     pub fn surplus(&self, pool: &Pool, now: Mono) -> Vec<(EniId, Vec<IpNet>)> {
-        let stats = self.with_demand(pool.stats(now, self.card));
+        let stats = self.with_demand(pool.stats_of_mode(now, self.card));
         let mut over = match (self.deviation(&stats, pool.prefix_mode()), pool.prefix_mode()) {
             (Some((_, over)), _) => over,
             (None, true) => stats.free_prefixes.saturating_sub(self.warm_prefix().max(1)),
@@ -214,7 +237,7 @@ impl Sizing {
         order::sort_by_key(&mut enis, |(_, eni)| (eni.assigned(), Reverse(eni.device)));
         let mut surplus = Vec::new();
         for (id, _) in enis {
-            let mut idle = pool.idle_cidrs(id, now);
+            let mut idle = pool.idle_cidrs(id, now, pool.prefix_mode());
             idle.truncate(over);
             over -= idle.len();
             if !idle.is_empty() {
@@ -238,10 +261,8 @@ impl Sizing {
             };
             stats.available() >= (warm + 1) * self.addresses_per_eni(prefix_mode) || (prefix_mode && idle_eni(pool))
         };
-        if !worth_a_look {
-            return None;
-        }
-        let mut spare: Vec<_> = pool.enis().filter(|(id, _)| self.dispensable(pool, id, now)).collect();
+        let spare = pool.enis().filter(|(id, eni)| (worth_a_look || eni.excluded) && self.dispensable(pool, id, now));
+        let mut spare: Vec<_> = spare.collect();
         order::sort_by_key(&mut spare, |(_, eni)| Reverse(eni.device));
         spare.first().map(|(id, _)| (*id).clone())
     }
@@ -258,7 +279,11 @@ impl Sizing {
         {
             return false;
         }
-        let prefix_mode = pool.prefix_mode();
+        if eni.excluded {
+            return true; // nobody counts on its addresses
+        }
+        // As long as prefixes are not to be had, an ENI without one is counted by its addresses.
+        let prefix_mode = pool.prefix_mode() && !(pool.singles() && eni.cidrs().all(|(_, cidr)| !cidr.prefix));
         let others = pool.stats_of(now, |other, eni| other != id && eni.card == self.card && eni.serves());
         let others = self.with_demand(others);
         let whole = |addresses: usize| {
@@ -266,7 +291,10 @@ impl Sizing {
         };
         match self.ip_targets() {
             Some((warm, minimum)) => others.available() >= whole(warm) && others.total >= whole(minimum),
-            None if prefix_mode => others.free_prefixes >= self.warm_prefix(),
+            None if prefix_mode => {
+                others.free_prefixes >= self.warm_prefix() && (self.warm_prefix() > 0 || others.available() > 0)
+            }
+            None if pool.prefix_mode() => others.available() >= WARM_SINGLES,
             None => others.available() >= self.targets.warm_eni * self.slots && others.available() > 0,
         }
     }

@@ -1,6 +1,6 @@
 //! Crashes at every effect of one scenario, and random lives by seed.
 
-use super::world::{DEFAULT, World};
+use super::world::{DEFAULT, PREFIXES, World};
 
 use enibox::plan::backoff::Random;
 use enibox::plan::sizing::Targets;
@@ -9,8 +9,20 @@ use std::time::Duration;
 
 /// One scenario through growth, restart and shrinking, killed at effect `crash_at`.
 fn scenario(crash_at: Option<u64>) -> u64 {
-    let mut world = World::new("t3.small", DEFAULT);
+    let mut world = World::stopped("t3.small", DEFAULT, false);
+    life_of(&mut world, crash_at, 7)
+}
+
+// Growth by prefixes to a second ENI, singles where they are not to be had, and back.
+fn prefix_scenario(crash_at: Option<u64>) -> u64 {
+    let mut world = World::stopped("t3.small", PREFIXES, true);
+    world.vpc.knobs.refuse_next("AssignPrivateIpAddresses", "InsufficientCidrBlocks", 400);
+    life_of(&mut world, crash_at, 33)
+}
+
+fn life_of(world: &mut World, crash_at: Option<u64>, pods: usize) -> u64 {
     world.crash_at = crash_at;
+    world.start();
     let go_on = |world: &mut World| {
         if world.core.is_none() {
             world.start();
@@ -18,29 +30,29 @@ fn scenario(crash_at: Option<u64>) -> u64 {
         }
     };
     world.pass(Duration::from_secs(5));
-    go_on(&mut world);
+    go_on(world);
     world.pass(Duration::from_secs(10));
-    for n in 0..7 {
+    for n in 0..pods {
         let pod = format!("pod-{n}");
         for _ in 0..3 {
             if world.add(&pod) {
                 break;
             }
-            go_on(&mut world);
+            go_on(world);
         }
-        go_on(&mut world);
+        go_on(world);
         assert!(world.pods.contains_key(&pod), "{pod} with a crash at {crash_at:?}: {:#?}", world.log);
     }
-    for n in 0..6 {
+    for n in 0..pods - 1 {
         world.del(&format!("pod-{n}"));
-        go_on(&mut world);
+        go_on(world);
     }
     for _ in 0..20 {
         world.pass(Duration::from_secs(20));
-        go_on(&mut world);
+        go_on(world);
     }
     world.pass(Duration::from_mins(10));
-    go_on(&mut world);
+    go_on(world);
     world.settle();
     world.check_at_rest();
     world.effects
@@ -51,6 +63,15 @@ fn a_crash_at_any_effect_loses_and_leaks_nothing() {
     let effects = scenario(None);
     for at in 1..=effects {
         scenario(Some(at));
+    }
+    println!("{effects} crash points explored");
+}
+
+#[test]
+fn a_crash_at_any_effect_of_prefix_growth_loses_and_leaks_nothing() {
+    let effects = prefix_scenario(None);
+    for at in 1..=effects {
+        prefix_scenario(Some(at));
     }
     println!("{effects} crash points explored");
 }

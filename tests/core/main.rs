@@ -5,6 +5,8 @@
 mod cards;
 mod cluster;
 mod lives;
+mod prefixes;
 mod scenarios;
+mod steady;
 mod truth;
 mod world;

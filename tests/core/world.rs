@@ -27,6 +27,9 @@ pub struct World {
     pub vpc: Vpc,
     pub instance: InstanceId,
     pub targets: Targets,
+    pub prefix_mode: bool,
+    pub provisioning: bool,
+    pub discovery: bool,
     pub nanos: u64,
     pub core: Option<Core>,
     pub ready: bool,
@@ -70,6 +73,20 @@ impl World {
         world
     }
 
+    /// The same with prefix delegation.
+    pub fn with_prefixes(kind: &str, targets: Targets) -> World {
+        let mut world = World::stopped(kind, targets, true);
+        world.start();
+        world
+    }
+
+    /// Before its first start, in either mode.
+    pub fn stopped(kind: &str, targets: Targets, prefix_mode: bool) -> World {
+        let mut world = World::asleep(kind, targets);
+        world.prefix_mode = prefix_mode;
+        world
+    }
+
     /// The node before its daemon starts for the first time.
     pub fn asleep(kind: &str, targets: Targets) -> World {
         let mut vpc = Vpc::new("eu-west-1", vec!["10.20.0.0/16".parse().unwrap()], 7);
@@ -90,6 +107,9 @@ impl World {
             vpc,
             instance,
             targets,
+            prefix_mode,
+            provisioning: true,
+            discovery: true,
             nanos: 0,
             core: None,
             ready: false,
@@ -140,11 +160,11 @@ impl World {
         let mut config = Config {
             identity,
             v6: false,
-            prefix_mode: false,
+            prefix_mode: self.prefix_mode,
             slots: limits.slots_per_eni() as usize,
             cards: [(0, limits.enis as usize)].into(),
-            max_pods: limits.max_pods() as usize,
-            provisioning: true,
+            max_pods: limits.max_pods_with(0, self.prefix_mode) as usize,
+            provisioning: self.provisioning,
             imds_only: false,
             custom_networking: None,
             pod_eni: false,
@@ -152,7 +172,7 @@ impl World {
             annotate_pod_ip: false,
             multi_nic: false,
             clean_leaked: false,
-            subnet_discovery: true,
+            subnet_discovery: self.discovery,
             manage_untagged: true,
             cluster_name: "test".into(),
             additional_tags: BTreeMap::new(),
@@ -450,11 +470,17 @@ impl World {
         self.spool.push(Record { key, pod: PodName::default(), uid: String::new(), time });
     }
 
+    /// CIDRs of the attached ENIs, by device index.
     pub fn enis(&self) -> Vec<(u32, usize)> {
+        self.kinds().into_iter().map(|(device, singles, prefixes)| (device, singles + prefixes)).collect()
+    }
+
+    /// Single addresses and prefixes of the attached ENIs, by device index.
+    pub fn kinds(&self) -> Vec<(u32, usize, usize)> {
         let attached = self
             .vpc
             .interfaces()
-            .filter_map(|i| i.attachment.as_ref().map(|attachment| (attachment.device, i.secondary_ipv4s.len())));
+            .filter_map(|i| i.attachment.as_ref().map(|at| (at.device, i.secondary_ipv4s.len(), i.v4_prefixes.len())));
         let mut enis: Vec<_> = attached.collect();
         enis.sort_unstable();
         enis
@@ -507,3 +533,5 @@ pub fn nets_of(interface: &Interface) -> Vec<IpNet> {
 
 /// The targets of the default settings.
 pub const DEFAULT: Targets = Targets { warm_eni: 1, warm_ip: 0, minimum_ip: 0, warm_prefix: 0 };
+/// One prefix to spare.
+pub const PREFIXES: Targets = Targets { warm_prefix: 1, ..DEFAULT };

@@ -122,6 +122,7 @@ impl Core {
         if own.leak_suspected {
             self.suspect_leak();
         }
+        self.restore_fragmented(own.fragmented);
         self.facts.extend(own.enis);
         self.resume.extend(own.creating);
         self.freeing.extend(own.freeing.into_iter().map(|(id, free)| (id, Free::resumed(free.attachment))));

@@ -38,6 +38,11 @@ impl Core {
             let again = seconds(*until);
             return with("subnet_exhausted", format!("subnet {subnet} has no free addresses: next try in {again} s"));
         }
+        if let Some((subnet, until)) = self.fragmented.first_closed(now) {
+            let again = seconds(until);
+            let why = format!("subnet {subnet} has no free block for a prefix: next try in {again} s");
+            return with("subnet_fragmented", why);
+        }
         if !self.config.provisioning {
             return with("provisioning_disabled", "the settings forbid to ask EC2 for more addresses".into());
         }

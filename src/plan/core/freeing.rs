@@ -9,6 +9,7 @@ use crate::model::ec2::{Call, Failure, Interface, Reply};
 use crate::model::ids::{AttachmentId, EniId};
 use crate::model::time::Mono;
 use crate::plan::backoff::Backoff;
+use crate::plan::pool::Eni;
 use ipnet::IpNet;
 use std::time::Duration;
 
@@ -65,7 +66,9 @@ impl Core {
         let rested = self.last_shrink.is_none_or(|last| self.now.mono.since(last) > SHRINK_EVERY);
         let cards: Vec<u32> = self.config.cards.keys().copied().collect();
         for card in cards.iter().filter(|_| rested) {
-            for (eni, nets) in self.sizing(*card).surplus(&self.pool, self.now.mono) {
+            let sizing = self.sizing(*card);
+            let surplus = sizing.surplus(&self.pool, self.now.mono);
+            for (eni, nets) in surplus.into_iter().chain(sizing.strays(&self.pool, self.now.mono)) {
                 self.unassign(&eni, &nets);
             }
         }
@@ -75,11 +78,18 @@ impl Core {
             .find_map(|card| self.sizing(*card).spare_eni(&self.pool, self.now.mono));
         if let Some(eni) = spare {
             self.free_eni(&eni);
-        } else if self.pool.enis().count() > 1
-            || self.config.tunables.targets.warm_ip + self.config.tunables.targets.minimum_ip > 0
-        {
+        } else if self.may_shrink() {
             self.wake_to_shrink();
         }
+    }
+
+    // Whether time alone may make something superfluous.
+    fn may_shrink(&self) -> bool {
+        let targets = &self.config.tunables.targets;
+        let odd = |eni: &Eni| eni.excluded || eni.cidrs().any(|(_, cidr)| cidr.prefix || self.config.prefix_mode);
+        targets.warm_ip + targets.minimum_ip > 0
+            || self.pool.enis().count() > 1
+            || self.pool.enis().any(|(_, eni)| odd(eni))
     }
 
     // Ages and cooldowns end without an event: look again at the end of the next one.

@@ -5,14 +5,15 @@
 //! (client token, tags) is durable before the first, so that after a crash the same call with the same token gives the
 //! same ENI. Then IMDS must show it and the host must be set up before a pod may have an address of it.
 
+use super::fallback::count_of;
 use super::freeing::Free;
 use super::{Core, GrowthId, Level, Op, Phase, Tally, Timer};
 use crate::model::checkpoint::Creating;
-use crate::model::ec2::{Call, Count, Create, Failure, Interface, Reply, Subnet};
+use crate::model::ec2::{Call, Count, Create, Failure, Interface, Reply};
 use crate::model::ids::{AttachmentId, EniId, SubnetId};
 use crate::model::imds::{self, Query};
 use crate::model::net::Mac;
-use crate::model::order::{self, Gather as _};
+use crate::model::order::Gather as _;
 use crate::model::time::Mono;
 use crate::plan::backoff::Backoff;
 use crate::plan::sizing::{self, Outlook};
@@ -31,12 +32,8 @@ const LOOK: Backoff = Backoff { first: Duration::from_millis(100), cap: Duration
 const MODIFY: Backoff = Backoff { first: Duration::from_secs(1), cap: Duration::from_secs(30), jitter_percent: 20 };
 /// A new ENI that IMDS or the kernel does not show for so long is left to the reconciliation.
 const SETTLE_MAX: Duration = Duration::from_secs(162);
-/// How long a subnet without free addresses is left alone (`spec/ipamd.md` 6.1, per subnet by B23).
-const EXHAUSTED: Duration = Duration::from_mins(2);
 /// How long an ENI that EC2 calls full is left alone; what it holds and we do not know of is found out meanwhile.
 const FULL: Duration = Duration::from_mins(1);
-/// How long a list of subnets is good (`spec/aws.md` 8.2).
-const SUBNETS_AGE_MAX: Duration = Duration::from_mins(5);
 /// Attempts to set delete-on-termination. A working ENI is not given up for a throttled call.
 const MODIFY_TRIES: u32 = 5;
 /// Device indexes of a card (`spec/aws.md` 7.3).
@@ -54,8 +51,8 @@ pub(super) struct Growth {
 
 #[derive(Debug)]
 enum Stage {
-    /// AssignPrivateIpAddresses is out; `single`: already the second try, with one address.
-    Assign { eni: EniId, count: u32, single: bool },
+    /// AssignPrivateIpAddresses is out; `single`: already the second try, with one address or prefix.
+    Assign { eni: EniId, count: Count, single: bool },
     /// The outcome of an assign is doubtful: what does the ENI have?
     Inspect(EniId),
     /// The intent is being written down, at this generation.
@@ -117,6 +114,7 @@ impl Core {
         }
         self.exhausted.retain(|_, until| *until > self.now.mono);
         self.full.retain(|_, until| *until > self.now.mono);
+        self.forget_fragmented();
         for card in self.open_cards() {
             while self.growths.len() < GROWTHS_MAX && self.growth_pause(card).is_none() {
                 if !self.grow_card(card) {
@@ -131,18 +129,31 @@ impl Core {
         if self.config.v6 {
             return self.grow_card_v6(card);
         }
+        let patient = self.sizing(card).demand == 0;
+        let prefixes = self.config.prefix_mode;
+        let closed = |subnet: &SubnetId| prefixes && self.fragmented.closed(subnet, self.now.mono);
+        let skip = |id: &EniId| self.skipped(id) || self.pool.eni(id).is_some_and(|eni| closed(&eni.subnet));
         let outlook = self.outlook(card);
-        match self.sizing(card).growth(&self.pool, self.now.mono, &outlook, |id| self.skipped(id)) {
-            None => false,
+        match self.sizing(card).growth(&self.pool, self.now.mono, &outlook, skip) {
             Some(sizing::Growth::Assign { eni, count }) => {
-                let count = u32::try_from(count).unwrap_or(u32::MAX);
-                let id = self.begin_growth(card, None);
-                self.assign(id, eni, count, false);
+                let subnet = self.pool.eni(&eni).map(|eni| &eni.subnet);
+                let count = subnet.map_or(count, |subnet| self.fragmented.at_most(subnet, count));
+                self.begin_assign(card, eni, count_of(prefixes, count));
                 true
             }
             Some(sizing::Growth::NewEni { count }) => {
-                self.place_known() && self.create(card, u32::try_from(count).unwrap_or(u32::MAX))
+                let patient = self.sizing(card).demand == 0 && self.slots_come_free(card);
+                if patient || !self.place_known() {
+                    return false;
+                }
+                let subnet = self.choose_subnet(prefixes);
+                if subnet.is_none() && prefixes && self.choose_subnet(false).is_some() {
+                    return self.grow_singles(card, &outlook, &skip);
+                }
+                let count = subnet.map_or(count, |subnet| self.fragmented.at_most(&subnet, count));
+                self.create(card, count_of(prefixes, count))
             }
+            None => self.grow_singles(card, &outlook, &skip),
         }
     }
 
@@ -152,19 +163,40 @@ impl Core {
         in_exhausted || self.full.contains_key(id) || self.absent.contains_key(&(id.clone(), None))
     }
 
+    /// Begins to assign CIDRs to an ENI of the pool.
+    pub(super) fn begin_assign(&mut self, card: u32, eni: EniId, count: Count) {
+        let id = self.begin_growth(card, None);
+        self.assign(id, eni, count, false);
+    }
+
     /// What is wanted on a card and what is on its way.
     pub(super) fn outlook(&self, card: u32) -> Outlook {
         let mut outlook = Outlook { starved: self.waiting_for(card) > 0, ..Outlook::default() };
-        let size = |count: u32| usize::try_from(count).unwrap_or(usize::MAX);
         for growth in self.growths.values().filter(|growth| growth.card == card) {
             match (&growth.stage, &growth.creating) {
-                (Stage::Assign { eni, count, .. }, _) => drop(outlook.assigning.insert(eni.clone(), size(*count))),
+                (Stage::Assign { eni, count, .. }, _) => {
+                    let coming = self.coming_cidrs(*count, &mut outlook);
+                    outlook.assigning.insert(eni.clone(), coming);
+                }
                 (Stage::Inspect(eni), _) => drop(outlook.assigning.insert(eni.clone(), 0)),
-                (_, Some(creating)) => outlook.creating.push(size(creating.count.cidrs())),
+                (_, Some(creating)) => {
+                    let coming = self.coming_cidrs(creating.count, &mut outlook);
+                    outlook.creating.push(coming);
+                }
                 (_, None) => {}
             }
         }
         outlook
+    }
+
+    // CIDRs of the mode; those that stand in for prefixes are counted apart.
+    fn coming_cidrs(&self, count: Count, outlook: &mut Outlook) -> usize {
+        let cidrs = usize::try_from(count.cidrs()).unwrap_or(usize::MAX);
+        if self.config.prefix_mode && matches!(count, Count::Addresses(_)) {
+            outlook.singles += cidrs;
+            return 0;
+        }
+        cidrs
     }
 
     // ENIs that are attached but not yet in the pool, besides those that a growth is waiting for.
@@ -192,60 +224,18 @@ impl Core {
         self.growths.get(&id)?.eni()
     }
 
-    fn count(&self, count: u32) -> Count {
-        match (self.config.v6, self.config.prefix_mode) {
-            (true, _) => Count::Ipv6Addresses(1),
-            (false, true) => Count::Prefixes(count),
-            (false, false) => Count::Addresses(count),
-        }
-    }
-
-    pub(super) fn assign(&mut self, id: GrowthId, eni: EniId, count: u32, single: bool) {
-        self.log(Level::Info, format!("eni {eni}: assign {count} more"));
+    pub(super) fn assign(&mut self, id: GrowthId, eni: EniId, count: Count, single: bool) {
+        self.log(Level::Info, format!("eni {eni}: assign {count:?} more"));
         self.stage(id, Stage::Assign { eni: eni.clone(), count, single });
-        let count = self.count(count);
         let call = if self.config.v6 { Call::AssignIpv6Prefix(eni) } else { Call::Assign { eni, count } };
         self.ask_ec2(Op::Growth(id), call);
     }
 
-    // Whether a subnet can be chosen now; asks for what is missing if not.
-    pub(super) fn place_known(&mut self) -> bool {
-        if self.config.custom_networking.is_some() {
-            return self.eni_config_known();
-        }
-        let fresh = self.subnets.as_ref().is_some_and(|(at, _)| self.now.mono.since(*at) < SUBNETS_AGE_MAX);
-        if fresh || !self.config.subnet_discovery {
-            return true;
-        }
-        if !self.ops.values().any(|op| *op == Op::Subnets) {
-            let identity = &self.config.identity;
-            let call = Call::DescribeSubnets { vpc: identity.vpc.clone(), zone: identity.zone.clone() };
-            self.ask_ec2(Op::Subnets, call);
-        }
-        false
-    }
-
-    pub(super) fn subnets_done(&mut self, result: Result<Reply, Failure>) {
-        let subnets = match result {
-            Ok(Reply::Subnets(subnets)) => Some(subnets),
-            Ok(reply) => {
-                self.log(Level::Error, format!("EC2 answered {reply:?} to DescribeSubnets"));
-                None
-            }
-            Err(failure) => {
-                // Without leave to look for others, the primary ENI's subnet is the one to use (`spec/aws.md` 8.2).
-                self.log(Level::Warn, format!("look for subnets: {failure}; using the primary ENI's"));
-                None
-            }
-        };
-        self.subnets = Some((self.now.mono, subnets));
-    }
-
-    // Begins the creation of an ENI; false if there is no subnet for it.
-    pub(super) fn create(&mut self, card: u32, count: u32) -> bool {
+    /// Begins the creation of an ENI; false if there is no subnet for it.
+    pub(super) fn create(&mut self, card: u32, count: Count) -> bool {
         let config = self.cluster.eni_config.as_ref().filter(|_| self.config.custom_networking.is_some());
         let own_groups = config.map(|(_, config)| config.groups.clone()).filter(|groups| !groups.is_empty());
-        let Some(subnet) = self.choose_subnet() else {
+        let Some(subnet) = self.choose_subnet(matches!(count, Count::Prefixes(_))) else {
             if let Some(until) = self.exhausted.values().min().copied() {
                 self.grown_once = true;
                 self.wake_for(Timer::Growth, until); // no use before that
@@ -257,7 +247,7 @@ impl Core {
         if let Some((_, Some(subnets))) = &mut self.subnets {
             // So that ENIs which are created side by side see each other.
             for known in subnets.iter_mut().filter(|known| known.id == subnet) {
-                known.free = known.free.saturating_sub(count.saturating_add(1));
+                known.free = known.free.saturating_sub(addresses_of(count).saturating_add(1));
             }
         }
         let creating = Creating {
@@ -265,11 +255,11 @@ impl Core {
             card,
             subnet,
             groups: own_groups.or_else(|| self.groups.clone()).unwrap_or_default(),
-            count: self.count(count),
+            count,
             tags: self.tags(true),
             eni: None,
         };
-        let text = format!("create an ENI with {count} CIDRs in {}", creating.subnet);
+        let text = format!("create an ENI with {count:?} in {}", creating.subnet);
         self.log(Level::Info, text);
         let generation = self.changed();
         let id = self.begin_growth(card, Some(creating));
@@ -290,27 +280,6 @@ impl Core {
             tags.insert("node.k8s.amazonaws.com/createdAt".to_owned(), self.now.wall.to_string());
         }
         tags
-    }
-
-    // Most free addresses first among the subnets that may be used (`spec/aws.md` 8.2).
-    fn choose_subnet(&self) -> Option<SubnetId> {
-        let primary = &self.config.identity.subnet;
-        let open = |id: &SubnetId| !self.exhausted.contains_key(id);
-        if self.config.custom_networking.is_some() {
-            let config = self.cluster.eni_config.as_ref();
-            return config.map(|(_, config)| config.subnet.clone()).filter(open);
-        }
-        match &self.subnets {
-            Some((_, Some(subnets))) if self.config.subnet_discovery => {
-                let mut valid: Vec<&Subnet> = subnets
-                    .iter()
-                    .filter(|s| open(&s.id) && usable_subnet(s, primary, &self.config.cluster_name))
-                    .collect();
-                order::sort_by_key(&mut valid, |subnet| std::cmp::Reverse(subnet.free));
-                valid.first().map(|subnet| subnet.id.clone())
-            }
-            _ => Some(primary.clone()).filter(open),
-        }
     }
 
     fn send_create(&mut self, id: GrowthId, again: bool) {
@@ -422,8 +391,8 @@ impl Core {
         self.resume.extend(creating);
     }
 
-    fn assigned(&mut self, id: GrowthId, eni: &EniId, asked: u32, nets: &[IpNet]) {
-        self.log(Level::Info, format!("eni {eni}: {} of {asked} assigned", nets.len()));
+    fn assigned(&mut self, id: GrowthId, eni: &EniId, asked: Count, nets: &[IpNet]) {
+        self.log(Level::Info, format!("eni {eni}: {} of {asked:?} assigned", nets.len()));
         for net in nets {
             self.unassigned.remove(net);
             self.add_cidr(eni, *net);
@@ -431,10 +400,13 @@ impl Core {
         if nets.is_empty() {
             return self.growth_failed(Some(id), &format!("eni {eni}: EC2 assigned nothing"), None);
         }
+        if matches!(asked, Count::Prefixes(_)) {
+            self.subnet_of(eni).iter().for_each(|subnet| self.prefix_came(subnet));
+        }
         self.growth_succeeded(id);
     }
 
-    fn assign_failed(&mut self, id: GrowthId, eni: EniId, count: u32, single: bool, failure: &Failure) {
+    fn assign_failed(&mut self, id: GrowthId, eni: EniId, count: Count, single: bool, failure: &Failure) {
         let full = failure.code == "PrivateIpAddressLimitExceeded";
         if full {
             let until = self.now.mono.plus(FULL);
@@ -448,11 +420,15 @@ impl Core {
             return self.ask_ec2(Op::Growth(id), Call::DescribeOne(eni));
         }
         if failure.subnet_exhausted() {
-            if count > 1 && !single {
-                return self.assign(id, eni, 1, true);
+            if count.cidrs() > 1 && !single {
+                if let (Count::Prefixes(several), Some(subnet)) = (count, self.subnet_of(&eni)) {
+                    self.no_prefix(subnet, several, failure);
+                }
+                let one = if matches!(count, Count::Prefixes(_)) { Count::Prefixes(1) } else { Count::Addresses(1) };
+                return self.assign(id, eni, one, true);
             }
-            if let Some(subnet) = self.pool.eni(&eni).map(|eni| eni.subnet.clone()) {
-                self.exhaust(subnet, failure);
+            if let Some(subnet) = self.subnet_of(&eni) {
+                self.no_room(subnet, count, failure);
             }
             self.growths.remove(&id);
             self.grown_once = true;
@@ -462,12 +438,18 @@ impl Core {
         self.growth_failed(Some(id), &format!("eni {eni}: assign"), Some(failure));
     }
 
-    fn exhaust(&mut self, subnet: SubnetId, failure: &Failure) {
-        self.log(Level::Warn, format!("subnet {subnet} is left alone for {} s: {failure}", EXHAUSTED.as_secs()));
-        let until = self.now.mono.plus(EXHAUSTED);
-        self.exhausted.insert(subnet, until);
-        self.subnets = None; // its figures of free addresses are out of date
-        self.wake_for(Timer::Shrink, until);
+    fn subnet_of(&self, eni: &EniId) -> Option<SubnetId> {
+        self.pool.eni(eni).map(|eni| eni.subnet.clone())
+    }
+
+    // No free block need not mean no free address.
+    fn no_room(&mut self, subnet: SubnetId, asked: Count, failure: &Failure) {
+        match asked {
+            Count::Prefixes(count) if failure.code == "InsufficientCidrBlocks" => {
+                self.no_prefix(subnet, count, failure)
+            }
+            _ => self.exhaust(subnet, failure),
+        }
     }
 
     fn created(&mut self, id: GrowthId, interface: &Interface) {
@@ -479,6 +461,9 @@ impl Core {
         if let Some(creating) = self.growths.get_mut(&id).and_then(|growth| growth.creating.as_mut()) {
             creating.eni = Some((interface.id.clone(), mac));
         }
+        if !interface.v4_prefixes.is_empty() {
+            self.prefix_came(&interface.subnet);
+        }
         self.listed.insert(interface.id.clone(), self.cidrs_of(interface));
         self.changed();
         self.send_attach(id, BTreeSet::new());
@@ -486,8 +471,8 @@ impl Core {
 
     fn create_failed(&mut self, id: GrowthId, again: bool, failure: &Failure) {
         let elsewhere = matches!(failure.code.as_str(), "InvalidSubnetID.NotFound" | "InvalidParameterValue");
-        let growth = self.growths.get(&id);
-        let subnet = growth.and_then(|growth| growth.creating.as_ref()).map(|creating| creating.subnet.clone());
+        let creating = self.growths.get(&id).and_then(|growth| growth.creating.as_ref());
+        let asked = creating.map(|creating| (creating.subnet.clone(), creating.count));
         if failure.maybe_applied || failure.code.is_empty() || failure.throttled() || failure.internal() {
             // It may exist: only the same call with the same token finds out without making a second one.
             self.set_aside(id);
@@ -497,9 +482,9 @@ impl Core {
             }
             self.changed(); // the intent is void
         }
-        match subnet.filter(|_| failure.subnet_exhausted() || elsewhere) {
-            Some(subnet) => {
-                self.exhaust(subnet, failure);
+        match asked.filter(|_| failure.subnet_exhausted() || elsewhere) {
+            Some((subnet, count)) => {
+                self.no_room(subnet, count, failure);
                 self.growths.remove(&id);
                 self.grown_once = true;
             }
@@ -715,15 +700,10 @@ impl Core {
     }
 }
 
-/// Whether new ENIs may be put into a subnet (`spec/aws.md` 8.2 "Valid subnet").
-fn usable_subnet(subnet: &Subnet, primary: &SubnetId, cluster: &str) -> bool {
-    const CLUSTER_TAG: &str = "cni.networking.k8s.aws/cluster/";
-    match subnet.tags.get("kubernetes.io/role/cni").map(String::as_str) {
-        Some("0") => false,
-        None | Some("") => subnet.id == *primary,
-        Some(_) => {
-            let mut clusters = subnet.tags.keys().filter_map(|key| key.strip_prefix(CLUSTER_TAG)).peekable();
-            cluster.is_empty() || clusters.peek().is_none() || clusters.any(|name| name == cluster)
-        }
+// Addresses of its subnet that an ENI takes besides its own.
+fn addresses_of(count: Count) -> u32 {
+    match count {
+        Count::Prefixes(prefixes) => prefixes.saturating_mul(16),
+        Count::Addresses(_) | Count::Ipv6Addresses(_) => count.cidrs(),
     }
 }

@@ -197,6 +197,7 @@ impl Core {
             enis: self.facts.iter().map(|(id, facts)| (id.clone(), self.facts_with_cidrs(id, facts))).gather(),
             cooling: cooling.map(|(ip, freed)| (ip, freed_at(freed))).gather(),
             given_back: given_back.gather(),
+            fragmented: self.fragmented.saved(self.now).gather(),
             leak_suspected: self.leak_checks > 0,
             creating: creating.chain(self.resume.iter().cloned()).collect(),
             freeing: freeing.gather(),

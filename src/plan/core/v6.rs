@@ -68,7 +68,7 @@ impl Core {
         });
         if let Some(eni) = bare.map(|(id, _)| id.clone()) {
             let id = self.begin_growth(card, None);
-            self.assign(id, eni, 1, true);
+            self.assign(id, eni, Count::Ipv6Addresses(1), true);
             return true;
         }
         let serving = |eni: &Eni| eni.card == card && eni.kind != Kind::Trunk && !eni.excluded;
@@ -77,7 +77,7 @@ impl Core {
         }
         let held = self.pool.enis().filter(|(_, eni)| eni.card == card).count();
         let sizing = self.sizing(card);
-        held + sizing.reserved < sizing.eni_limit && self.place_known() && self.create(card, 0)
+        held + sizing.reserved < sizing.eni_limit && self.place_known() && self.create(card, Count::Ipv6Addresses(1))
     }
 
     /// EC2 was asked what an assignment of unknown outcome gave, and lists nothing: it is asked once more before the next.

@@ -275,6 +275,22 @@ impl Vpc {
         self.subnets.values_mut().any(|subnet| subnet.space.reserve(addr))
     }
 
+    /// Gives back what [`Vpc::reserve`] took.
+    pub fn unreserve(&mut self, addr: Ipv4Addr) {
+        if let Some(subnet) = self.subnets.values_mut().find(|subnet| subnet.space.cidr().contains(&addr)) {
+            subnet.space.release(addr);
+        }
+    }
+
+    /// Changes a tag of a subnet, or takes it away.
+    pub fn tag_subnet(&mut self, subnet: &SubnetId, key: &str, value: Option<&str>) {
+        let Some(subnet) = self.subnets.get_mut(subnet) else { return };
+        match value {
+            Some(value) => drop(subnet.tags.insert(key.to_owned(), value.to_owned())),
+            None => drop(subnet.tags.remove(key)),
+        }
+    }
+
     /// Starts an instance with its primary ENI. Fails like RunInstances.
     pub fn launch(
         &mut self,
