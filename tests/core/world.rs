@@ -107,7 +107,7 @@ impl World {
             vpc,
             instance,
             targets,
-            prefix_mode,
+            prefix_mode: false,
             provisioning: true,
             discovery: true,
             nanos: 0,

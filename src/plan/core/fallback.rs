@@ -116,15 +116,19 @@ impl Core {
         }
     }
 
-    /// Whether slots of the card are about to become free: a new ENI can wait, unless pods do.
-    pub(super) fn slots_come_free(&self, card: u32) -> bool {
-        let leaving = |op: &Op| match op {
+    /// Whether CIDRs of the card are being given back.
+    pub(super) fn unassigning(&self, card: u32) -> bool {
+        self.ops.values().any(|op| match op {
             Op::Unassign(eni, _) => self.pool.eni(eni).is_some_and(|eni| eni.card == card),
             _ => false,
-        };
+        })
+    }
+
+    /// Whether CIDRs of the other kind will soon leave slots to those of the mode: a new ENI can wait, unless pods do.
+    pub(super) fn strays_leave(&self, card: u32) -> bool {
         let stray = |(id, _): &(EniId, Vec<IpNet>)| self.pool.eni(id).is_some_and(|eni| eni.serves());
         let strays = self.sizing(card).strays(&self.pool, self.now.mono);
-        self.ops.values().any(leaving) || strays.iter().any(stray)
+        strays.iter().any(stray)
     }
 
     fn let_singles_serve(&mut self) {

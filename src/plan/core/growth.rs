@@ -130,6 +130,9 @@ impl Core {
             return self.grow_card_v6(card);
         }
         let patient = self.sizing(card).demand == 0;
+        if patient && self.unassigning(card) {
+            return false; // EC2 might still count what is leaving
+        }
         let prefixes = self.config.prefix_mode;
         let closed = |subnet: &SubnetId| prefixes && self.fragmented.closed(subnet, self.now.mono);
         let skip = |id: &EniId| self.skipped(id) || self.pool.eni(id).is_some_and(|eni| closed(&eni.subnet));
@@ -142,8 +145,7 @@ impl Core {
                 true
             }
             Some(sizing::Growth::NewEni { count }) => {
-                let patient = self.sizing(card).demand == 0 && self.slots_come_free(card);
-                if patient || !self.place_known() {
+                if (patient && self.strays_leave(card)) || !self.place_known() {
                     return false;
                 }
                 let subnet = self.choose_subnet(prefixes);
