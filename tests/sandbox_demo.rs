@@ -45,6 +45,20 @@ fn every_flow_is_as_it_should_be() {
 }
 
 #[test]
+fn prefixes_are_routed_to_their_enis() {
+    // One prefix fits on an ENI of this type: the last pod sits on the second one.
+    let args = ["--instance-type", "t3.nano", "--nodes", "2", "--pods", "17", "--json"];
+    let settings = ["--set", "ENABLE_PREFIX_DELEGATION=true", "--set", "WARM_PREFIX_TARGET=1"];
+    let output = sandbox(&args).args(settings).output().unwrap();
+    let report = json(&output);
+    assert_eq!(failed(&report), Vec::<&Value>::new());
+    assert_eq!((report["problems"].clone(), report["ok"].clone()), (Value::Array(vec![]), Value::Bool(true)));
+    let enis = report["pods"].as_array().unwrap().iter().map(|pod| pod["eni"].as_str().unwrap());
+    assert_eq!(enis.collect::<BTreeSet<_>>().len(), 4);
+    assert_eq!(report["ec2_calls"]["UnassignPrivateIpAddresses"], Value::Null);
+}
+
+#[test]
 fn without_snat_a_pod_is_seen_as_itself() {
     let output = sandbox(&["--nodes", "1", "--pods", "2", "--json", "--set", "AWS_VPC_K8S_CNI_EXTERNALSNAT=true"]);
     let report = json(&{ output }.output().unwrap());

@@ -226,7 +226,7 @@ fn spawn(
 // From the settings and the instance to what the core wants to know. What this build does not do yet is refused by name:
 // a node that silently did something else would be worse than one that does not start.
 fn configure(settings: &Settings, valid: &Valid, limits: &Limits, identity: &Identity) -> Result<Config> {
-    let unsupported = [(valid.mode != Mode::Ipv4Addresses, "ENABLE_PREFIX_DELEGATION and ENABLE_IPv6")];
+    let unsupported = [(valid.mode == Mode::Ipv6Prefixes, "ENABLE_IPv6")];
     if let Some((_, what)) = unsupported.iter().find(|(on, _)| *on) {
         return Err(Error::new(format!("{what}: not supported by this version")).context("settings"));
     }

@@ -11,7 +11,7 @@ use crate::clock;
 use crate::error::{Context, Error, List, Result, exit};
 use crate::model::limits;
 use crate::model::order::Gather as _;
-use crate::model::settings::Settings;
+use crate::model::settings::{Mode, Settings};
 use crate::sys;
 use std::io::Write;
 use std::net::Ipv4Addr;
@@ -108,7 +108,8 @@ fn going() -> Result<()> {
 fn demo(args: &Args) -> Result<bool> {
     let limits = limits::of(&args.instance_type)
         .ok_or_else(|| Error::new(format!("instance type {:?} is not known", args.instance_type)))?;
-    let room = limits.enis * limits.slots_per_eni();
+    let prefixes = settings(args).mode_wished() == Mode::Ipv4Prefixes;
+    let room = limits.pod_addresses(0, prefixes);
     if u32::from(args.pods) > room {
         return Err(Error::new(format!("{} holds at most {room} pods", args.instance_type)));
     }
@@ -144,10 +145,15 @@ fn demo(args: &Args) -> Result<bool> {
     Ok(report.ok)
 }
 
+// What the daemon makes of the settings that it is given.
+fn settings(args: &Args) -> Settings {
+    let lookup = |name: &str| args.set.iter().rev().find(|(key, _)| key == name).map(|(_, value)| value.clone());
+    Settings::parse(lookup).0
+}
+
 // What the daemon's settings mean for the source that others see.
 fn expectation(args: &Args) -> flows::Expectation {
-    let lookup = |name: &str| args.set.iter().rev().find(|(key, _)| key == name).map(|(_, value)| value.clone());
-    let (settings, _) = Settings::parse(lookup);
+    let settings = settings(args);
     flows::Expectation { snat: !settings.external_snat, excluded: settings.exclude_snat_cidrs }
 }
 

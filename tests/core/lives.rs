@@ -13,11 +13,11 @@ fn scenario(crash_at: Option<u64>) -> u64 {
     life_of(&mut world, crash_at, 7)
 }
 
-// Growth by prefixes to a second ENI, singles where they are not to be had, and back.
+// Single addresses for the first two minutes, then prefixes.
 fn prefix_scenario(crash_at: Option<u64>) -> u64 {
-    let mut world = World::stopped("t3.small", PREFIXES, true);
+    let mut world = World::stopped("m5.large", PREFIXES, true);
     world.vpc.knobs.refuse_next("AssignPrivateIpAddresses", "InsufficientCidrBlocks", 400);
-    life_of(&mut world, crash_at, 33)
+    life_of(&mut world, crash_at, 9)
 }
 
 fn life_of(world: &mut World, crash_at: Option<u64>, pods: usize) -> u64 {
@@ -87,10 +87,13 @@ fn random_life(seed: u64) {
     let kind = pick(&mut dice, &["t3.small", "m5.large", "t3.medium"]);
     let targets = match dice.below(3) {
         0 => DEFAULT,
-        1 => Targets { warm_ip: 2, minimum_ip: 4, ..DEFAULT },
-        _ => Targets { warm_eni: 0, ..DEFAULT },
+        1 => Targets { warm_ip: 2, minimum_ip: 4, ..PREFIXES },
+        _ => Targets { warm_eni: 0, ..PREFIXES },
     };
-    live(World::new(kind, targets), &mut dice, false, |_, _| {});
+    let prefix_mode = dice.below(2) == 0;
+    let mut world = World::stopped(kind, targets, prefix_mode);
+    world.start();
+    live(world, &mut dice, false, |_, _| {});
 }
 
 /// The same on a node of any kind; `several`: now and then a pod wants an address on every network card; `others`:
@@ -129,6 +132,7 @@ pub fn live(mut world: World, dice: &mut Random, several: bool, others: fn(&mut 
             15 => world.vpc.knobs.describe_lag = Duration::from_secs(dice.below(20)),
             16 => world.disk_full = !world.disk_full,
             17 => world.ec2_down = !world.ec2_down,
+            18 if dice.below(4) == 0 => world.prefix_mode = !world.prefix_mode, // from the next start on
             18 => world.pass(Duration::from_secs(dice.below(200))),
             _ => world.pass(Duration::from_secs(dice.below(10))),
         }
@@ -161,7 +165,8 @@ const ACTIONS: [&str; 10] = [
     "DetachNetworkInterface",
     "ModifyNetworkInterfaceAttribute",
 ];
-const CODES: [&str; 5] = [
+const CODES: [&str; 6] = [
+    "InsufficientCidrBlocks",
     "RequestLimitExceeded",
     "InsufficientFreeAddressesInSubnet",
     "UnauthorizedOperation",

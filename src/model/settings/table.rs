@@ -102,8 +102,6 @@ const NO_PROFILES: Kind = Kind::Ignored("shared configuration files of the SDKs 
 /// are for parts that do not exist yet.
 pub(super) const NOT_YET: &[&str] = &[
     "ENABLE_IPv6",
-    "ENABLE_PREFIX_DELEGATION",
-    "WARM_PREFIX_TARGET",
     "POD_MTU",
     "DISABLE_POD_V6",
     "ENABLE_BANDWIDTH_PLUGIN",

@@ -137,12 +137,12 @@ impl Core {
     }
 
     /// Begins a growth by single addresses, if prefixes are missing and not to be had.
-    pub(super) fn grow_singles(&mut self, card: u32, outlook: &Outlook, skip: &dyn Fn(&Core, &EniId) -> bool) -> bool {
+    pub(super) fn grow_singles(&mut self, card: u32, outlook: &Outlook) -> bool {
         if !self.pool.prefix_mode() || !self.pool.singles() {
             return false;
         }
         let sizing = self.sizing(card);
-        match sizing.growth_by_singles(&self.pool, self.now.mono, outlook, &|id| skip(self, id)) {
+        match sizing.growth_by_singles(&self.pool, self.now.mono, outlook, &|id| self.skipped(id)) {
             None => false,
             Some(Growth::Assign { eni, count }) => {
                 self.begin_assign(card, eni, count_of(false, count));

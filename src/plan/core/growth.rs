@@ -150,12 +150,12 @@ impl Core {
                 }
                 let subnet = self.choose_subnet(prefixes);
                 if subnet.is_none() && prefixes && self.choose_subnet(false).is_some() {
-                    return self.grow_singles(card, &outlook, &skip);
+                    return self.grow_singles(card, &outlook);
                 }
                 let count = subnet.map_or(count, |subnet| self.fragmented.at_most(&subnet, count));
                 self.create(card, count_of(prefixes, count))
             }
-            None => self.grow_singles(card, &outlook, &skip),
+            None => self.grow_singles(card, &outlook),
         }
     }
 

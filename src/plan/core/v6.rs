@@ -5,7 +5,7 @@
 //! and nobody would give it back. Nothing here may count the addresses of a prefix one by one.
 
 use super::{Core, GrowthId, Timer};
-use crate::model::ec2::Interface;
+use crate::model::ec2::{Count, Interface};
 use crate::model::ids::EniId;
 use crate::model::imds;
 use crate::model::order::Gather as _;
