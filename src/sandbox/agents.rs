@@ -191,8 +191,9 @@ impl Runtime<'_> {
         let mut command = self.node.command(self.program)?;
         command.arg0("aws-cni").env_clear().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         let args = format!(
-            "IgnoreUnknown=1;K8S_POD_NAMESPACE=sandbox;K8S_POD_NAME={name};K8S_POD_INFRA_CONTAINER_ID={container};\
-             K8S_POD_UID={name}-uid"
+            "IgnoreUnknown=1;K8S_POD_NAMESPACE={};K8S_POD_NAME={name};K8S_POD_INFRA_CONTAINER_ID={container};\
+             K8S_POD_UID={name}-uid",
+            self.node.place.name, // so that pods of one name are several
         );
         let netns = pod.path.display().to_string();
         for (variable, value) in [

@@ -2,17 +2,21 @@
 //! Data goes to standard output, progress to standard error; exit code 0 only if everything was as it should be.
 
 use super::agents::{Agent, Runtime, WiredPod};
+use super::cluster::{self, ApiServer};
 use super::flows;
+use super::kube::Kind;
 use super::report::{NodeLine, PodLine, Report};
 use super::runs;
+use super::serve::kube::Kube;
 use super::topology::{Node, Place};
 use super::world::{Plan, World};
 use crate::clock;
 use crate::error::{Context, Error, List, Result, exit};
-use crate::model::limits;
+use crate::model::limits::{self, Limits};
 use crate::model::order::Gather as _;
 use crate::model::settings::{Mode, Settings};
 use crate::sys;
+use serde_json::json;
 use std::io::Write;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -46,6 +50,9 @@ pub struct Args {
     /// A setting of the daemons, besides those of the sandbox; may be given several times
     #[arg(long = "set", value_name = "VAR=VALUE", value_parser = setting)]
     set: Vec<(String, String)>,
+    /// The Kubernetes API server
+    #[arg(long, value_enum, default_value_t = ApiServer::Answers)]
+    api_server: ApiServer,
     /// Decides ids and addresses
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -108,8 +115,10 @@ fn going() -> Result<()> {
 fn demo(args: &Args) -> Result<bool> {
     let limits = limits::of(&args.instance_type)
         .ok_or_else(|| Error::new(format!("instance type {:?} is not known", args.instance_type)))?;
-    let prefixes = settings(args).mode_wished() == Mode::Ipv4Prefixes;
-    let room = limits.pod_addresses(0, prefixes);
+    let settings = settings_of(args);
+    let prefixes = settings.mode_wished() == Mode::Ipv4Prefixes;
+    // With custom networking the primary ENI serves no pods.
+    let room = limits.pod_addresses(u32::from(settings.custom_networking), prefixes);
     if u32::from(args.pods) > room {
         return Err(Error::new(format!("{} holds at most {room} pods", args.instance_type)));
     }
@@ -117,8 +126,8 @@ fn demo(args: &Args) -> Result<bool> {
     sys::block_signals().context("block signals")?;
     let begin = clock::now().mono;
     let mut report = Report::default();
-    let mut stage = Stage::build(args)?;
-    let mut result = stage.play(args, &mut report);
+    let mut stage = Stage::build(args, &settings, &limits)?;
+    let mut result = stage.play(args, &settings, &mut report);
     if result.is_ok() && args.keep {
         report.took_s = clock::now().mono.since(begin).as_secs_f64();
         report.ok = report.flows.iter().all(|flow| flow.ok) && report.problems.is_empty();
@@ -145,16 +154,15 @@ fn demo(args: &Args) -> Result<bool> {
     Ok(report.ok)
 }
 
-// What the daemon makes of the settings that it is given.
-fn settings(args: &Args) -> Settings {
+// The daemons' settings, as far as they are given here.
+fn settings_of(args: &Args) -> Settings {
     let lookup = |name: &str| args.set.iter().rev().find(|(key, _)| key == name).map(|(_, value)| value.clone());
     Settings::parse(lookup).0
 }
 
-// What the daemon's settings mean for the source that others see.
-fn expectation(args: &Args) -> flows::Expectation {
-    let settings = settings(args);
-    flows::Expectation { snat: !settings.external_snat, excluded: settings.exclude_snat_cidrs }
+// What they mean for the source that others see.
+fn expectation(settings: &Settings) -> flows::Expectation {
+    flows::Expectation { snat: !settings.external_snat, excluded: settings.exclude_snat_cidrs.clone() }
 }
 
 fn print(args: &Args, report: &Report) -> Result<()> {
@@ -170,26 +178,31 @@ struct Stage {
     agents: Vec<Agent>,
     pods: Vec<Vec<WiredPod>>,
     nodes: Vec<Arc<Node>>,
+    kube: Option<Arc<Kube>>,
     world: World,
 }
 
 impl Stage {
-    fn build(args: &Args) -> Result<Stage> {
+    fn build(args: &Args, settings: &Settings, limits: &Limits) -> Result<Stage> {
         say(&format!("building a VPC with {} nodes of type {}", args.nodes, args.instance_type));
         let home = Path::new(runs::HOME);
         let plan = Plan { nodes: args.nodes.into(), instance_type: &args.instance_type, seed: args.seed, home };
-        let world = World::create(&plan)?;
+        let mut world = World::create(&plan)?;
+        let kube = cluster::prepare(&mut world, settings, limits, (args.api_server, args.pods.into()))?;
         let nodes = (0..world.nodes.len()).map(|index| world.node(index)).collect::<Result<Vec<_>>>()?;
         // What runs is this very file, whatever happens to its name meanwhile.
         let program = PathBuf::from("/proc/self/exe");
-        Ok(Stage { program, agents: Vec::new(), pods: Vec::new(), nodes, world })
+        Ok(Stage { program, agents: Vec::new(), pods: Vec::new(), nodes, kube, world })
     }
 
-    fn play(&mut self, args: &Args, report: &mut Report) -> Result<()> {
+    fn play(&mut self, args: &Args, settings: &Settings, report: &mut Report) -> Result<()> {
         say("starting the daemon on each node");
         let logs = self.world.topology().run().logs();
+        // What is given on the command line comes later and counts.
+        let api_server = self.kube.as_ref().map(|_| cluster::endpoint());
+        let env = api_server.into_iter().chain(args.set.iter().cloned()).collect::<Vec<_>>();
         for node in &self.nodes {
-            self.agents.push(Agent::start(&self.program, &logs, node, &args.set)?);
+            self.agents.push(Agent::start(&self.program, &logs, node, &env)?);
         }
         let mut ready = Vec::new();
         for (agent, node) in self.agents.iter_mut().zip(&self.nodes) {
@@ -205,7 +218,7 @@ impl Stage {
         errors.into_result()?;
         self.check_addresses(report);
         say("sending tcp and udp along every path");
-        report.flows = flows::run(&self.world, &self.pods, &expectation(args), &going)?;
+        report.flows = flows::run(&self.world, &self.pods, &expectation(settings), &going)?;
         self.describe(args, &ready, report);
         Ok(())
     }
@@ -217,7 +230,11 @@ impl Stage {
             let runtime = Runtime { program: &self.program, logs: &logs, node };
             let mut pods = Vec::new();
             for number in 1..=count {
-                match going().and_then(|()| runtime.add(&format!("pod-{number}"))) {
+                let name = format!("pod-{number}");
+                if let Some(kube) = &self.kube {
+                    kube.change(|api| api.add_pod(&node.place.name, &name, &node.place.name, &json!({})));
+                }
+                match going().and_then(|()| runtime.add(&name)) {
                     Ok(pod) => pods.push(pod),
                     Err(error) => return (pods, Err(error)),
                 }
@@ -253,13 +270,17 @@ impl Stage {
         let millis = |duration: &Duration| (duration.as_secs_f64() * 10_000.0).round() / 10.0;
         let vpc = self.world.cloud.vpc();
         let wires = vpc.wires();
+        let size = |net: &ipnet::Ipv4Net| 1_usize << (32 - u32::from(net.prefix_len()));
         for (node, ready) in self.world.nodes.iter().zip(ready) {
+            let here = wires.iter().filter(|wire| wire.instance == node.instance).collect::<Vec<_>>();
+            let addresses = here.iter().flat_map(|wire| &wire.assigned).map(size).sum::<usize>();
             report.nodes.push(NodeLine {
                 name: node.name.clone(),
                 instance_type: args.instance_type.clone(),
                 address: node.address.to_string(),
                 ready_ms: millis(ready),
-                enis: wires.iter().filter(|wire| wire.instance == node.instance).count(),
+                enis: here.len(),
+                addresses: addresses - here.len(), // without the ENIs' own
             });
         }
         for (node, pods) in self.world.nodes.iter().zip(&self.pods) {
@@ -287,6 +308,9 @@ impl Stage {
             let addresses = pods.iter().map(|pod| pod.address).collect::<Vec<_>>();
             let runtime = Runtime { program: &self.program, logs: &logs, node };
             for pod in pods {
+                if let Some(kube) = &self.kube {
+                    kube.change(|api| api.remove(Kind::Pod, &node.place.name, &pod.name));
+                }
                 errors.note(runtime.delete(pod));
             }
             let traces = errors.note(traces_that_stay(&node.place, &addresses)).unwrap_or_default();

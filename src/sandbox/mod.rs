@@ -4,6 +4,7 @@
 //! run as processes of their own and know nothing of it; this module imports neither.
 
 pub mod agents;
+pub mod cluster;
 pub mod demo;
 mod flows;
 pub mod kube;

@@ -19,6 +19,8 @@ pub struct NodeLine {
     pub ready_ms: f64,
     /// ENIs at the end.
     pub enis: usize,
+    /// Addresses that pods may have, at the end.
+    pub addresses: usize,
 }
 
 /// One pod.

@@ -77,6 +77,30 @@ pub enum Lie {
     Down,
 }
 
+impl Lie {
+    /// Makes of the truth what IMDS tells. One that does not answer tells nothing; that is for the caller.
+    pub fn tell(&self, truth: &mut Vec<ImdsEni>) {
+        match self {
+            Lie::None | Lie::Down => {}
+            Lie::Empty => truth.clear(),
+            Lie::OmitEni(n) => {
+                if truth.len() > 1 {
+                    truth.remove(1 + n % (truth.len() - 1));
+                }
+            }
+            Lie::OmitAddresses => {
+                for seen in truth {
+                    if seen.eni.ipv4s.len() > 1 {
+                        seen.eni.ipv4s.pop();
+                    }
+                    seen.eni.v4_prefixes.pop();
+                }
+            }
+            Lie::Stale(old) => truth.clone_from(old),
+        }
+    }
+}
+
 /// What is broken.
 #[derive(Clone, Debug, Default)]
 #[expect(clippy::struct_excessive_bools, reason = "each fault comes and goes by itself")]

@@ -509,24 +509,7 @@ impl Node {
     /// What IMDS tells of the ENIs.
     pub fn told(&self, sky: &mut Sky, now: Now) -> Vec<ImdsEni> {
         let mut all = sky.vpc.imds(now, &self.instance).unwrap_or_default();
-        match &self.faults.imds {
-            Lie::None | Lie::Down => {}
-            Lie::Empty => all.clear(),
-            Lie::OmitEni(n) => {
-                if all.len() > 1 {
-                    all.remove(1 + n % (all.len() - 1));
-                }
-            }
-            Lie::OmitAddresses => {
-                for seen in &mut all {
-                    if seen.eni.ipv4s.len() > 1 {
-                        seen.eni.ipv4s.pop();
-                    }
-                    seen.eni.v4_prefixes.pop();
-                }
-            }
-            Lie::Stale(old) => all.clone_from(old),
-        }
+        self.faults.imds.tell(&mut all);
         all
     }
 

@@ -105,6 +105,11 @@ impl Stage {
         self.agent.lock().unwrap().take().expect("started").stop().unwrap();
     }
 
+    /// The daemon's process.
+    pub fn pid(&self) -> u32 {
+        self.agent.lock().unwrap().as_ref().expect("started").pid()
+    }
+
     /// The daemon's log since the first start.
     pub fn log(&self) -> String {
         let name = format!("{}-ipamd.log", self.node.place.name);

@@ -1,7 +1,7 @@
 //! The instance metadata service of one instance (`spec/aws.md` 4): version 2 only, so that a client that forgets the
 //! token is found out.
 
-use super::Cloud;
+use super::{Cloud, hold};
 use crate::clock;
 use crate::error::{Error, Result};
 use crate::model::ids::InstanceId;
@@ -9,6 +9,7 @@ use crate::model::imds::Identity;
 use crate::model::order::Gather as _;
 use crate::model::time::{Mono, Now, Wall};
 use crate::rpc::http1::{Method, Request, Response, Verdict};
+use crate::sim::conditions::Lie;
 use crate::sim::vpc::{ImdsEni, Planned, Vpc};
 use crate::sys;
 use std::collections::{BTreeMap, BTreeSet};
@@ -59,6 +60,7 @@ pub(super) fn answer(cloud: &Cloud, instance: &InstanceId, request: &Request) ->
     match planned {
         Some(Planned::Refused { status, message, .. }) => return Response::text(status, message).into(),
         Some(Planned::AnswerLost | Planned::RequestLost) => return Verdict::HangUp,
+        None if matches!(*hold(&cloud.lie), Lie::Down) => return Verdict::HangUp,
         None => {}
     }
     if request.header("x-forwarded-for").is_some() {
@@ -115,7 +117,8 @@ fn find(tree: &BTreeMap<String, String>, path: &str) -> Option<String> {
 
 fn tree(cloud: &Cloud, now: Now, identity: &Identity) -> Option<BTreeMap<String, String>> {
     let mut vpc = cloud.vpc();
-    let enis = vpc.imds(now, &identity.instance)?;
+    let mut enis = vpc.imds(now, &identity.instance)?;
+    hold(&cloud.lie).tell(&mut enis);
     let mut tree = BTreeMap::new();
     let mut put = |path: String, text: String| tree.insert(path, text);
     put("placement/availability-zone".into(), identity.zone.clone());

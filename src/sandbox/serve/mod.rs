@@ -19,6 +19,7 @@ use crate::model::ec2::{Failure, Reply};
 use crate::model::ids::{EniId, InstanceId};
 use crate::model::time::{Now, Wall};
 use crate::rpc::http1::{Limits, Method, Request, Response, Server, Verdict};
+use crate::sim::conditions::Lie;
 use crate::sim::vpc::{Outcome, Vpc, Wire};
 use std::net::{IpAddr, TcpListener};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -63,6 +64,7 @@ pub struct Cloud {
     watcher: Mutex<Option<Box<Watcher>>>,
     complaints: Mutex<Vec<String>>,
     imds_requests: AtomicU64,
+    lie: Mutex<Lie>,
 }
 
 fn hold<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -89,6 +91,7 @@ impl Cloud {
             watcher: Mutex::new(None),
             complaints: Mutex::default(),
             imds_requests: AtomicU64::new(0),
+            lie: Mutex::default(),
         })
     }
 
@@ -109,6 +112,11 @@ impl Cloud {
     /// Requests that IMDS has had.
     pub fn imds_requests(&self) -> u64 {
         self.imds_requests.load(Ordering::Relaxed)
+    }
+
+    /// From now on IMDS lies to every instance.
+    pub fn lie(&self, lie: Lie) {
+        *hold(&self.lie) = lie;
     }
 
     /// What clients did wrong so far.

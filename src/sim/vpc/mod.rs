@@ -375,6 +375,11 @@ impl Vpc {
         &self.journal
     }
 
+    /// Forgets all calls so far: what was done to prepare a run is no part of it.
+    pub fn forget_calls(&mut self) {
+        self.journal = Journal { counts_only: self.journal.counts_only, ..Journal::default() };
+    }
+
     /// From now on the journal only counts: a run with millions of calls has no use for their texts.
     pub fn count_only(&mut self) {
         self.journal.counts_only = true;

@@ -1,0 +1,99 @@
+//! `enibox sandbox --set ...`: the daemon's modes with real packets, every flow as the mode has it.
+
+#![cfg(feature = "sandbox")]
+
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::process::Command;
+
+struct Run {
+    report: Value,
+}
+
+// A run that must be as it should be.
+#[track_caller]
+fn run(words: &[&str], settings: &[&str]) -> Run {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_enibox"));
+    command.args(["sandbox", "--json"]).args(words);
+    command.args(settings.iter().flat_map(|setting| ["--set", setting]));
+    let output = command.output().unwrap();
+    let (text, told) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let report: Value = serde_json::from_str(&text).unwrap_or_else(|_| panic!("{text}\n{told}"));
+    let flows = report["flows"].as_array().unwrap();
+    let failed: Vec<&Value> = flows.iter().filter(|flow| flow["ok"] != true).collect();
+    assert_eq!((failed, &report["problems"]), (Vec::new(), &json!([])), "{told}");
+    assert!(output.status.success() && report["ok"] == true && !flows.is_empty(), "{report}");
+    Run { report }
+}
+
+impl Run {
+    fn calls(&self) -> BTreeSet<&str> {
+        self.report["ec2_calls"].as_object().unwrap().keys().map(String::as_str).collect()
+    }
+
+    fn node(&self, field: &str) -> u64 {
+        self.report["nodes"][0][field].as_u64().unwrap()
+    }
+
+    fn pods(&self) -> &Vec<Value> {
+        self.report["pods"].as_array().unwrap()
+    }
+
+    // ENIs that have pods.
+    fn enis(&self) -> BTreeSet<&str> {
+        self.pods().iter().map(|pod| pod["eni"].as_str().unwrap()).collect()
+    }
+}
+
+#[test]
+fn custom_networking_gives_pods_another_subnet() {
+    let run = run(&["--nodes", "2", "--pods", "11"], &["AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG=true"]);
+    for pod in run.pods() {
+        let (node, ip) = (pod["node"].as_str().unwrap(), pod["ip"].as_str().unwrap());
+        let subnet = if node == "node-1" { 64..80 } else { 96..112 };
+        let octets: Vec<u8> = ip.split('.').map(|octet| octet.parse().unwrap()).collect();
+        assert!(octets[..2] == [100, 64] && subnet.contains(&octets[2]), "{node}: {ip}");
+    }
+    assert_eq!(run.enis().len(), 4, "eleven pods fill one ENI of an m5.large and begin another");
+    assert_eq!(run.node("enis"), 3, "the primary ENI serves no pods");
+}
+
+#[test]
+fn without_provisioning_nothing_is_changed_in_ec2() {
+    let run = run(&["--nodes", "1", "--pods", "14"], &["DISABLE_NETWORK_RESOURCE_PROVISIONING=true"]);
+    assert_eq!(run.calls(), BTreeSet::from(["DescribeNetworkInterfaces"]));
+    assert_eq!((run.node("enis"), run.node("addresses"), run.enis().len()), (2, 14, 2));
+}
+
+#[test]
+fn with_imds_alone_ec2_is_never_called() {
+    let run = run(&["--nodes", "1", "--pods", "14"], &["ENABLE_IMDS_ONLY_MODE=true"]);
+    assert_eq!(run.calls(), BTreeSet::new());
+    assert_eq!((run.node("enis"), run.node("addresses"), run.enis().len()), (2, 14, 2));
+}
+
+#[test]
+fn warm_and_minimum_targets_hold_few_addresses() {
+    let targets = ["WARM_IP_TARGET=2", "MINIMUM_IP_TARGET=6", "AWS_VPC_K8S_CNI_EXTERNALSNAT=true"];
+    let run = run(&["--nodes", "1", "--pods", "3"], &targets);
+    assert_eq!((run.node("enis"), run.node("addresses")), (1, 6));
+    let flows = run.report["flows"].as_array().unwrap();
+    let seen = flows.iter().find(|flow| flow["to"] == "internet").unwrap();
+    assert!(run.pods().iter().any(|pod| pod["ip"] == seen["seen"]), "without SNAT a pod is seen as itself: {seen}");
+}
+
+#[test]
+fn without_discovery_new_enis_go_into_the_nodes_subnet() {
+    let run = run(&["--nodes", "1", "--pods", "12"], &["ENABLE_SUBNET_DISCOVERY=false"]);
+    assert!(!run.calls().contains("DescribeSubnets"), "{:?}", run.calls());
+    assert!(run.pods().iter().all(|pod| pod["ip"].as_str().unwrap().starts_with("10.20.")));
+    assert!(run.enis().len() >= 2);
+}
+
+#[test]
+fn pods_do_not_need_the_api_server() {
+    for state in ["none", "silent"] {
+        let run = run(&["--nodes", "1", "--pods", "3", "--api-server", state], &[]);
+        assert_eq!(run.pods().len(), 3, "{state}");
+    }
+}
