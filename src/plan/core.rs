@@ -617,8 +617,7 @@ impl Core {
         if card != 0 || self.bound == 0 {
             return waiting;
         }
-        let held = self.pool.allocations().filter(|held| held.card == 0).count();
-        waiting.max(self.bound.saturating_sub(held))
+        waiting.max(self.bound.saturating_sub(self.pool.held_on(0)))
     }
 
     // Whether pods may be put on an attached ENI, as far as is known. Without ENABLE_MULTI_NIC only card 0 is there.

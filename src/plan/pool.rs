@@ -13,6 +13,7 @@ use ipnet::IpNet;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// What an ENI is for.
@@ -256,7 +257,27 @@ pub struct Pool {
     orphans: BTreeMap<At, (IpAddr, Owner)>,
     // Something changed since the last check.
     touched: bool,
+    memo: Memo,
 }
+
+/// The figures that were asked for last, by card, and until when they hold if nothing changes: most steps of the core ask
+/// several times and change nothing.
+#[derive(Debug, Default)]
+struct Memo(Mutex<BTreeMap<u32, (Mono, Mono, Stats)>>);
+
+impl Clone for Memo {
+    fn clone(&self) -> Memo {
+        Memo::default()
+    }
+}
+
+impl PartialEq for Memo {
+    fn eq(&self, _: &Memo) -> bool {
+        true // what is remembered makes no difference
+    }
+}
+
+impl Eq for Memo {}
 
 /// The number of addresses of a CIDR that can be given to pods; every address of a prefix can.
 fn size_of_cidr(net: &IpNet) -> usize {
@@ -282,7 +303,13 @@ impl Pool {
             index: BTreeMap::new(),
             orphans: BTreeMap::new(),
             touched: false,
+            memo: Memo::default(),
         }
+    }
+
+    fn touch(&mut self) {
+        self.touched = true;
+        self.memo.0.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// ENIs by id.
@@ -302,6 +329,7 @@ impl Pool {
 
     /// Lets single addresses serve pods beside prefixes, as long as the subnets have no room for prefixes.
     pub fn set_singles(&mut self, singles: bool) {
+        self.touch();
         self.singles = singles || !self.prefix_mode;
     }
 
@@ -321,11 +349,13 @@ impl Pool {
 
     /// Changes how long a released address rests; those that rest already included.
     pub fn set_cooldown(&mut self, cooldown: Duration) {
+        self.touch();
         self.cooldown = cooldown;
     }
 
     /// Adds an ENI without CIDRs.
     pub fn add_eni(&mut self, id: EniId, eni: Eni) -> Result<(), Refused> {
+        self.touch();
         assert!(eni.cidrs.is_empty(), "CIDRs are added one by one, so that the index sees them");
         match self.enis.entry(id) {
             std::collections::btree_map::Entry::Occupied(entry) => Err(Refused::Duplicate(entry.key().clone())),
@@ -338,6 +368,7 @@ impl Pool {
 
     /// Marks whether EC2 has lost sight of an ENI.
     pub fn set_missing(&mut self, id: &EniId, missing: bool) {
+        self.touch();
         if let Some(eni) = self.enis.get_mut(id) {
             eni.missing = missing;
         }
@@ -345,6 +376,7 @@ impl Pool {
 
     /// Bars a CIDR from new pods, or lets it serve them again.
     pub fn bar(&mut self, id: &EniId, net: &IpNet, barred: bool) {
+        self.touch();
         if let Some(cidr) = self.enis.get_mut(id).and_then(|eni| eni.cidrs.get_mut(net)) {
             cidr.barred = barred;
         }
@@ -352,6 +384,7 @@ impl Pool {
 
     /// Takes an unused ENI out of the pool. One with pods is refused: nobody loses an address because an ENI goes.
     pub fn remove_eni(&mut self, id: &EniId) -> Result<Eni, Refused> {
+        self.touch();
         let eni = self.enis.get(id).ok_or(Refused::UnknownEni)?;
         if eni.assigned() > 0 {
             return Err(Refused::InUse);
@@ -361,6 +394,7 @@ impl Pool {
 
     /// Marks whether an ENI may serve new pods.
     pub fn set_excluded(&mut self, id: &EniId, excluded: bool) {
+        self.touch();
         if let Some(eni) = self.enis.get_mut(id) {
             eni.excluded = excluded;
         }
@@ -368,6 +402,7 @@ impl Pool {
 
     /// Sets the kind of an ENI, which only EC2 knows.
     pub fn set_kind(&mut self, id: &EniId, kind: Kind) {
+        self.touch();
         if let Some(eni) = self.enis.get_mut(id) {
             eni.kind = kind;
         }
@@ -381,8 +416,8 @@ impl Pool {
         if let Some((holder, _)) = self.enis.iter().find(|(_, eni)| eni.cidrs.keys().any(overlaps)) {
             return Err(Refused::Duplicate(holder.clone()));
         }
+        self.touch();
         let eni = self.enis.get_mut(id).ok_or(Refused::UnknownEni)?;
-        self.touched = true;
         let prefix = net.prefix_len() != net.max_prefix_len();
         let mut cidr = Cidr { prefix, barred: false, slots: BTreeMap::new() };
         // An orphan found on another card than it was on keeps the card that it is found on.
@@ -400,12 +435,12 @@ impl Pool {
 
     /// Takes an unused CIDR from an ENI.
     pub fn remove_cidr(&mut self, id: &EniId, net: &IpNet) -> Result<(), Refused> {
+        self.touch();
         let eni = self.enis.get_mut(id).ok_or(Refused::UnknownEni)?;
         let cidr = eni.cidrs.get(net).ok_or(Refused::UnknownCidr)?;
         if cidr.assigned() > 0 {
             return Err(Refused::InUse);
         }
-        self.touched = true;
         eni.cidrs.remove(net);
         Ok(())
     }
@@ -442,11 +477,13 @@ impl Pool {
         if let Some(place) = self.find(&owner.key, card) {
             return Ok((place, false));
         }
-        let (eni_id, net, address) = self.choose(now.mono, card).ok_or_else(|| {
-            let stats = self.stats(now.mono, card);
-            NoAddress { total: stats.total, cooling: stats.cooling }
-        })?;
-        self.touched = true;
+        let stats = self.stats(now.mono, card);
+        let none = NoAddress { total: stats.total, cooling: stats.cooling };
+        if stats.available() <= stats.cooling {
+            return Err(none);
+        }
+        let (eni_id, net, address) = self.choose(now.mono, card).ok_or(none)?;
+        self.touch();
         let place = self.place(&eni_id, net, address);
         self.index.insert((owner.key.clone(), card), (eni_id.clone(), net, address));
         let cidr = self.enis.get_mut(&eni_id).and_then(|eni| eni.cidrs.get_mut(&net));
@@ -498,7 +535,7 @@ impl Pool {
 
     /// Takes the address of a key on a card back; its cooldown starts now. `None`: it has none there.
     pub fn release(&mut self, now: Now, key: &PodKey, card: u32) -> Option<Released> {
-        self.touched = true;
+        self.touch();
         let at = (key.clone(), card);
         if let Some((address, owner)) = self.orphans.remove(&at) {
             return Some(Released { place: None, address, card, owner, before: None });
@@ -513,7 +550,7 @@ impl Pool {
 
     /// Undoes an assignment that could not be made durable: as if the address had never been used by it.
     pub fn undo_assign(&mut self, key: &PodKey, card: u32) {
-        self.touched = true;
+        self.touch();
         if let Some((eni, net, address)) = self.index.remove(&(key.clone(), card)) {
             let slot = self.slot_mut(&eni, &net, address);
             slot.owner = None;
@@ -525,7 +562,7 @@ impl Pool {
 
     /// Undoes a release that could not be made durable.
     pub fn undo_release(&mut self, released: Released) {
-        self.touched = true;
+        self.touch();
         let (key, card) = (released.owner.key.clone(), released.card);
         let Some(place) = released
             .place
@@ -543,6 +580,7 @@ impl Pool {
     }
 
     fn slot_mut(&mut self, eni: &EniId, net: &IpNet, address: IpAddr) -> &mut Slot {
+        self.touch();
         let cidr = self.enis.get_mut(eni).and_then(|eni| eni.cidrs.get_mut(net));
         cidr.expect("a CIDR with an owner is not removed").slots.entry(address).or_default()
     }
@@ -550,7 +588,7 @@ impl Pool {
     /// Puts back an allocation read from the checkpoint: in its CIDR if that is known, else among the orphans. The error
     /// names the other owner of the address.
     pub fn restore(&mut self, card: u32, address: IpAddr, owner: Owner) -> Result<(), PodKey> {
-        self.touched = true;
+        self.touch();
         let found = self.enis.iter().find_map(|(id, eni)| eni.cidr_of(address).map(|net| (id.clone(), eni.card, net)));
         if let Some((_, other)) = self.orphans.values().find(|(ip, _)| *ip == address) {
             return Err(other.key.clone());
@@ -571,6 +609,7 @@ impl Pool {
 
     /// Puts back the rest of a cooldown read from the checkpoint.
     pub fn restore_cooling(&mut self, address: IpAddr, freed: Mono) {
+        self.touch();
         for eni in self.enis.values_mut() {
             if let Some((_, cidr)) = eni.cidrs.iter_mut().find(|(net, _)| net.contains(&address)) {
                 let slot = cidr.slots.entry(address).or_default();
@@ -595,6 +634,11 @@ impl Pool {
         placed.chain(orphans)
     }
 
+    /// Number of addresses that pods have on a card.
+    pub fn held_on(&self, card: u32) -> usize {
+        self.index.keys().chain(self.orphans.keys()).filter(|(_, on)| *on == card).count()
+    }
+
     /// Addresses in their cooldown and since when.
     pub fn cooling(&self, now: Mono) -> impl Iterator<Item = (IpAddr, Mono)> {
         let slots = self.enis.values().flat_map(|eni| eni.cidrs.values().flat_map(Cidr::slots));
@@ -608,7 +652,17 @@ impl Pool {
 
     /// Figures of a card over the ENIs that may serve pods.
     pub fn stats(&self, now: Mono, card: u32) -> Stats {
-        self.stats_of(now, |_, eni| eni.card == card && eni.serves())
+        let mut memo = self.memo.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, _, stats)) = memo.get(&card).filter(|(from, until, _)| *from <= now && now < *until) {
+            return *stats;
+        }
+        let stats = self.stats_of(now, |_, eni| eni.card == card && eni.serves());
+        let mut until = Mono::from_nanos(u64::MAX);
+        if stats.cooling > 0 {
+            until = self.cooling(now).map(|(_, freed)| freed.plus(self.cooldown)).min().unwrap_or(now);
+        }
+        memo.insert(card, (now, until, stats));
+        stats
     }
 
     /// The same without the single addresses that stand in for prefixes.

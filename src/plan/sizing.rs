@@ -233,6 +233,9 @@ impl Sizing {
             (None, true) => stats.free_prefixes.saturating_sub(self.warm_prefix().max(1)),
             (None, false) => 0,
         };
+        if over == 0 {
+            return Vec::new();
+        }
         let mut enis: Vec<_> = pool.enis().filter(|(_, eni)| eni.card == self.card && eni.serves()).collect();
         order::sort_by_key(&mut enis, |(_, eni)| (eni.assigned(), Reverse(eni.device)));
         let mut surplus = Vec::new();
