@@ -57,6 +57,9 @@ impl Bucket {
     }
 
     fn refused(&mut self, now: Mono, random: &mut Random) {
+        if now < self.paused_until {
+            return; // calls that left together are refused together: that is one refusal
+        }
         let most = PAUSE_FIRST.saturating_mul(1 << self.refusals.min(16)).min(PAUSE_MAX);
         // Never less than a tenth: a pause of nothing is none.
         let part = random.below(u64::try_from(most.as_millis() * 9 / 10).unwrap_or(u64::MAX));
@@ -94,13 +97,21 @@ impl<N: Copy + Ord> Pacer<N> {
         self.waiting.insert(number, Paced { call, refusals: 0 });
     }
 
+    // After a refusal calls of an action go one by one until one succeeds: more would be refused together.
+    fn held_back(&self, paced: &Paced) -> bool {
+        let action = paced.call.action();
+        self.buckets.get(action).is_some_and(|bucket| bucket.refusals > 0)
+            && self.out.values().any(|out| out.call.action() == action)
+    }
+
     /// The next call that may be sent now: the lowest `rank` first, then the lowest number.
     pub fn next(&mut self, now: Mono, rank: impl Fn(N) -> u8) -> Option<(N, Call)> {
         let buckets = &self.buckets;
         let ready = self
             .waiting
             .iter()
-            .filter(|(_, paced)| buckets.get(paced.call.action()).is_none_or(|bucket| bucket.ready_at(now) <= now));
+            .filter(|(_, paced)| buckets.get(paced.call.action()).is_none_or(|bucket| bucket.ready_at(now) <= now))
+            .filter(|(_, paced)| !self.held_back(paced));
         let number = ready.min_by_key(|(number, _)| (rank(**number), **number)).map(|(number, _)| *number)?;
         let paced = self.waiting.remove(&number)?;
         let bucket = self.buckets.entry(paced.call.action()).or_insert_with(|| Bucket::new(&paced.call, now));
@@ -110,10 +121,10 @@ impl<N: Copy + Ord> Pacer<N> {
         Some((number, call))
     }
 
-    /// When [`Pacer::next`] should be asked again, if calls wait.
+    /// When [`Pacer::next`] should be asked again, if calls wait for a time and not for the answer to another one.
     pub fn wake_at(&self, now: Mono) -> Option<Mono> {
         let ready = |paced: &Paced| self.buckets.get(paced.call.action()).map_or(now, |bucket| bucket.ready_at(now));
-        self.waiting.values().map(ready).min()
+        self.waiting.values().filter(|paced| !self.held_back(paced)).map(ready).min()
     }
 
     /// Hears the answer to a call; true if the call waits again and its sender need not know.
