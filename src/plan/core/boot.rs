@@ -383,7 +383,16 @@ impl Core {
 
     /// Puts a CIDR into the pool, with the cooldowns that its addresses still have.
     pub(super) fn add_cidr(&mut self, id: &EniId, net: IpNet) {
-        match self.pool.add_cidr(id, net) {
+        let mut added = self.pool.add_cidr(id, net);
+        if let Err(Refused::Duplicate(other)) = &added
+            && other != id
+            && self.pool.remove_cidr(other, &net).is_ok()
+        {
+            // Somebody took it from the other ENI, and EC2 has given it away again.
+            self.log(Level::Warn, format!("eni {id}: {net} has moved here from {other}"));
+            added = self.pool.add_cidr(id, net);
+        }
+        match added {
             Ok(()) => {
                 self.absent.remove(&(id.clone(), Some(net)));
                 let inside: Vec<IpAddr> = self.cooling.keys().filter(|ip| net.contains(*ip)).copied().collect();
@@ -400,9 +409,12 @@ impl Core {
 
     /// Requests are served once the host stands and either pods run already or there is an address for the first.
     pub(super) fn become_ready(&mut self) {
+        if self.phase != Phase::Booting {
+            return;
+        }
         let primary = self.pool.eni(&self.config.identity.primary_eni).is_some();
         let usable = self.restarted || self.pool.stats(self.now.mono, 0).total > 0 || self.hopeless();
-        if self.phase == Phase::Booting && primary && usable {
+        if primary && usable {
             self.phase = Phase::Ready;
             let stats = self.pool.stats(self.now.mono, 0);
             let text = format!(

@@ -252,7 +252,9 @@ impl Core {
     pub(super) fn drain_spool(&mut self, records: Vec<Record>) {
         let mut done = Vec::new();
         for record in records {
-            let meant = self.pool.owner(&record.key).is_some_and(|owner| owner.since <= record.time);
+            // An allocation from the future was made before the clock was set back.
+            let meant = |owner: &Owner| owner.since <= record.time || owner.since > self.now.wall;
+            let meant = self.pool.owner(&record.key).is_some_and(meant);
             if meant {
                 self.take_back_gone(Level::Info, &record.key, "deleted while the daemon was away");
             }
@@ -283,7 +285,8 @@ impl Core {
     /// Releases addresses of pods whose veth is missing in two scans in a row (B18), and those that were reserved without
     /// a known owner once the veth that led to them is gone (B19).
     pub(super) fn check_links(&mut self, seen: &Seen) {
-        let old = |owner: &Owner| self.now.wall.since(owner.since) > VETH_GRACE;
+        let now = self.now.wall;
+        let old = |owner: &Owner| now.since(owner.since) > VETH_GRACE || owner.since > now; // the clock was set back
         let missing: BTreeSet<PodKey> = self
             .pool
             .allocations()
