@@ -59,6 +59,8 @@ enum Command {
     Status(debug::Asking),
     /// Show the effective settings and which layer each comes from
     Config(debug::Asking),
+    /// Run many nodes against a model of EC2, in virtual time, and the original's algorithm beside
+    Simulate(debug::simulate::Args),
     /// Run a cluster's network on this machine and try every flow (needs root)
     #[cfg(feature = "sandbox")]
     Sandbox(enibox::sandbox::demo::Args),
@@ -76,6 +78,7 @@ fn operate() -> u8 {
         Ok(cli) => match cli.command {
             Command::Version => print(&format!("enibox {VERSION}\n")),
             Command::Status(args) => debug::status::run(&args),
+            Command::Simulate(args) => debug::simulate::run(&args),
             Command::Config(args) => debug::config::run(&args),
             #[cfg(feature = "sandbox")]
             Command::Sandbox(args) => enibox::sandbox::demo::run(&args),

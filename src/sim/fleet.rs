@@ -36,6 +36,8 @@ pub struct Counts {
     pub add_waits_ms: Vec<u32>,
     /// From the binding of a pod to its network, in milliseconds.
     pub pod_starts_ms: Vec<u32>,
+    /// When the last pod got its network, in nanoseconds.
+    pub last_pod: u64,
     /// ADDs that were refused.
     pub refused: u64,
     /// Calls to EC2 that would change something, failed ones included.
@@ -72,6 +74,7 @@ impl Sky {
     pub(super) fn started(&mut self, since: u64) {
         let took = self.millis_since(since);
         self.counts.pod_starts_ms.push(took);
+        self.counts.last_pod = self.nanos;
     }
 
     fn millis_since(&self, since: u64) -> u32 {
@@ -150,6 +153,16 @@ impl Fleet {
     /// Starts the process of a node.
     pub fn start(&mut self, node: usize) {
         self.nodes[node].start(&mut self.sky);
+    }
+
+    /// Starts the process of a node at a time that lies ahead (nanoseconds of virtual time).
+    pub fn start_at(&mut self, node: usize, nanos: u64) {
+        self.sky.queue.push(nanos, (self.nodes[node].index, Item::Start));
+    }
+
+    /// Binds a pod to a node at a time that lies ahead (nanoseconds of virtual time).
+    pub fn bind_at(&mut self, node: usize, name: &str, nanos: u64) {
+        self.sky.queue.push(nanos, (self.nodes[node].index, Item::Bind(name.into())));
     }
 
     /// Kills the process of a node.

@@ -110,6 +110,9 @@ impl Kubelet {
 
     fn forget_old(&mut self) {
         let gone = |sandbox: &Sandbox| sandbox.stage == Stage::Gone;
+        if self.sandboxes.len() <= self.pods.len() + GONE_MAX {
+            return;
+        }
         let over = self.sandboxes.values().filter(|s| gone(s)).count().saturating_sub(GONE_MAX);
         let old: Vec<u64> = self.sandboxes.iter().filter(|(_, s)| gone(s)).map(|(id, _)| *id).take(over).collect();
         for id in old {

@@ -16,7 +16,7 @@ use crate::model::imds::{self, Query};
 use crate::model::kube;
 use crate::model::limits::{self, Limits};
 use crate::model::order;
-use crate::model::settings::Settings;
+use crate::model::settings::{Mode, Settings};
 use crate::model::spool::Record;
 use crate::model::time::{Mono, Now, Wall};
 use crate::model::wire::IpAllocation;
@@ -98,6 +98,8 @@ pub(super) enum Item {
     PodsTold(u32),
     NodeTold(u32),
     Replied(Asked, Box<Answer>),
+    Start,
+    Bind(Box<str>),
     Sandbox(u32),
     Add(u64),
     Del(u64),
@@ -186,7 +188,8 @@ pub fn moment(nanos: u64, wall_shift: i64) -> Now {
 impl Node {
     pub(super) fn new(index: u32, instance: InstanceId, limits: Limits, setup: Setup, seed: u64) -> Node {
         let mut api = Api::default();
-        api.node.max_pods = Some(limits.max_pods());
+        let prefixes = setup.settings.mode_wished() != Mode::Ipv4Addresses;
+        api.node.max_pods = Some(limits.max_pods_with(0, prefixes));
         Node {
             index,
             instance,
@@ -427,6 +430,10 @@ impl Node {
                 }
             }
             Item::Replied(asked, answer) => self.replied(sky, asked, *answer),
+            Item::Start => self.start(sky),
+            Item::Bind(name) => {
+                self.bind(sky, &name);
+            }
             Item::Sandbox(pod) => self.sandbox(sky, pod),
             Item::Add(sandbox) => self.add(sky, sandbox),
             Item::Del(sandbox) => self.del(sky, sandbox),

@@ -318,6 +318,7 @@ impl Life {
         let fate = *pick(&mut self.dice, &[WriteFate::Lost, WriteFate::Torn]);
         self.fleet.crash(0, fate);
         self.crashes += 1;
+        self.pass(Duration::from_secs(2)); // what plugins had in hand is on the host, where it can be found
         let files = &mut self.fleet.nodes[0].disk.files;
         let text = match self.dice.below(3) {
             0 => {
@@ -382,6 +383,6 @@ pub fn run(seed: u64, told: &mut Option<Life>) -> Outcome {
     }
     life.calm();
     life.judge.at_rest(&life.fleet);
-    life.judge.peace(&mut life.fleet, Duration::from_mins(50));
+    life.judge.peace(&mut life.fleet, Duration::from_mins(25));
     Outcome { steps: life.fleet.sky.steps, crashes: life.crashes }
 }

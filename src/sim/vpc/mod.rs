@@ -265,6 +265,11 @@ impl Vpc {
         self.types.insert(kind.name.clone(), kind);
     }
 
+    /// All subnets.
+    pub fn subnets(&self) -> Vec<SubnetId> {
+        self.subnets.keys().cloned().collect()
+    }
+
     /// The CIDR of a subnet.
     pub fn subnet_cidr(&self, subnet: &SubnetId) -> Option<Ipv4Net> {
         self.subnets.get(subnet).map(|subnet| subnet.space.cidr())
@@ -383,6 +388,11 @@ impl Vpc {
     /// From now on the journal only counts: a run with millions of calls has no use for their texts.
     pub fn count_only(&mut self) {
         self.journal.counts_only = true;
+    }
+
+    /// Addresses that are taken in all subnets, and ENIs, attached or not.
+    pub fn held(&self) -> (usize, usize) {
+        (self.subnets.values().map(|subnet| subnet.space.taken() as usize).sum(), self.enis.len())
     }
 
     /// Free addresses of a subnet.

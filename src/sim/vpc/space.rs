@@ -64,6 +64,11 @@ impl Space {
         self.cidr.contains(&addr).then(|| u32::from(addr) - u32::from(self.cidr.network()))
     }
 
+    /// How many addresses are taken, besides those that EC2 keeps.
+    pub fn taken(&self) -> u32 {
+        self.taken
+    }
+
     /// How many addresses are free (`availableIpAddressCount`).
     pub fn free(&self) -> u32 {
         self.size().saturating_sub(RESERVED).saturating_sub(self.taken)
