@@ -60,14 +60,12 @@ impl Core {
     }
 
     fn is_old(&mut self, interface: &Interface) -> bool {
-        match interface.tags.get(CREATED).and_then(|text| Wall::parse_rfc3339(text)) {
-            Some(created) => self.now.wall.since(created) >= AGE_MIN,
-            None => {
-                let tags = [(CREATED.to_owned(), self.now.wall.to_string())].into();
-                self.ask_ec2(Op::Tags(interface.id.clone()), Call::CreateTags { eni: interface.id.clone(), tags });
-                false
-            }
+        if let Some(created) = interface.tags.get(CREATED).and_then(|text| Wall::parse_rfc3339(text)) {
+            return self.now.wall.since(created) >= AGE_MIN;
         }
+        let tags = [(CREATED.to_owned(), self.now.wall.to_string())].into();
+        self.ask_ec2(Op::Tags(interface.id.clone()), Call::CreateTags { eni: interface.id.clone(), tags });
+        false
     }
 
     fn delete_leftover(&mut self) {
