@@ -9,7 +9,7 @@ use super::ids::{AttachmentId, EniId, GroupId, SubnetId};
 use super::net::Mac;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// The only version there is.
@@ -108,6 +108,9 @@ pub struct Own {
     pub cooling: BTreeMap<IpAddr, i64>,
     /// CIDRs that were given back lately, and when, in Unix nanoseconds: whoever still lists them is behind.
     pub given_back: BTreeMap<IpNet, i64>,
+    /// Subnets that are not for pods by their tags; absent as long as EC2 has not told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub excluded_subnets: Option<BTreeSet<SubnetId>>,
     /// Subnets that had no block for a prefix: refusals in a row, and when the next try is due, in Unix nanoseconds.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub fragmented: BTreeMap<SubnetId, (u32, i64)>,

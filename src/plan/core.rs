@@ -268,6 +268,7 @@ pub struct Core {
     subnets: Option<(Mono, Option<Vec<Subnet>>)>,
     exhausted: BTreeMap<SubnetId, Mono>,
     fragmented: fallback::Fragmented,
+    judgement: subnets::Judgement,
     // ENIs that take no more CIDRs by EC2's word, although we know of fewer: until when that is believed.
     full: BTreeMap<EniId, Mono>,
     absent: BTreeMap<(EniId, Option<IpNet>), Absent>,
@@ -336,6 +337,7 @@ impl Core {
             subnets: None,
             exhausted: BTreeMap::new(),
             fragmented: fallback::Fragmented::default(),
+            judgement: subnets::Judgement::default(),
             full: BTreeMap::new(),
             absent: BTreeMap::new(),
             unassigned: BTreeMap::new(),

@@ -4,6 +4,7 @@
 
 mod cards;
 mod cluster;
+mod exclusion;
 mod lives;
 mod prefixes;
 mod scenarios;

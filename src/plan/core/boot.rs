@@ -2,6 +2,7 @@
 //! what EC2 told before stands in the checkpoint, and is checked as soon as EC2 answers (`spec/ipamd.md` 2, 5.3).
 
 use super::freeing::Free;
+use super::subnets::Judgement;
 use super::{Applied, Core, Effect, LINK_CHECK, Level, Op, PATIENCE, PLUGIN_MAX, Phase, Seen, TRUST, Timer};
 use crate::model::checkpoint::{Allocation, Checkpoint, Own};
 use crate::model::ids::{EniId, PodKey, PodName};
@@ -68,6 +69,7 @@ impl Core {
             return;
         }
         self.describe();
+        self.judge_first();
         self.set_timer(Timer::Patience, PATIENCE);
         self.set_timer(Timer::Trust, TRUST);
     }
@@ -123,6 +125,9 @@ impl Core {
             self.suspect_leak();
         }
         self.restore_fragmented(own.fragmented);
+        if own.excluded_subnets.is_some() {
+            self.judgement = Judgement::restored(own.excluded_subnets);
+        }
         self.facts.extend(own.enis);
         self.resume.extend(own.creating);
         self.freeing.extend(own.freeing.into_iter().map(|(id, free)| (id, Free::resumed(free.attachment))));
@@ -337,7 +342,7 @@ impl Core {
         let table = naming::table_of(eni.card, eni.device);
         let (Some(own), Ok(table)) = (self.own_net(&eni), table) else { return };
         let primary = *id == self.config.identity.primary_eni;
-        let entry = Eni::new(
+        let mut entry = Eni::new(
             eni.mac,
             (eni.card, eni.device),
             primary,
@@ -347,6 +352,7 @@ impl Core {
             own,
             self.now.mono,
         );
+        entry.excluded = self.excludes(&entry.subnet);
         if self.pool.add_eni(id.clone(), entry).is_err() {
             return;
         }

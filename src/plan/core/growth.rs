@@ -100,6 +100,7 @@ impl Core {
         self.go_on();
         let allowed = self.config.provisioning && self.phase != Phase::Stopping;
         let informed = self.described.is_some() && self.groups.is_some() && self.scanned && self.vpc_cidrs.is_some();
+        let informed = informed && self.subnets_judged();
         let primary = self.pool.eni(&self.config.identity.primary_eni).is_some();
         if !allowed || !informed || !primary || self.cordoned() || self.timers.contains_key(&Timer::Growth) {
             return;

@@ -43,6 +43,11 @@ impl Saver {
         !self.in_flight && self.current == self.written
     }
 
+    /// The number of the last change.
+    pub(super) fn generation(&self) -> u64 {
+        self.current
+    }
+
     /// Whether everything up to `generation` is on disk.
     pub(super) fn durable(&self, generation: u64) -> bool {
         self.written >= generation
@@ -197,6 +202,7 @@ impl Core {
             enis: self.facts.iter().map(|(id, facts)| (id.clone(), self.facts_with_cidrs(id, facts))).gather(),
             cooling: cooling.map(|(ip, freed)| (ip, freed_at(freed))).gather(),
             given_back: given_back.gather(),
+            excluded_subnets: self.judgement.excluded(),
             fragmented: self.fragmented.saved(self.now).gather(),
             leak_suspected: self.leak_checks > 0,
             creating: creating.chain(self.resume.iter().cloned()).collect(),
