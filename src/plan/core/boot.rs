@@ -126,7 +126,7 @@ impl Core {
         }
         self.restore_fragmented(own.fragmented);
         if own.excluded_subnets.is_some() {
-            self.judgement = Judgement::restored(own.excluded_subnets);
+            self.judgement = Judgement::restored(own.excluded_subnets, self.now.mono);
         }
         self.facts.extend(own.enis);
         self.resume.extend(own.creating);

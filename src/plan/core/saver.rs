@@ -43,11 +43,6 @@ impl Saver {
         !self.in_flight && self.current == self.written
     }
 
-    /// The number of the last change.
-    pub(super) fn generation(&self) -> u64 {
-        self.current
-    }
-
     /// Whether everything up to `generation` is on disk.
     pub(super) fn durable(&self, generation: u64) -> bool {
         self.written >= generation

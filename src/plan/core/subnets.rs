@@ -1,8 +1,8 @@
 //! Where new ENIs go and which ENIs are not for pods: the subnets of the node's zone, their tags and what is known of
 //! their free addresses (`spec/aws.md` 8.2, `spec/config.md` 6.2, `spec/ipamd.md` 7.6).
 //!
-//! Whether a subnet is for pods can change at any time. It is asked again while pods come and go; a node on which
-//! nothing happens asks nobody. What EC2 will not tell is taken as nothing excluded (B35).
+//! Whether a subnet is for pods can change at any time. It is asked again when pods come and go; a node on which nothing
+//! happens asks nobody. What EC2 will not tell is taken as nothing excluded (B35).
 
 use super::{Core, Level, Op, Timer};
 use crate::model::ec2::{Call, Failure, Reply, Subnet};
@@ -17,7 +17,7 @@ const EXHAUSTED: Duration = Duration::from_mins(2);
 /// How long a list of subnets is good (`spec/aws.md` 8.2).
 const SUBNETS_AGE_MAX: Duration = Duration::from_mins(5);
 
-/// How often tags of subnets are looked at while something happens on the node (B36).
+/// How often tags of subnets are looked at while pods come and go (B36).
 const JUDGE_EVERY: Duration = Duration::from_mins(10);
 
 /// Which subnets are not for pods, by their tags.
@@ -25,16 +25,16 @@ const JUDGE_EVERY: Duration = Duration::from_mins(10);
 pub(super) struct Judgement {
     // What EC2 said last, be it before the restart.
     excluded: Option<BTreeSet<SubnetId>>,
-    // When EC2 answered or refused to, and the generation of the node's state then.
-    last: Option<(Mono, u64)>,
+    // When EC2 answered or refused to.
+    last: Option<Mono>,
     // It was told that EC2 does not answer.
     complained: bool,
 }
 
 impl Judgement {
     /// One that was made before the restart.
-    pub(super) fn restored(excluded: Option<BTreeSet<SubnetId>>) -> Judgement {
-        Judgement { excluded, ..Judgement::default() }
+    pub(super) fn restored(excluded: Option<BTreeSet<SubnetId>>, now: Mono) -> Judgement {
+        Judgement { last: excluded.as_ref().map(|_| now), excluded, complained: false }
     }
 
     /// For the checkpoint.
@@ -68,14 +68,11 @@ impl Core {
         }
     }
 
-    /// Asks for them again, if something has happened since the last time and that is long enough ago.
+    /// A pod came or went: asks for them again if the last time is long enough ago.
     pub(super) fn judge_again(&mut self) {
-        let generation = self.saver.generation();
-        match self.judgement.last {
-            _ if !self.judges_subnets() => {}
-            None if self.judgement.excluded.is_some() => self.judgement.last = Some((self.now.mono, generation)),
-            Some((at, then)) if then == generation || self.now.mono.since(at) < JUDGE_EVERY => {}
-            _ => self.ask_subnets(),
+        let old = self.judgement.last.is_some_and(|at| self.now.mono.since(at) >= JUDGE_EVERY);
+        if old && self.judges_subnets() {
+            self.ask_subnets();
         }
     }
 
@@ -92,7 +89,7 @@ impl Core {
             }
             self.mark_excluded();
         }
-        self.judgement.last = Some((self.now.mono, self.saver.generation()));
+        self.judgement.last = Some(self.now.mono);
     }
 
     fn mark_excluded(&mut self) {

@@ -282,7 +282,6 @@ impl Core {
             return;
         }
         self.last_reconcile = self.now.mono;
-        self.judge_again();
         self.unassigned.retain(|_, at| self.now.mono.since(*at) < RECONCILE_MAX);
         let difference = self.difference();
         if self.config.imds_only {
