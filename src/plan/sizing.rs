@@ -181,8 +181,15 @@ impl Sizing {
     pub fn growth(&self, pool: &Pool, now: Mono, outlook: &Outlook, skip: impl Fn(&EniId) -> bool) -> Option<Growth> {
         let prefix_mode = pool.prefix_mode();
         let stats = self.foreseen(pool, now, outlook);
-        let wanted = if self.too_low(&stats, prefix_mode) { self.wanted(&stats, prefix_mode) } else { 0 };
-        self.place(pool, outlook, wanted, &skip)
+        if !self.too_low(&stats, prefix_mode) {
+            return None;
+        }
+        let wanted = self.wanted(&stats, prefix_mode);
+        // With ENI targets a whole ENI's worth is asked for where less would do.
+        let by_eni = !prefix_mode && self.ip_targets().is_none();
+        let target = stats.assigned + (self.slots * self.targets.warm_eni).max(1);
+        let deficit = by_eni.then(|| target.saturating_sub(stats.total));
+        self.place(pool, outlook, wanted, deficit, &skip)
     }
 
     /// Whether CIDRs of the mode are missing, those on their way counted as there.
@@ -190,12 +197,14 @@ impl Sizing {
         self.too_low(&self.foreseen(pool, now, outlook), pool.prefix_mode())
     }
 
-    /// Where `wanted` more CIDRs can go: to the first ENI with room, else to a new one.
+    /// Where `wanted` more CIDRs can go: to the first ENI with room, else to a new one. `deficit` is what is missing, if
+    /// that is not the same.
     pub(super) fn place(
         &self,
         pool: &Pool,
         outlook: &Outlook,
         wanted: usize,
+        deficit: Option<usize>,
         skip: &dyn Fn(&EniId) -> bool,
     ) -> Option<Growth> {
         if wanted == 0 {
@@ -214,12 +223,14 @@ impl Sizing {
         if let Some((id, eni)) = candidates.iter().find(|(id, _)| coming(id).is_none()) {
             return Some(Growth::Assign { eni: (*id).clone(), count: wanted.min(room(id, eni)) });
         }
-        // An ENI that is being assigned to takes the rest when that is done: no new one is made for what it has room for.
-        let later: usize = candidates.iter().map(|(id, eni)| room(id, eni)).sum();
-        let wanted = wanted.saturating_sub(later);
-        if wanted == 0 {
+        // An ENI that is being assigned to or made takes the rest when that is done: no further one is made for what it has
+        // room for.
+        let made = outlook.creating.iter().map(|count| self.slots.saturating_sub(*count));
+        let later: usize = candidates.iter().map(|(id, eni)| room(id, eni)).chain(made).sum();
+        if deficit.unwrap_or(wanted) <= later {
             return None;
         }
+        let wanted = if deficit.is_some() { wanted } else { wanted - later };
         let held = pool.enis().filter(|(_, eni)| eni.card == self.card).count();
         let room = held + outlook.creating.len() + self.reserved < self.eni_limit;
         room.then(|| Growth::NewEni { count: wanted.min(self.slots) })

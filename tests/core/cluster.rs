@@ -132,7 +132,7 @@ fn custom_networking_takes_subnet_and_groups_from_the_eniconfig() {
         assert!(world.add(&format!("pod-{n}")), "{:#?}", world.log);
     }
     assert_eq!(world.enis(), [(0, 0), (1, 3), (2, 3)]);
-    assert_eq!(world.calls("DescribeSubnets"), 0, "the ENIConfig names the subnet");
+    assert_eq!(world.calls("DescribeSubnets"), 1, "once for the tags that exclude; the ENIConfig names the subnet");
     // The API server goes away: what was read last serves on.
     world.api = None;
     world.crash();

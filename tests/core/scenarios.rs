@@ -294,7 +294,7 @@ fn an_exhausted_subnet_is_left_alone_for_a_while() {
     world.vpc.knobs.refuse_next("AssignPrivateIpAddresses", "InsufficientFreeAddressesInSubnet", 400);
     world.pass(Duration::from_secs(100));
     assert_eq!(world.calls("AssignPrivateIpAddresses"), 2, "nine, then one, then peace");
-    assert!(!world.add("a"), "an ADD is refused, not left hanging");
+    assert!(!world.add("a"), "an ADD is refused, not left hanging: {:#?}", world.log);
     world.pass(Duration::from_mins(1));
     world.settle();
     assert!(world.add("a"));

@@ -352,12 +352,9 @@ impl Core {
             own,
             self.now.mono,
         );
-        entry.excluded = self.excludes(&entry.subnet);
+        entry.excluded = self.not_for_pods(&entry);
         if self.pool.add_eni(id.clone(), entry).is_err() {
             return;
-        }
-        if primary && self.config.custom_networking.is_some() {
-            self.pool.set_excluded(id, true); // B31: its pods stay, nobody new
         }
         let cidrs = self.listed.get(id).cloned().unwrap_or_else(|| self.told_cidrs(&eni));
         // What only IMDS lists may be gone: nobody new gets it before EC2 has said so.

@@ -172,7 +172,8 @@ impl Sizing {
         let needed = stats.assigned.saturating_sub(total);
         let warm = (stats.assigned + warm).saturating_sub(total).max(minimum.saturating_sub(total));
         let room = self.free_slots(pool, outlook).saturating_sub(1);
-        self.place(pool, outlook, needed.max(warm.min(room)), skip)
+        let wanted = needed.max(warm.min(room));
+        self.place(pool, outlook, wanted, None, skip)
     }
 
     // Slots for CIDRs on the card's ENIs and on those that it could still get.

@@ -72,6 +72,7 @@ impl Core {
 
     // Gives what is wanted if all of it is there; the reply leaves when it is durable.
     fn try_assign(&mut self, call: CallId, owner: &Owner, every_card: bool) -> bool {
+        self.judge_again();
         let held = self.pool.cards_of(&owner.key);
         // An ordinary pod takes the first card that has an address. Whoever asks twice gets the same again.
         let whole = self.pool.owner(&owner.key).is_some_and(|had| had.interfaces as usize <= held.len());
@@ -219,6 +220,7 @@ impl Core {
 
     // Takes the addresses of a key back. Where a CIDR has not been seen yet, its cooldown is kept here until it has.
     pub(super) fn take_back(&mut self, key: &PodKey) -> Vec<Released> {
+        self.judge_again();
         let cards = self.pool.cards_of(key).into_iter();
         let released: Vec<Released> = cards.filter_map(|card| self.pool.release(self.now, key, card)).collect();
         for unplaced in released.iter().filter(|released| released.place.is_none()) {

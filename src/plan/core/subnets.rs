@@ -9,6 +9,7 @@ use crate::model::ec2::{Call, Failure, Reply, Subnet};
 use crate::model::ids::SubnetId;
 use crate::model::order::{self, Gather as _};
 use crate::model::time::Mono;
+use crate::plan::pool::Eni;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
@@ -56,9 +57,15 @@ impl Core {
         heard || !self.judges_subnets() || !self.timers.contains_key(&Timer::Trust)
     }
 
-    /// Whether the tags of a subnet keep pods out of it.
-    pub(super) fn excludes(&self, subnet: &SubnetId) -> bool {
+    // Whether the tags of a subnet keep pods out of it.
+    fn excludes(&self, subnet: &SubnetId) -> bool {
         self.judges_subnets() && self.judgement.excluded.as_ref().is_some_and(|excluded| excluded.contains(subnet))
+    }
+
+    /// Whether no new pod is to be put on an ENI: its subnet is not for pods, or it is the primary one with custom
+    /// networking (B31).
+    pub(super) fn not_for_pods(&self, eni: &Eni) -> bool {
+        (eni.primary && self.config.custom_networking.is_some()) || self.excludes(&eni.subnet)
     }
 
     /// Asks for the tags of the subnets if nothing is known of them.
@@ -93,7 +100,7 @@ impl Core {
     }
 
     fn mark_excluded(&mut self) {
-        let wrong = self.pool.enis().filter(|(_, eni)| eni.excluded != self.excludes(&eni.subnet));
+        let wrong = self.pool.enis().filter(|(_, eni)| eni.excluded != self.not_for_pods(eni));
         for (id, excluded) in wrong.map(|(id, eni)| (id.clone(), !eni.excluded)).collect::<Vec<_>>() {
             let verdict = if excluded { "not for new pods any more" } else { "for pods again" };
             self.log(Level::Info, format!("eni {id}: by the tags of its subnet {verdict}"));
