@@ -59,6 +59,8 @@ enum Command {
     Status(debug::Asking),
     /// Show the effective settings and which layer each comes from
     Config(debug::Asking),
+    /// Say what a node of an instance type holds and what its pods cost, by running it in virtual time
+    Plan(debug::plan::Args),
     /// Run many nodes against a model of EC2, in virtual time, and the original's algorithm beside
     Simulate(debug::simulate::Args),
     /// Run a cluster's network on this machine and try every flow (needs root)
@@ -78,6 +80,7 @@ fn operate() -> u8 {
         Ok(cli) => match cli.command {
             Command::Version => print(&format!("enibox {VERSION}\n")),
             Command::Status(args) => debug::status::run(&args),
+            Command::Plan(args) => debug::plan::run(&args),
             Command::Simulate(args) => debug::simulate::run(&args),
             Command::Config(args) => debug::config::run(&args),
             #[cfg(feature = "sandbox")]
