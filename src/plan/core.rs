@@ -271,6 +271,8 @@ pub struct Core {
     judgement: subnets::Judgement,
     // ENIs that take no more CIDRs by EC2's word, although we know of fewer: until when that is believed.
     full: BTreeMap<EniId, Mono>,
+    // ENIs that EC2 has shown to be the most that a card takes, and until when that is believed.
+    lowered: BTreeMap<u32, (usize, Mono)>,
     absent: BTreeMap<(EniId, Option<IpNet>), Absent>,
     unassigned: BTreeMap<IpNet, Mono>,
 
@@ -339,6 +341,7 @@ impl Core {
             fragmented: fallback::Fragmented::default(),
             judgement: subnets::Judgement::default(),
             full: BTreeMap::new(),
+            lowered: BTreeMap::new(),
             absent: BTreeMap::new(),
             unassigned: BTreeMap::new(),
             wanted: BTreeMap::new(),
@@ -633,7 +636,9 @@ impl Core {
     }
 
     fn eni_limit(&self, card: u32) -> usize {
-        self.config.cards.get(&card).copied().unwrap_or(0)
+        let of_type = self.config.cards.get(&card).copied().unwrap_or(0);
+        let shown = self.lowered.get(&card).filter(|(_, until)| *until > self.now.mono);
+        shown.map_or(of_type, |(enis, _)| of_type.min(*enis))
     }
 
     fn retune(&mut self, tunables: Tunables) {

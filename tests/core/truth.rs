@@ -71,7 +71,7 @@ fn enis_of_dead_nodes_are_deleted_and_young_ones_kept() {
     world.start();
     world.pass(MINUTE);
     let subnet = world.vpc.identity(&world.instance).unwrap().subnet;
-    let mut leave = |world: &mut World, description: &str, created: Option<String>| {
+    let leave = |world: &mut World, description: &str, created: Option<String>| {
         let mut tags = BTreeMap::from([("node.k8s.amazonaws.com/instance_id".to_owned(), "i-dead".to_owned())]);
         tags.insert("cluster.k8s.amazonaws.com/name".into(), "test".into());
         tags.extend(created.map(|created| ("node.k8s.amazonaws.com/createdAt".to_owned(), created)));
@@ -128,4 +128,39 @@ fn an_attached_eni_that_only_ec2_knows_waits_for_imds() {
     world.settle();
     world.check_at_rest();
     assert_eq!(world.enis().len(), 2, "one ENI is enough, however late IMDS shows it: {:?}", world.enis());
+}
+
+#[test]
+fn an_instance_that_takes_fewer_enis_than_its_type_is_not_asked_again_and_again() {
+    let mut world = World::new("t3.small", DEFAULT);
+    world.pass(second(5));
+    for _ in 0..100 {
+        world.vpc.knobs.refuse_next("AttachNetworkInterface", "AttachmentLimitExceeded", 400);
+    }
+    assert!(world.add("pod-0"), "the first ENI serves");
+    world.pass(MINUTE * 20);
+    assert_eq!(world.calls("CreateNetworkInterface"), 1, "{:#?}", world.log);
+    assert_eq!(world.calls("DeleteNetworkInterface"), 1, "what could not be attached is given back");
+    world.vpc.knobs.action("AttachNetworkInterface").next.clear();
+    world.pass(MINUTE * 20);
+    world.settle();
+    assert_eq!(world.enis().len(), 2, "the type's limit is tried again later");
+    world.check_at_rest();
+}
+
+#[test]
+fn a_region_without_room_for_enis_is_told_and_left_in_peace() {
+    let mut world = World::asleep("t3.small", DEFAULT);
+    world.api = Some(enibox::sim::api::Api::default());
+    world.start();
+    world.pass(second(5));
+    for _ in 0..100 {
+        world.vpc.knobs.refuse_next("CreateNetworkInterface", "NetworkInterfaceLimitExceeded", 400);
+    }
+    assert!(world.add("pod-0"));
+    world.pass(MINUTE * 20);
+    let calls = world.calls("CreateNetworkInterface");
+    assert!((5..=11).contains(&calls), "about every two minutes, not {calls} times");
+    let notices = &world.api.as_ref().unwrap().notices;
+    assert!(notices.iter().any(|notice| notice.reason == "ENICreationRefused"), "{notices:?}");
 }

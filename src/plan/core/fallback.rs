@@ -73,7 +73,7 @@ impl Core {
     }
 
     /// EC2 has no block for so many prefixes in a subnet.
-    pub(super) fn no_prefix(&mut self, subnet: SubnetId, asked: u32, failure: &Failure) {
+    pub(super) fn no_prefix(&mut self, subnet: &SubnetId, asked: u32, failure: &Failure) {
         let refused = self.fragmented.0.entry(subnet.clone()).or_insert(Refused { times: 0, until: self.now.mono });
         if asked > 1 {
             self.changed();
@@ -126,7 +126,7 @@ impl Core {
 
     /// Whether CIDRs of the other kind will soon leave slots to those of the mode: a new ENI can wait, unless pods do.
     pub(super) fn strays_leave(&self, card: u32) -> bool {
-        let stray = |(id, _): &(EniId, Vec<IpNet>)| self.pool.eni(id).is_some_and(|eni| eni.serves());
+        let stray = |(id, _): &(EniId, Vec<IpNet>)| self.pool.eni(id).is_some_and(Eni::serves);
         let strays = self.sizing(card).strays(&self.pool, self.now.mono);
         strays.iter().any(stray)
     }

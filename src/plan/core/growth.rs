@@ -9,9 +9,10 @@ use super::fallback::count_of;
 use super::freeing::Free;
 use super::{Core, GrowthId, Level, Op, Phase, Tally, Timer};
 use crate::model::checkpoint::Creating;
-use crate::model::ec2::{Call, Count, Create, Failure, Interface, Reply};
+use crate::model::ec2::{Call, Count, Create, Failure, Interface, Limit, Reply};
 use crate::model::ids::{AttachmentId, EniId, SubnetId};
 use crate::model::imds::{self, Query};
+use crate::model::kube::Regarding;
 use crate::model::net::Mac;
 use crate::model::order::Gather as _;
 use crate::model::time::Mono;
@@ -32,6 +33,10 @@ const LOOK: Backoff = Backoff { first: Duration::from_millis(100), cap: Duration
 const MODIFY: Backoff = Backoff { first: Duration::from_secs(1), cap: Duration::from_secs(30), jitter_percent: 20 };
 /// A new ENI that IMDS or the kernel does not show for so long is left to the reconciliation.
 const SETTLE_MAX: Duration = Duration::from_secs(162);
+/// The pause after a refusal that only people can mend.
+const FOR_PEOPLE: Duration = Duration::from_mins(2);
+/// How long a limit is believed that EC2 has shown to be lower than the type's.
+const LOWERED: Duration = Duration::from_mins(30);
 /// How long an ENI that EC2 calls full is left alone; what it holds and we do not know of is found out meanwhile.
 const FULL: Duration = Duration::from_mins(1);
 /// Attempts to set delete-on-termination. A working ENI is not given up for a throttled call.
@@ -425,7 +430,7 @@ impl Core {
         if failure.subnet_exhausted() {
             if count.cidrs() > 1 && !single {
                 if let (Count::Prefixes(several), Some(subnet)) = (count, self.subnet_of(&eni)) {
-                    self.no_prefix(subnet, several, failure);
+                    self.no_prefix(&subnet, several, failure);
                 }
                 let one = if matches!(count, Count::Prefixes(_)) { Count::Prefixes(1) } else { Count::Addresses(1) };
                 return self.assign(id, eni, one, true);
@@ -449,7 +454,7 @@ impl Core {
     fn no_room(&mut self, subnet: SubnetId, asked: Count, failure: &Failure) {
         match asked {
             Count::Prefixes(count) if failure.code == "InsufficientCidrBlocks" => {
-                self.no_prefix(subnet, count, failure)
+                self.no_prefix(&subnet, count, failure);
             }
             _ => self.exhaust(subnet, failure),
         }
@@ -493,6 +498,13 @@ impl Core {
             }
             None => self.growth_failed(Some(id), "create an ENI", Some(failure)),
         }
+        let for_people = matches!(failure.limit(), Some(Limit::Region | Limit::Groups));
+        if for_people || failure.code == "InvalidGroup.NotFound" {
+            // Time does not heal it: somebody must raise a limit or mend the groups (`spec/aws.md` 11.1).
+            let until = self.now.mono.plus(FOR_PEOPLE);
+            self.timers.entry(Timer::Growth).and_modify(|at| *at = until.max(*at)).or_insert(until);
+            self.notice(Regarding::OwnPod, "ENICreationRefused", "ec2:CreateNetworkInterface", &failure.to_string());
+        }
         self.tally(Tally::Error("increaseIPPoolAllocENI"));
     }
 
@@ -502,11 +514,24 @@ impl Core {
             taken.extend(device);
             return self.send_attach(id, taken);
         }
+        if failure.limit() == Some(Limit::Instance) {
+            self.lower_limit(id);
+        }
         let eni = self.new_eni(id);
         self.stage(id, Stage::Attached { taken, failure: Some(failure) });
         if let Some((eni, _)) = eni {
             self.ask_ec2(Op::Growth(id), Call::DescribeOne(eni));
         }
+    }
+
+    // The instance takes fewer ENIs than its type's limits say: no further one is made to be refused.
+    fn lower_limit(&mut self, id: GrowthId) {
+        let Some(card) = self.growths.get(&id).map(|growth| growth.card) else { return };
+        let attached = self.attached.values().filter(|eni| eni.card == card).count();
+        self.log(Level::Warn, format!("card {card}: EC2 takes no more than {attached} ENIs"));
+        let until = self.now.mono.plus(LOWERED);
+        self.lowered.insert(card, (attached, until));
+        self.wake_for(Timer::Shrink, until);
     }
 
     fn attach_inspected(

@@ -155,7 +155,8 @@ impl Core {
     pub(super) fn choose_subnet(&self, prefixes: bool) -> Option<SubnetId> {
         let primary = &self.config.identity.subnet;
         let now = self.now.mono;
-        let open = |id: &SubnetId| !self.exhausted.contains_key(id) && !(prefixes && self.fragmented.closed(id, now));
+        let closed = |id: &SubnetId| prefixes && self.fragmented.closed(id, now);
+        let open = |id: &SubnetId| !self.exhausted.contains_key(id) && !closed(id);
         if self.config.custom_networking.is_some() {
             let config = self.cluster.eni_config.as_ref();
             return config.map(|(_, config)| config.subnet.clone()).filter(open);
