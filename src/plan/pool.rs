@@ -667,6 +667,9 @@ impl Pool {
 
     /// The same without the single addresses that stand in for prefixes.
     pub fn stats_of_mode(&self, now: Mono, card: u32) -> Stats {
+        if !(self.prefix_mode && self.singles) {
+            return self.stats(now, card); // only CIDRs of the mode serve pods
+        }
         let include = |_: &EniId, eni: &Eni| eni.card == card && eni.serves();
         self.figures(now, &include, &|cidr| cidr.prefix == self.prefix_mode && !cidr.barred)
     }
