@@ -106,7 +106,8 @@ pub struct Cidr {
     pub prefix: bool,
     /// EC2 has not confirmed it, or does not list it any more: who has an address of it keeps it, nobody gets a new one.
     pub barred: bool,
-    slots: BTreeMap<IpAddr, Slot>,
+    // Boxed, because a map of one entry has room for eleven: 2 KB for each address of a node in secondary mode otherwise.
+    slots: BTreeMap<IpAddr, Box<Slot>>,
 }
 
 impl Cidr {
@@ -117,7 +118,7 @@ impl Cidr {
 
     /// Addresses that were used and are known; owners and cooling ones.
     pub fn slots(&self) -> impl Iterator<Item = (&IpAddr, &Slot)> {
-        self.slots.iter()
+        self.slots.iter().map(|(ip, slot)| (ip, &**slot))
     }
 
     fn cooling(&self, now: Mono, cooldown: Duration) -> usize {
@@ -425,7 +426,7 @@ impl Pool {
             self.orphans.iter().filter(|(_, (ip, _))| net.contains(ip)).map(|(key, _)| key.clone()).collect();
         for key in returning {
             if let Some((address, owner)) = self.orphans.remove(&key) {
-                cidr.slots.insert(address, Slot { owner: Some(owner), freed: None });
+                cidr.slots.insert(address, Box::new(Slot { owner: Some(owner), freed: None }));
                 self.index.insert((key.0, eni.card), (id.clone(), net, address));
             }
         }

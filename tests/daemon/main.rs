@@ -2,8 +2,11 @@
 
 #![cfg(feature = "sandbox")]
 
+mod footprint;
 mod kills;
 mod kube;
+mod lies;
+mod refusals;
 mod restarts;
 mod settings;
 mod stage;

@@ -81,7 +81,7 @@ fn a_running_daemon_tells_its_status() {
     assert_eq!(run(&stage, &["status", "--jsn"], &[]).0, 2);
 }
 
-fn fetch(address: &str, path: &str) -> String {
+pub fn fetch(address: &str, path: &str) -> String {
     use std::io::{Read, Write};
     let mut stream = std::net::TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();

@@ -84,9 +84,14 @@ impl Stage {
 
     /// Starts the daemon. It ends with the calling thread.
     pub fn start(&self) {
+        self.start_program(Path::new(PROGRAM));
+    }
+
+    /// Starts another executable as the daemon.
+    pub fn start_program(&self, program: &Path) {
         let mut agent = self.agent.lock().unwrap();
         assert!(agent.is_none(), "one daemon at a time");
-        *agent = Some(Agent::start(Path::new(PROGRAM), &self.logs, &self.node, &self.env).unwrap());
+        *agent = Some(Agent::start(program, &self.logs, &self.node, &self.env).unwrap());
     }
 
     /// Waits until it serves; how long that took from its start.
