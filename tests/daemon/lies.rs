@@ -109,7 +109,7 @@ fn add_at_last(stage: &Stage, name: &str) -> Subject {
 
 fn at_rest(stage: &Stage) {
     let last = std::cell::RefCell::new((stage.calls(), clock::instant()));
-    eventually(Duration::from_secs(60), "EC2 is left alone for a second", || {
+    eventually(Duration::from_mins(1), "EC2 is left alone for a second", || {
         let mut last = last.borrow_mut();
         if stage.calls() != last.0 {
             *last = (stage.calls(), clock::instant());
