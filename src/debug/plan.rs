@@ -1,363 +1,379 @@
-//! `enibox plan`: what one node of a type holds with these settings, idle and with so many pods, what that costs in calls
-//! to EC2, what runs short, and what other settings would give. Nothing is estimated: the real core runs in virtual time.
+//! `enibox plan`: what a node of some type will hold with some settings and pods, what it costs, and what would do better.
+//!
+//! Nothing is worked out by formulas that could differ from the daemon's: the real core runs in virtual time against the
+//! model of EC2 ([`trial`]), and each setting that is recommended has been run in the same way ([`advice`]). Nothing
+//! outside is asked or changed.
 
-use super::simulate::{delays, settings};
-use super::{complain, print};
+mod advice;
+mod trial;
+
+use super::{complain, print, read};
 use crate::error::exit;
-use crate::model::kube::EniConfig;
 use crate::model::limits::{self, Limits};
-use crate::model::settings::{Mode, Settings, Valid};
-use crate::sim::conditions::Latencies;
-use crate::sim::fleet::Fleet;
-use crate::sim::node::Setup;
-use crate::sim::trial::roomy_vpc;
+use crate::model::settings::{Mode, Settings};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::io::{Read as _, stdin};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
+use trial::{DELAYS, HOST_PODS, Held, IMDS, Scene, Story, mode_name};
 
-/// A longer file is no curve.
-const CURVE_BYTES_MAX: usize = 1 << 20;
-/// Virtual time in which a pool comes to rest.
-const REST: Duration = Duration::from_mins(12);
-/// Addresses that the node can never need: the subnet is large.
-const ROOM: usize = 40_000;
+/// Kubelets are not run with more pods than this (`--max-pods`).
+const PODS_MAX: u32 = 1000;
+/// Lines of a curve, and its length: a day.
+const CURVE_LINES_MAX: usize = 1000;
+const CURVE_SECONDS_MAX: u64 = 86_400;
+/// A larger file is no curve.
+const CURVE_BYTES_MAX: usize = 64 << 10;
+/// EC2 that takes longer is not planned for.
+const DELAY_SECONDS_MAX: f64 = 600.0;
 
 /// What to plan.
-#[derive(clap::Args, Debug)]
+#[derive(clap::Args, Debug, Clone, Default)]
 pub struct Args {
-    /// Instance type
-    #[arg(long)]
+    /// Instance type of the node
+    #[arg(long, value_name = "TYPE")]
     instance_type: String,
-    /// Pods on the node [default: as many as fit]
+    /// Pods that want an address, all asked at once [default: as many as fit]
     #[arg(long, conflicts_with = "curve")]
     pods: Option<u32>,
-    /// File with lines "seconds pods": how many pods there are from when on
+    /// File with lines "SECONDS PODS": how the number of pods changes; - reads standard input
     #[arg(long, value_name = "FILE")]
     curve: Option<PathBuf>,
     /// A setting of the daemon, may be repeated
     #[arg(long, value_name = "VAR=VALUE")]
     set: Vec<String>,
-    /// How long EC2 takes, in milliseconds by action: CreateNetworkInterface=600,...
-    #[arg(long, value_name = "ACTION=MS", value_delimiter = ',')]
+    /// Seconds that EC2 takes: create=1.0,attach=3.0,...
+    #[arg(long, value_name = "NAME=SECONDS", value_delimiter = ',')]
     ec2_delays: Vec<String>,
+    /// The kubelet's --max-pods [default: by convention]
+    #[arg(long)]
+    max_pods: Option<u32>,
+    /// Prefix length of the subnet for pods, 16 to 28 [default: more than enough room]
+    #[arg(long, value_name = "BITS")]
+    subnet_size: Option<String>,
     /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
-/// What the pool holds at one time.
-#[derive(Clone, Copy, Debug, Default)]
-struct Held {
-    pods: usize,
-    without: usize,
-    enis: usize,
-    addresses: usize,
-    prefixes: usize,
-    free: usize,
+/// The question, understood.
+#[derive(Clone, Debug)]
+struct Question {
+    scene: Scene,
+    mode: Mode,
+    /// ENIs that the node may have, on all cards that are managed.
+    enis_max: u32,
+    /// The settings by which it differs from the defaults.
+    set: BTreeMap<String, String>,
+    /// Pods as they were asked for.
+    asked: Vec<(u64, u32)>,
+    curve: bool,
+    subnet_told: bool,
+    max_pods_told: Option<u32>,
+    notes: Vec<String>,
 }
 
-/// A node and how it is driven.
-struct Planned {
-    settings: Settings,
-    valid: Valid,
-    limits: Limits,
-    max_pods: u32,
-    delays: BTreeMap<String, Duration>,
-    curve: Vec<(u64, usize)>,
+/// The answer of the simulation.
+struct Answer {
+    story: Story,
+    ready: Option<Duration>,
 }
 
-/// What came of it.
-struct Outcome {
-    idle: Held,
-    at: Vec<Held>,
-    calls: BTreeMap<&'static str, u64>,
-    ready_ms: u64,
+impl Question {
+    // Of the pods that are asked for, those that the kubelet takes beside the host's own.
+    fn steps(&self) -> Vec<(u64, usize)> {
+        let most = self.scene.max_pods.saturating_sub(HOST_PODS);
+        self.asked.iter().map(|(at, pods)| (*at, pods.min(&most).to_owned() as usize)).collect()
+    }
+
+    fn asked_most(&self) -> u32 {
+        self.asked.iter().map(|(_, pods)| *pods).max().unwrap_or(0)
+    }
+
+    fn answer(&self) -> Result<Answer, String> {
+        let story = self.scene.run(&self.steps(), !self.curve)?;
+        Ok(Answer { ready: self.scene.ready()?, story })
+    }
+
+    // The same question with other settings.
+    fn with(&self, changes: &[(&str, String)]) -> Result<Question, String> {
+        let mut set = self.set.clone();
+        for (variable, value) in changes {
+            set.insert((*variable).to_owned(), value.clone());
+        }
+        let mut other = question(&self.scene.kind, &self.scene.limits, set, self.max_pods_told)?;
+        other.scene.delays.clone_from(&self.scene.delays);
+        other.scene.subnet_bits = self.scene.subnet_bits;
+        other.asked.clone_from(&self.asked);
+        (other.curve, other.subnet_told) = (self.curve, self.subnet_told);
+        Ok(other)
+    }
 }
 
-fn curve(path: &Path) -> Result<Vec<(u64, usize)>, String> {
-    let what = |error: &dyn std::fmt::Display| format!("read curve {}: {error}", path.display());
-    let text = super::read(path, CURVE_BYTES_MAX).map_err(|error| what(&error))?;
-    let mut points: Vec<(u64, usize)> = Vec::new();
-    for line in text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')) {
-        let parts = line.split_once(char::is_whitespace);
-        let point = parts.and_then(|(at, pods)| Some((at.parse().ok()?, pods.trim().parse().ok()?)));
-        let Some(point) = point.filter(|(at, _)| points.last().is_none_or(|(last, _)| last <= at)) else {
-            return Err(what(&format!("{line:?}: not \"seconds pods\", or out of order")));
+impl Story {
+    /// The change that leaves most pods; with none, the idle node.
+    fn most(&self) -> (usize, Held) {
+        let most = self.stages.iter().enumerate().max_by_key(|(at, stage)| (stage.held.pods, usize::MAX - at));
+        most.map_or((0, self.idle), |(at, stage)| (at, stage.held))
+    }
+}
+
+fn settings(words: &[String]) -> Result<BTreeMap<String, String>, String> {
+    let mut set = BTreeMap::new();
+    for word in words {
+        let (name, value) = word.split_once('=').ok_or_else(|| format!("--set {word}: not VAR=VALUE"))?;
+        if Settings::docs().all(|doc| doc.variable != name) {
+            return Err(format!("--set {word}: there is no such setting; `enibox config` lists them"));
+        }
+        set.insert(name.to_owned(), value.to_owned());
+    }
+    Ok(set)
+}
+
+fn delays(words: &[String]) -> Result<BTreeMap<&'static str, u64>, String> {
+    let mut delays = BTreeMap::from([IMDS]);
+    for (name, _, millis) in DELAYS {
+        delays.insert(name, millis);
+    }
+    for word in words {
+        let (name, seconds) = word.split_once('=').ok_or_else(|| format!("--ec2-delays {word}: not NAME=SECONDS"))?;
+        let known = DELAYS.iter().find(|(short, action, _)| [*short, *action].contains(&name)).map(|row| row.0);
+        let Some(name) = known.or((name == IMDS.0).then_some(IMDS.0)) else {
+            let names: Vec<&str> = DELAYS.iter().map(|row| row.0).chain([IMDS.0]).collect();
+            return Err(format!("--ec2-delays {word}: no such action; allowed are {}", names.join(", ")));
         };
-        points.push(point);
+        let seconds = seconds.parse::<f64>().ok().filter(|s| (0.0..=DELAY_SECONDS_MAX).contains(s));
+        let seconds = seconds
+            .ok_or_else(|| format!("--ec2-delays {word}: seconds from 0 to {DELAY_SECONDS_MAX}, such as 1.5"))?;
+        let millis = Duration::from_secs_f64(seconds).as_millis();
+        delays.insert(name, u64::try_from(millis).unwrap_or(u64::MAX));
     }
-    if points.is_empty() { Err(what(&"no point in it")) } else { Ok(points) }
+    Ok(delays)
 }
 
-impl Planned {
-    fn new(args: &Args, settings: Settings) -> Result<Planned, String> {
-        let kind = &args.instance_type;
-        let limits = limits::of(kind).ok_or_else(|| format!("instance type {kind:?} is not known"))?;
-        let valid = settings.validate(&limits)?;
-        if valid.mode == Mode::Ipv6Prefixes {
-            return Err("ENABLE_IPv6: one prefix serves all pods of a node, there is nothing to plan".into());
+fn curve(text: &str, name: &str) -> Result<Vec<(u64, u32)>, String> {
+    let mut steps: Vec<(u64, u32)> = Vec::new();
+    for (number, line) in text.lines().enumerate().map(|(at, line)| (at + 1, line.trim())) {
+        let wrong = |what: &str| Err(format!("--curve {name}, line {number}: {line:?}: {what}"));
+        if line.is_empty() || line.starts_with('#') {
+            continue;
         }
-        let trunk = settings.pod_eni && limits::takes_trunk(kind);
-        let reserved = u32::from(settings.custom_networking) + u32::from(trunk);
-        let mut able = limits.clone();
-        able.enis = valid.enis_per_card.first().copied().unwrap_or(limits.enis);
-        let max_pods = able.max_pods_with(reserved, valid.mode != Mode::Ipv4Addresses);
-        let curve = match &args.curve {
-            Some(path) => curve(path)?,
-            // Two pods are on the host's network by convention and need no address.
-            None => vec![(0, args.pods.unwrap_or(max_pods.saturating_sub(2)) as usize)],
+        let mut words = line.split_ascii_whitespace();
+        let [Some(seconds), Some(pods), None] = [words.next(), words.next(), words.next()] else {
+            return wrong("not \"SECONDS PODS\"");
         };
-        Ok(Planned { settings, valid, limits, max_pods, delays: delays(&args.ec2_delays)?, curve })
-    }
-
-    fn run(&self, kind: &str) -> Result<Outcome, String> {
-        let mut vpc = roomy_vpc(ROOM, &self.delays, 1);
-        let (group, subnet) = (vpc.add_group(), vpc.subnets().into_iter().next().unwrap_or_default());
-        let mut fleet = Fleet::new(vpc);
-        let failed = |error: crate::model::ec2::Failure| error.to_string();
-        let instance = fleet.sky.vpc.launch(fleet.now(), kind, &subnet, &[group]).map_err(failed)?;
-        let latencies = Latencies { jitter_percent: 0, ..Latencies::default() };
-        let settings = Rc::new(self.settings.clone());
-        let node =
-            fleet.add(instance, Setup { settings, original: false, latencies, logged: false }, 1).map_err(failed)?;
-        let api = &mut fleet.nodes[node].api;
-        api.node.max_pods = Some(self.max_pods);
-        api.eni_configs.insert("default".into(), EniConfig { subnet, groups: Vec::new() });
-        fleet.start(node);
-        fleet.pass(REST);
-        let (mut pods, mut named, begun) = (Vec::new(), 0, fleet.nanos());
-        let mut outcome = Outcome { idle: held(&fleet), at: Vec::new(), calls: BTreeMap::new(), ready_ms: 0 };
-        for (n, (second, wanted)) in self.curve.iter().enumerate() {
-            let at = begun.saturating_add(second.saturating_mul(1_000_000_000));
-            fleet.pass(Duration::from_nanos(at.saturating_sub(fleet.nanos())));
-            if let Some(last) = n.checked_sub(1).and_then(|last| outcome.at.get_mut(last)) {
-                *last = held(&fleet);
-            }
-            while pods.len() < *wanted {
-                named += 1;
-                pods.push(fleet.bind(node, &format!("pod-{named}")));
-            }
-            for pod in pods.drain((*wanted).min(pods.len())..) {
-                fleet.delete(node, pod, false);
-            }
-            outcome.at.push(Held::default());
+        let Some(seconds) = seconds.parse().ok().filter(|seconds| *seconds <= CURVE_SECONDS_MAX) else {
+            return wrong(&format!("seconds must be a whole number from 0 to {CURVE_SECONDS_MAX}"));
+        };
+        let Some(pods) = pods.parse().ok().filter(|pods| *pods <= PODS_MAX) else {
+            return wrong(&format!("pods must be a whole number from 0 to {PODS_MAX}"));
+        };
+        if steps.last().is_some_and(|(last, _)| *last >= seconds) {
+            return wrong("seconds must grow from line to line");
         }
-        fleet.pass(REST);
-        if let Some(last) = outcome.at.last_mut() {
-            *last = held(&fleet);
+        if steps.len() == CURVE_LINES_MAX {
+            return wrong(&format!("more than {CURVE_LINES_MAX} lines"));
         }
-        outcome.calls.clone_from(fleet.sky.vpc.journal().counts());
-        outcome.ready_ms = fleet.sky.counts.ready.values().copied().next().unwrap_or(0) / 1_000_000;
-        Ok(outcome)
+        steps.push((seconds, pods));
     }
+    if steps.is_empty() {
+        return Err(format!("--curve {name}: no line \"SECONDS PODS\""));
+    }
+    Ok(steps)
 }
 
-// What the pool of the only node holds now.
-fn held(fleet: &Fleet) -> Held {
-    let node = &fleet.nodes[0];
-    let (pods, running) = (node.kubelet.bound(), node.kubelet.running());
-    let mut held = Held { pods, without: pods.saturating_sub(running), ..Held::default() };
-    let Some(core) = node.core() else { return held };
-    for (_, eni) in core.pool().enis() {
-        held.enis += 1;
-        for (_, cidr) in eni.cidrs() {
-            held.prefixes += usize::from(cidr.prefix);
-            held.addresses += if cidr.prefix { 16 } else { 1 };
-        }
-    }
-    held.free = held.addresses.saturating_sub(running);
-    held
-}
-
-/// Settings that are worth a try beside those that were given.
-const CANDIDATES: [&[&str]; 4] = [
-    &["WARM_IP_TARGET=2", "MINIMUM_IP_TARGET=10"],
-    &["WARM_IP_TARGET=5"],
-    &["ENABLE_PREFIX_DELEGATION=true", "WARM_PREFIX_TARGET=1"],
-    &["ENABLE_PREFIX_DELEGATION=true", "WARM_IP_TARGET=5"],
-];
-
-// Better: no pod without an address that had one, and fewer addresses idle and with pods.
-fn better(args: &Args, planned: &Planned, found: &Outcome) -> Vec<(String, Outcome)> {
-    let score = |outcome: &Outcome| {
-        let without: usize = outcome.at.iter().map(|held| held.without).sum();
-        (without, outcome.idle.addresses + outcome.at.iter().map(|held| held.addresses).sum::<usize>())
+fn curve_of(path: &Path) -> Result<Vec<(u64, u32)>, String> {
+    let name = path.display().to_string();
+    let text = if name == "-" {
+        let mut text = String::new();
+        let read = stdin().take(CURVE_BYTES_MAX as u64 + 1).read_to_string(&mut text);
+        read.map(|_| text)
+    } else {
+        read(path, CURVE_BYTES_MAX + 1)
     };
-    let mut better = Vec::new();
-    for candidate in CANDIDATES {
-        let words: Vec<String> =
-            args.set.iter().cloned().chain(candidate.iter().map(|word| (*word).to_owned())).collect();
-        let tried = settings(&words).and_then(|settings| Planned::new(args, settings));
-        let Ok(mut tried) = tried else { continue };
-        tried.curve.clone_from(&planned.curve);
-        match tried.run(&args.instance_type) {
-            Ok(outcome) if score(&outcome) < score(found) => better.push((candidate.join(" "), outcome)),
-            _ => {}
-        }
+    let text = text.map_err(|error| format!("--curve {name}: {error}"))?;
+    if text.len() > CURVE_BYTES_MAX {
+        return Err(format!("--curve {name}: more than {CURVE_BYTES_MAX} bytes"));
     }
-    better
+    curve(&text, &name)
 }
 
-fn mode(valid: &Valid) -> &'static str {
-    if valid.mode == Mode::Ipv4Addresses { "addresses" } else { "prefixes" }
-}
-
-fn document(args: &Args, planned: &Planned, found: &Outcome, better: &[(String, Outcome)]) -> Value {
-    let point = |held: &Held| {
-        json!({
-            "pods": held.pods, "enis": held.enis, "addresses": held.addresses, "prefixes": held.prefixes,
-            "free": held.free, "without_address": held.without,
-        })
+// The node and its settings, with nothing said yet about pods and conditions.
+fn question(
+    kind: &str,
+    limits: &Limits,
+    set: BTreeMap<String, String>,
+    max_pods_told: Option<u32>,
+) -> Result<Question, String> {
+    let (settings, complaints) = Settings::parse(|name| set.get(name).cloned());
+    if let Some(complaint) = complaints.first() {
+        return Err(format!("--set: {complaint}"));
+    }
+    let valid = settings.validate(limits).map_err(|error| format!("--set: {error}"))?;
+    let mut notes = valid.warnings.clone();
+    for doc in Settings::docs().filter(|doc| doc.not_yet && set.contains_key(doc.variable)) {
+        notes.push(format!("{} has no effect in this version", doc.variable));
+    }
+    let managed = if settings.multi_nic { valid.enis_per_card.len() } else { 1 };
+    let enis_max = valid.enis_per_card.iter().take(managed).sum();
+    let mut scene = Scene {
+        kind: kind.to_owned(),
+        limits: limits.clone(),
+        settings: Rc::new(settings),
+        max_pods: 0,
+        delays: BTreeMap::new(),
+        subnet_bits: 16,
     };
-    let at = match found.at.as_slice() {
-        [only] if args.curve.is_none() => point(only),
-        points => Value::Array(points.iter().map(point).collect()),
-    };
-    let idle = &found.idle;
-    let better = better.iter().map(|(words, outcome)| {
-        json!({"set": words, "idle_addresses": outcome.idle.addresses, "at": outcome.at.last().map(point)})
+    // Limits under MAX_ENI.
+    let capped = Limits { enis: valid.enis_per_card.first().copied().unwrap_or(0).min(limits.enis), ..limits.clone() };
+    let reserved = u32::from(scene.settings.custom_networking) + u32::from(scene.trunk());
+    scene.max_pods = max_pods_told.unwrap_or_else(|| match valid.mode {
+        Mode::Ipv6Prefixes => limits.kubelet_pods,
+        mode => capped.max_pods_with(reserved, mode == Mode::Ipv4Prefixes),
     });
-    json!({
-        "instance_type": args.instance_type, "max_pods": planned.max_pods,
-        "enis_max": planned.valid.enis_per_card.first().copied().unwrap_or(planned.limits.enis),
-        "mode": mode(&planned.valid),
-        "idle": {"enis": idle.enis, "addresses": idle.addresses, "prefixes": idle.prefixes},
-        "at": at, "ec2_calls": found.calls, "ready_s": f64::from(u32::try_from(found.ready_ms).unwrap_or(u32::MAX)) / 1000.0,
-        "better": better.collect::<Vec<_>>(),
-    })
+    let (asked, curve, subnet_told) = (Vec::new(), false, false);
+    Ok(Question { scene, mode: valid.mode, enis_max, set, asked, curve, subnet_told, max_pods_told, notes })
 }
 
-fn page(args: &Args, planned: &Planned, found: &Outcome, better: &[(String, Outcome)]) -> String {
-    let mut page = String::new();
-    let mut line = |text: String| {
-        let _ = writeln!(page, "{text}"); // writing to a string cannot fail
-    };
-    let enis = planned.valid.enis_per_card.first().copied().unwrap_or(planned.limits.enis);
-    let (kind, max) = (&args.instance_type, planned.max_pods);
-    line(format!("{kind}: {max} pods at most, {enis} ENIs, {} mode", mode(&planned.valid)));
-    line(format!("serves pods {}.{:03} s after the start", found.ready_ms / 1000, found.ready_ms % 1000));
-    let show = |name: &str, held: &Held| {
-        let (enis, addresses, prefixes, free) = (held.enis, held.addresses, held.prefixes, held.free);
-        format!("{name:<12} {enis:>3} ENIs {addresses:>5} addresses {prefixes:>4} prefixes {free:>5} free")
-    };
-    line(show("idle", &found.idle));
-    for held in &found.at {
-        line(show(&format!("{} pods", held.pods), held));
-        if held.without > 0 {
-            line(format!("  runs short: {} pods get no address", held.without));
+fn understand(args: &Args) -> Result<Question, String> {
+    let kind = args.instance_type.trim();
+    let limits = limits::of(kind).ok_or_else(|| {
+        let like = limits::like(kind, 5);
+        let like = if like.is_empty() { String::new() } else { format!("; near it are {}", like.join(", ")) };
+        format!("--instance-type {kind:?}: no such type is known{like}")
+    })?;
+    if args.max_pods.is_some_and(|pods| !(1..=PODS_MAX).contains(&pods)) {
+        return Err(format!("--max-pods: from 1 to {PODS_MAX}"));
+    }
+    if args.pods.is_some_and(|pods| pods > PODS_MAX) {
+        return Err(format!("--pods: from 0 to {PODS_MAX}"));
+    }
+    let mut question = question(kind, &limits, settings(&args.set)?, args.max_pods)?;
+    question.scene.delays = delays(&args.ec2_delays)?;
+    if let Some(size) = &args.subnet_size {
+        let bits = size.trim_start_matches('/').parse().ok().filter(|bits| (16..=28).contains(bits));
+        let bits = bits.ok_or_else(|| format!("--subnet-size {size}: a prefix length from 16 to 28, such as 24"))?;
+        (question.scene.subnet_bits, question.subnet_told) = (bits, true);
+    }
+    match &args.curve {
+        Some(path) => (question.asked, question.curve) = (curve_of(path)?, true),
+        None => {
+            let fit = question.scene.max_pods.saturating_sub(HOST_PODS).min(PODS_MAX);
+            question.asked = vec![(0, args.pods.unwrap_or(fit))];
         }
     }
-    line(format!(
-        "EC2 calls    {}",
-        found.calls.iter().map(|(a, n)| format!("{a} {n}")).collect::<Vec<_>>().join(", ")
-    ));
-    for (words, outcome) in better {
-        let last = outcome.at.last().copied().unwrap_or_default();
-        let (idle, with, without) = (outcome.idle.addresses, last.addresses, last.without);
-        line(format!("better: {words}: {idle} addresses idle, {with} with {} pods, {without} pods short", last.pods));
-    }
-    page
+    Ok(question)
 }
 
 /// Runs the subcommand; the exit code.
 pub fn run(args: &Args) -> u8 {
-    let planned = match settings(&args.set).and_then(|settings| Planned::new(args, settings)) {
-        Ok(planned) => planned,
+    match understand(args).and_then(|question| report(&question, args.json)) {
+        Ok(text) => print(&text),
         Err(error) => {
             complain(&error);
-            return exit::USAGE;
-        }
-    };
-    match planned.run(&args.instance_type) {
-        Ok(found) => {
-            let better = better(args, &planned, &found);
-            let json = args.json.then(|| format!("{:#}\n", document(args, &planned, &found, &better)));
-            print(&json.unwrap_or_else(|| page(args, &planned, &found, &better)))
-        }
-        Err(error) => {
-            complain(&error);
-            exit::FAILURE
+            exit::USAGE
         }
     }
+}
+
+fn report(question: &Question, as_json: bool) -> Result<String, String> {
+    let answer = question.answer()?;
+    let warnings = advice::warnings(question, &answer.story);
+    let advice = advice::advice(question, &answer.story)?;
+    Ok(if as_json {
+        format!("{:#}\n", document(question, &answer, &warnings, &advice))
+    } else {
+        page(question, &answer, &warnings, &advice)
+    })
+}
+
+fn seconds(millis: u128) -> f64 {
+    // Whole milliseconds of at most days: exact.
+    f64::from(u32::try_from(millis).unwrap_or(u32::MAX)) / 1000.0
+}
+
+fn document(question: &Question, answer: &Answer, warnings: &[String], advice: &[String]) -> Value {
+    let story = &answer.story;
+    let at = |held: &Held| {
+        json!({
+            "pods": held.pods, "enis": held.enis, "addresses": held.addresses, "prefixes": held.prefixes,
+            "free": held.free,
+        })
+    };
+    let held = |held: &Held| json!({"enis": held.enis, "addresses": held.addresses, "prefixes": held.prefixes});
+    let (most, at_most) = story.most();
+    let stage = story.stages.get(most);
+    let mut document = json!({
+        "instance_type": question.scene.kind, "max_pods": question.scene.max_pods, "enis_max": question.enis_max,
+        "mode": mode_name(question.mode), "idle": held(&story.idle), "at": at(&at_most), "ec2_calls": story.calls,
+        "ready_s": answer.ready.map(|ready| seconds(ready.as_millis())),
+        "pods_s": stage.map(|stage| seconds(stage.last_ms.into())),
+        "adds_refused": story.stages.iter().map(|stage| stage.refused).sum::<u64>(),
+        "pods_asked": question.asked_most(),
+        "peak": held(&story.peak),
+        "subnet_addresses": {"idle": story.idle.taken, "at": at_most.taken, "peak": story.peak.taken},
+        "warnings": warnings, "advice": advice,
+    });
+    if question.curve {
+        document["curve"] = story.stages.iter().map(|stage| at(&stage.held)).collect();
+    }
+    document
+}
+
+fn page(question: &Question, answer: &Answer, warnings: &[String], advice: &[String]) -> String {
+    let (scene, story) = (&question.scene, &answer.story);
+    let mut page = String::new();
+    let mut line = |name: &str, what: &str| {
+        // Writing to a string cannot fail.
+        let _ = writeln!(page, "{name:<12}{what}");
+    };
+    let slots = scene.limits.slots_per_eni();
+    let each = if question.mode == Mode::Ipv4Addresses { "addresses" } else { "prefixes" };
+    let enis = question.enis_max;
+    line("node", &format!("{}, {}: {enis} ENIs with {slots} {each} each", scene.kind, mode_name(question.mode)));
+    let fit = scene.max_pods.saturating_sub(HOST_PODS);
+    line("max-pods", &format!("{}: {fit} with an address, {HOST_PODS} on the host's network", scene.max_pods));
+    line("idle", &figures(&story.idle));
+    for ((at, _), stage) in question.asked.iter().zip(&story.stages) {
+        let pods = format!("{} pods", stage.held.pods);
+        let when = if question.curve { format!("from {at} s: {pods}, ") } else { format!("{pods}: ") };
+        let free = format!("{when}{}; {} free", figures(&stage.held), stage.held.free);
+        let waited = format!("the last new pod had its network after {:.1} s", seconds(stage.last_ms.into()));
+        let refused = match stage.refused {
+            0 => String::new(),
+            refused => format!(", {refused} ADDs were refused and repeated"),
+        };
+        let slowest = if stage.last_ms > 0 { format!("; {waited}{refused}") } else { refused };
+        line("at", &format!("{free}{slowest}"));
+    }
+    line("peak", &figures(&story.peak));
+    let calls: Vec<String> = story.calls.iter().map(|(action, count)| format!("{action} {count}")).collect();
+    line("EC2 calls", &format!("{}: {}", story.calls.values().sum::<u64>(), calls.join(", ")));
+    match answer.ready {
+        Some(ready) => line("ready", &format!("first pod served {:.1} s after the start", ready.as_secs_f64())),
+        None => line("ready", "no pod is served"),
+    }
+    for warning in warnings {
+        line("warning", warning);
+    }
+    for advice in advice {
+        line("advice", advice);
+    }
+    page
+}
+
+fn figures(held: &Held) -> String {
+    let prefixes = match held.prefixes {
+        0 => String::new(),
+        1 => " in 1 prefix".to_owned(),
+        prefixes => format!(" in {prefixes} prefixes"),
+    };
+    let enis = if held.enis == 1 { "1 ENI".to_owned() } else { format!("{} ENIs", held.enis) };
+    format!("{enis}, {} addresses for pods{prefixes}, {} taken from the subnets", held.addresses, held.taken)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn args(kind: &str, pods: u32, set: &str) -> Args {
-        let set = set.split_whitespace().map(str::to_owned).collect();
-        let (ec2_delays, instance_type) = (Vec::new(), kind.to_owned());
-        Args { instance_type, pods: Some(pods), curve: None, set, ec2_delays, json: false }
-    }
-
-    /// CIDRs and ENIs with each number of pods (`spec/ipamd.md` 6.11).
-    #[track_caller]
-    fn check(kind: &str, set: &str, expected: &[(u32, usize, usize)]) {
-        for (pods, cidrs, enis) in expected {
-            let args = args(kind, *pods, set);
-            let planned = Planned::new(&args, settings(&args.set).unwrap()).unwrap();
-            let found = planned.run(kind).unwrap();
-            let at = found.at[0];
-            let held = if at.prefixes > 0 { at.prefixes } else { at.addresses };
-            assert_eq!((held, at.enis, at.without), (*cidrs, *enis, 0), "{kind} {set}: {pods} pods");
-        }
-    }
-
-    #[test]
-    fn steady_states() {
-        check("t3.small", "WARM_ENI_TARGET=1", &[(0, 3, 1), (5, 9, 3), (9, 9, 3)]);
-        check("t3.small", "WARM_IP_TARGET=1 MINIMUM_IP_TARGET=1", &[(0, 1, 1), (5, 6, 2), (9, 9, 3)]);
-        check("t3.small", "WARM_IP_TARGET=2 MINIMUM_IP_TARGET=5", &[(0, 5, 2), (5, 7, 3), (9, 9, 3)]);
-        check("p3dn.24xlarge", "", &[(0, 49, 1), (3, 98, 2), (95, 147, 3)]);
-        check(
-            "p3dn.24xlarge",
-            "WARM_IP_TARGET=5 MINIMUM_IP_TARGET=10",
-            &[(0, 10, 1), (7, 12, 1), (15, 20, 1), (45, 50, 2)],
-        );
-        let prefixes = |more: &str| format!("ENABLE_PREFIX_DELEGATION=true {more}");
-        let (warm, one) = (prefixes("WARM_PREFIX_TARGET=1"), prefixes("WARM_IP_TARGET=1 MINIMUM_IP_TARGET=1"));
-        check("t3.small", &warm, &[(0, 1, 1), (5, 2, 1), (16, 2, 1), (17, 3, 1), (58, 5, 2)]);
-        check("t3.small", &one, &[(0, 1, 1), (5, 1, 1), (17, 2, 1), (58, 4, 2)]);
-        check(
-            "t3.small",
-            &prefixes("WARM_IP_TARGET=7 MINIMUM_IP_TARGET=20"),
-            &[(0, 2, 1), (5, 2, 1), (17, 2, 1), (58, 5, 2)],
-        );
-        check("p3dn.24xlarge", &warm, &[(0, 1, 1), (3, 2, 1), (95, 7, 1)]);
-        check(
-            "p3dn.24xlarge",
-            &prefixes("WARM_IP_TARGET=5 MINIMUM_IP_TARGET=10"),
-            &[(0, 1, 1), (7, 1, 1), (15, 2, 1), (45, 4, 1)],
-        );
-    }
-
-    #[test]
-    fn the_document_has_the_members_that_are_promised() {
-        let args = args("m5.large", 10, "");
-        let planned = Planned::new(&args, settings(&args.set).unwrap()).unwrap();
-        let found = planned.run("m5.large").unwrap();
-        let document = document(&args, &planned, &found, &better(&args, &planned, &found));
-        for member in ["instance_type", "max_pods", "enis_max", "mode", "idle", "at", "ec2_calls", "ready_s"] {
-            assert!(!document[member].is_null(), "{member}: {document}");
-        }
-        assert_eq!((&document["max_pods"], &document["at"]["pods"]), (&json!(29), &json!(10)));
-        assert!(!document["better"].as_array().unwrap().is_empty(), "{document}");
-    }
-
-    #[test]
-    fn what_cannot_be_planned_is_refused() {
-        for (kind, set) in [
-            ("m5.small", ""),
-            ("m5.large", "NO_SUCH=1"),
-            ("m5.large", "WARM_IP_TARGET"),
-            ("m5.large", "ENABLE_IPv6=true"),
-        ] {
-            let args = args(kind, 1, set);
-            assert!(settings(&args.set).and_then(|settings| Planned::new(&args, settings)).is_err(), "{kind} {set}");
-        }
-    }
-}
+mod tests;

@@ -197,6 +197,23 @@ pub fn of(instance_type: &str) -> Option<Limits> {
     Some(Limits { enis, ipv4_per_eni, cards: vec![enis; cards], hypervisor, bare_metal, kubelet_pods })
 }
 
+/// Known types whose names are most like this one, the likest first: those that begin and end alike.
+pub fn like(instance_type: &str, most: usize) -> Vec<String> {
+    let alike = |name: &str| {
+        let (mine, other) = (instance_type.bytes(), name.bytes());
+        let ends = mine.clone().rev().zip(other.clone().rev()).take_while(|(a, b)| a == b).count();
+        let begins = mine.zip(other).take_while(|(a, b)| a == b).count();
+        (begins + ends).min(name.len())
+    };
+    let mut names: Vec<String> = entries().map(|(_, _, size, family)| format!("{family}.{size}")).collect();
+    super::order::sort_by_key(&mut names, |name| {
+        (std::cmp::Reverse(alike(name)), name.len().abs_diff(instance_type.len()), name.clone())
+    });
+    names.retain(|name| alike(name) >= 3);
+    names.truncate(most);
+    names
+}
+
 /// Whether the type can carry a trunk ENI. A type that is not known to be unable counts as able, as upstream does.
 pub fn takes_trunk(instance_type: &str) -> bool {
     let Some((family, size)) = instance_type.split_once('.') else { return true };
@@ -366,6 +383,15 @@ mod tests {
         for name in ["", ".", "m5", "m5.", ".large", "m5.large.x", "large.m5", "m5.10/50"] {
             assert_eq!(of(name), None, "{name:?}");
         }
+    }
+
+    #[test]
+    fn names_that_are_like_another() {
+        for (wrong, expected) in [("m5.larg", "m5.large"), ("m5large", "m5.large"), ("M5.large", "m5.large")] {
+            assert!(like(wrong, 5).iter().any(|name| name == expected), "{wrong}: {:?}", like(wrong, 5));
+        }
+        assert_eq!(like("t3.smal", 1), ["t3.small"]);
+        assert_eq!(like("?", 5), Vec::<String>::new());
     }
 
     #[test]
