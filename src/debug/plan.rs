@@ -86,7 +86,7 @@ impl Question {
     // Of the pods that are asked for, those that the kubelet takes beside the host's own.
     fn steps(&self) -> Vec<(u64, usize)> {
         let most = self.scene.max_pods.saturating_sub(HOST_PODS);
-        self.asked.iter().map(|(at, pods)| (*at, pods.min(&most).to_owned() as usize)).collect()
+        self.asked.iter().map(|(at, pods)| (*at, (*pods).min(most) as usize)).collect()
     }
 
     fn asked_most(&self) -> u32 {
@@ -94,7 +94,7 @@ impl Question {
     }
 
     fn answer(&self) -> Result<Answer, String> {
-        let story = self.scene.run(&self.steps(), !self.curve)?;
+        let story = self.scene.run(&self.steps(), !self.curve, false)?;
         Ok(Answer { ready: self.scene.ready()?, story })
     }
 
@@ -258,12 +258,11 @@ fn understand(args: &Args) -> Result<Question, String> {
         let bits = bits.ok_or_else(|| format!("--subnet-size {size}: a prefix length from 16 to 28, such as 24"))?;
         (question.scene.subnet_bits, question.subnet_told) = (bits, true);
     }
-    match &args.curve {
-        Some(path) => (question.asked, question.curve) = (curve_of(path)?, true),
-        None => {
-            let fit = question.scene.max_pods.saturating_sub(HOST_PODS).min(PODS_MAX);
-            question.asked = vec![(0, args.pods.unwrap_or(fit))];
-        }
+    if let Some(path) = &args.curve {
+        (question.asked, question.curve) = (curve_of(path)?, true);
+    } else {
+        let fit = question.scene.max_pods.saturating_sub(HOST_PODS).min(PODS_MAX);
+        question.asked = vec![(0, args.pods.unwrap_or(fit))];
     }
     Ok(question)
 }

@@ -197,6 +197,11 @@ pub fn of(instance_type: &str) -> Option<Limits> {
     Some(Limits { enis, ipv4_per_eni, cards: vec![enis; cards], hypervisor, bare_metal, kubelet_pods })
 }
 
+/// The names of all known types.
+pub fn names() -> impl Iterator<Item = String> {
+    entries().map(|(_, _, size, family)| format!("{family}.{size}"))
+}
+
 /// Known types whose names are most like this one, the likest first: those that begin and end alike.
 pub fn like(instance_type: &str, most: usize) -> Vec<String> {
     let alike = |name: &str| {
@@ -205,7 +210,7 @@ pub fn like(instance_type: &str, most: usize) -> Vec<String> {
         let begins = mine.zip(other).take_while(|(a, b)| a == b).count();
         (begins + ends).min(name.len())
     };
-    let mut names: Vec<String> = entries().map(|(_, _, size, family)| format!("{family}.{size}")).collect();
+    let mut names: Vec<String> = names().collect();
     super::order::sort_by_key(&mut names, |name| {
         (std::cmp::Reverse(alike(name)), name.len().abs_diff(instance_type.len()), name.clone())
     });

@@ -14,7 +14,7 @@ use crate::sim::node::Setup;
 use crate::sim::vpc::Vpc;
 use ipnet::Ipv4Net;
 use std::collections::{BTreeMap, VecDeque};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -112,6 +112,9 @@ struct Run {
     last_pod: u64,
     peak: Held,
     foreign_attaches: u64,
+    /// Calls to EC2 at the latest look at what is held.
+    looked_at: u64,
+    strict: bool,
 }
 
 impl Scene {
@@ -142,6 +145,10 @@ impl Scene {
         let mut fleet = Fleet::new(vpc);
         let now = fleet.now();
         let instance = fleet.sky.vpc.launch(now, &self.kind, &nodes, &[group]).map_err(|e| e.to_string())?;
+        if let Some(primary) = fleet.sky.vpc.identity(&instance).map(|identity| identity.primary_eni) {
+            // As an IPv6 node is launched; without ENABLE_IPv6 nobody looks at it.
+            fleet.sky.vpc.meddle(now, &primary, |eni| eni.ipv6s.extend("2001:db8::f".parse::<Ipv6Addr>()));
+        }
         let latencies = Latencies { link: slow, sandbox: Duration::ZERO, jitter_percent: 0, ..Latencies::default() };
         let setup = Setup { settings: Rc::clone(&self.settings), original: false, latencies, logged: false };
         let node = fleet.add(instance, setup, 1).map_err(|e| e.to_string())?;
@@ -167,10 +174,18 @@ impl Scene {
     }
 
     /// Changes the number of pods step by step, each given as the seconds since the first and the number, and watches.
-    /// `churn`: replaces a tenth of the pods in the end.
-    pub fn run(&self, steps: &[(u64, usize)], churn: bool) -> Result<Story, String> {
+    /// `churn`: replaces a tenth of the pods in the end. `strict`: ends with the first ADD that is refused.
+    pub fn run(&self, steps: &[(u64, usize)], churn: bool, strict: bool) -> Result<Story, String> {
         let fleet = self.fleet()?;
-        let mut run = Run { fleet, pods: VecDeque::new(), last_pod: 0, peak: Held::default(), foreign_attaches: 0 };
+        let mut run = Run {
+            fleet,
+            pods: VecDeque::new(),
+            last_pod: 0,
+            peak: Held::default(),
+            foreign_attaches: 0,
+            looked_at: 0,
+            strict,
+        };
         let mut story = Story::default();
         run.pass(REST / 4);
         if self.trunk() {
@@ -183,6 +198,9 @@ impl Scene {
             let until = steps.get(at + 1).map(|next| begun.saturating_add(next.0.saturating_mul(1_000_000_000)));
             run.wait(begun.saturating_add(step.0.saturating_mul(1_000_000_000)));
             story.stages.push(run.stage(step.1, 0, until));
+            if run.failed() {
+                return Ok(story);
+            }
         }
         story.peak = run.peak;
         story.calls.clone_from(run.fleet.sky.vpc.journal().counts());
@@ -203,20 +221,28 @@ impl Scene {
 pub(super) const HOST_PODS: u32 = 2;
 
 impl Run {
+    // Whether an ADD was refused that should not have been.
+    fn failed(&self) -> bool {
+        self.strict && self.fleet.sky.counts.refused > 0
+    }
+
     fn wait(&mut self, until: u64) {
-        while self.fleet.step(until) {
-            let now = self.held();
-            let most = &mut self.peak;
-            for (most, now) in [
-                (&mut most.pods, now.pods),
-                (&mut most.enis, now.enis),
-                (&mut most.addresses, now.addresses),
-                (&mut most.prefixes, now.prefixes),
-                (&mut most.taken, now.taken),
-            ] {
-                *most = now.max(*most);
+        while !self.failed() && self.fleet.step(until) {
+            let calls = self.fleet.sky.vpc.journal().counts().values().sum();
+            if calls != std::mem::replace(&mut self.looked_at, calls) {
+                self.look();
             }
         }
+    }
+
+    // What is held changes only with a call.
+    fn look(&mut self) {
+        let now = self.held();
+        let most = &mut self.peak;
+        most.enis = most.enis.max(now.enis);
+        most.addresses = most.addresses.max(now.addresses);
+        most.prefixes = most.prefixes.max(now.prefixes);
+        most.taken = most.taken.max(now.taken);
     }
 
     fn pass(&mut self, time: Duration) {
