@@ -328,7 +328,7 @@ fn a_lost_answer_to_an_assign_is_looked_up_and_not_repeated() {
 fn an_attach_that_fails_leaves_no_eni_behind() {
     let mut world = World::new("m5.large", DEFAULT);
     world.settle();
-    world.vpc.knobs.refuse_next("AttachNetworkInterface", "AttachmentLimitExceeded", 400);
+    world.vpc.knobs.refuse_next("AttachNetworkInterface", "IncorrectState", 400);
     assert!(world.add("a"));
     world.pass(Duration::from_mins(2));
     world.settle();
