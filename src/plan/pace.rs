@@ -46,8 +46,11 @@ impl Bucket {
         if now < self.slow_until { self.refill * 2 } else { self.refill }
     }
 
-    // When the next call may leave.
-    fn ready_at(&self, now: Mono) -> Mono {
+    // When the next call may leave. One that pods wait for needs no token as long as EC2 does not complain.
+    fn ready_at(&self, now: Mono, urgent: bool) -> Mono {
+        if urgent && now >= self.slow_until {
+            return self.paused_until;
+        }
         self.empty_at.plus(self.refill(now)).max(self.paused_until)
     }
 
@@ -104,13 +107,16 @@ impl<N: Copy + Ord> Pacer<N> {
             && self.out.values().any(|out| out.call.action() == action)
     }
 
-    /// The next call that may be sent now: the lowest `rank` first, then the lowest number.
+    /// The next call that may be sent now: the lowest `rank` first, then the lowest number. Pods wait for those of rank 0.
     pub fn next(&mut self, now: Mono, rank: impl Fn(N) -> u8) -> Option<(N, Call)> {
         let buckets = &self.buckets;
         let ready = self
             .waiting
             .iter()
-            .filter(|(_, paced)| buckets.get(paced.call.action()).is_none_or(|bucket| bucket.ready_at(now) <= now))
+            .filter(|(number, paced)| {
+                let bucket = buckets.get(paced.call.action());
+                bucket.is_none_or(|bucket| bucket.ready_at(now, rank(**number) == 0) <= now)
+            })
             .filter(|(_, paced)| !self.held_back(paced));
         let number = ready.min_by_key(|(number, _)| (rank(**number), **number)).map(|(number, _)| *number)?;
         let paced = self.waiting.remove(&number)?;
@@ -123,7 +129,8 @@ impl<N: Copy + Ord> Pacer<N> {
 
     /// When [`Pacer::next`] should be asked again, if calls wait for a time and not for the answer to another one.
     pub fn wake_at(&self, now: Mono) -> Option<Mono> {
-        let ready = |paced: &Paced| self.buckets.get(paced.call.action()).map_or(now, |bucket| bucket.ready_at(now));
+        let ready =
+            |paced: &Paced| self.buckets.get(paced.call.action()).map_or(now, |bucket| bucket.ready_at(now, false));
         self.waiting.values().filter(|paced| !self.held_back(paced)).map(ready).min()
     }
 
@@ -179,7 +186,7 @@ mod tests {
     fn drain(pacer: &mut Pacer<u32>, until: u64) -> Vec<(u64, u32)> {
         let mut sent = Vec::new();
         for millis in (0..=until).step_by(100) {
-            while let Some((number, _)) = pacer.next(at(millis), |_| 0) {
+            while let Some((number, _)) = pacer.next(at(millis), |_| 1) {
                 sent.push((millis, number));
             }
         }
@@ -199,12 +206,25 @@ mod tests {
     }
 
     #[test]
+    fn pods_that_wait_need_no_token_unless_ec2_complains() {
+        let (mut pacer, mut random) = (Pacer::default(), Random::new(3));
+        for n in 0..30 {
+            pacer.submit(n, call(n));
+        }
+        let sent = std::iter::from_fn(|| pacer.next(at(0), |_| 0)).count();
+        assert_eq!(sent, 30);
+        assert!(pacer.answered(at(0), 1, &throttled(), &mut random));
+        assert!(pacer.next(at(0), |_| 0).is_none(), "not while EC2 wants peace");
+    }
+
+    #[test]
     fn what_matters_most_goes_first() {
         let mut pacer = Pacer::default();
         for n in 0..3 {
             pacer.submit(n, call(n));
         }
-        let order: Vec<u32> = std::iter::from_fn(|| pacer.next(at(0), |n| u8::from(n != 2)).map(|(n, _)| n)).collect();
+        let order: Vec<u32> =
+            std::iter::from_fn(|| pacer.next(at(0), |n| 1 + u8::from(n != 2)).map(|(n, _)| n)).collect();
         assert_eq!(order, [2, 0, 1]);
     }
 
@@ -214,7 +234,7 @@ mod tests {
         pacer.submit(1, call(1));
         let (mut now, mut pauses) = (0, Vec::new());
         for refusal in 1..=REFUSALS_MAX {
-            assert_eq!(pacer.next(at(now), |_| 0).map(|(n, _)| n), Some(1));
+            assert_eq!(pacer.next(at(now), |_| 1).map(|(n, _)| n), Some(1));
             let again = pacer.answered(at(now), 1, &throttled(), &mut random);
             assert_eq!(again, refusal < REFUSALS_MAX);
             if let Some(wake) = pacer.wake_at(at(now)) {
@@ -228,7 +248,7 @@ mod tests {
         // Others of the action wait too; other actions do not.
         pacer.submit(2, call(2));
         pacer.submit(3, Call::DescribeOne("eni-1".into()));
-        assert_eq!(pacer.next(at(now), |_| 0).map(|(n, _)| n), Some(3));
+        assert_eq!(pacer.next(at(now), |_| 1).map(|(n, _)| n), Some(3));
         assert_eq!(pacer.paused(at(now)).map(|(action, _)| action).collect::<Vec<_>>(), ["DeleteNetworkInterface"]);
     }
 
@@ -237,7 +257,7 @@ mod tests {
         let (mut pacer, mut random) = (Pacer::default(), Random::new(3));
         for n in 1..3 {
             pacer.submit(n, call(n));
-            pacer.next(at(0), |_| 0);
+            pacer.next(at(0), |_| 1);
         }
         assert!(pacer.answered(at(0), 1, &throttled(), &mut random));
         assert!(!pacer.answered(at(10), 2, &Ok(Reply::Done), &mut random));
