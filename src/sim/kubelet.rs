@@ -228,8 +228,8 @@ impl Node {
     pub(super) fn replied(&mut self, sky: &mut Sky, asked: Asked, answer: Answer) {
         match (asked, answer) {
             (Asked::Add(id), Answer::Add(reply)) if reply.success => self.handed(sky, id, &reply.allocations),
-            (Asked::Add(id), Answer::Add(reply)) => self.refused(sky, id, reply.failure),
-            (Asked::Add(id), Answer::Error(text)) => self.refused(sky, id, text),
+            (Asked::Add(id), Answer::Add(reply)) => self.refused(sky, id, &reply.failure),
+            (Asked::Add(id), Answer::Error(text)) => self.refused(sky, id, &text),
             (Asked::Del(id), Answer::Del(reply)) if reply.success => {
                 self.torn_down(sky, id, addresses(&reply.allocations));
             }
@@ -258,7 +258,7 @@ impl Node {
         }
         sky.waited(sandbox.asked);
         let Some(address) = addresses(given).first().copied() else {
-            return self.refused(sky, id, "no address".into());
+            return self.refused(sky, id, "no address");
         };
         sandbox.stage = Stage::Wiring;
         sandbox.address = Some(address);
@@ -280,7 +280,7 @@ impl Node {
         }
     }
 
-    fn refused(&mut self, sky: &mut Sky, id: u64, text: String) {
+    fn refused(&mut self, sky: &mut Sky, id: u64, text: &str) {
         let Some(sandbox) = self.kubelet.sandboxes.get(&id) else { return };
         let (key, pod, asking) = (sandbox.key.clone(), sandbox.pod, sandbox.stage == Stage::Asking);
         sky.refused();

@@ -477,7 +477,7 @@ impl Original {
                     self.call(Doing::Detach { eni, attachment, tries }, call);
                 }
                 Some(Doing::Delete { eni, tries }) => {
-                    self.call(Doing::Delete { eni: eni.clone(), tries }, Call::Delete(eni))
+                    self.call(Doing::Delete { eni: eni.clone(), tries }, Call::Delete(eni));
                 }
                 Some(Doing::BootDescribe) => self.boot(),
                 _ => self.pool_done(),

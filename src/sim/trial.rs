@@ -164,7 +164,7 @@ impl Trial {
         for n in 0..self.nodes {
             let subnet = &subnets[n % subnets.len()];
             let now = fleet.now();
-            let instance = fleet.sky.vpc.launch(now, &self.instance_type, subnet, &[group.clone()])?;
+            let instance = fleet.sky.vpc.launch(now, &self.instance_type, subnet, std::slice::from_ref(&group))?;
             let setup = Setup { settings: Rc::clone(&settings), original: self.original, latencies, logged: false };
             fleet.add(instance, setup, dice.bits())?;
         }

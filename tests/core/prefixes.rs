@@ -12,7 +12,9 @@ fn pods(from: usize, to: usize) -> Vec<String> {
 }
 
 fn add_all(world: &mut World, pods: &[String]) {
-    pods.iter().for_each(|pod| world.ask(pod));
+    for pod in pods {
+        world.ask(pod);
+    }
     world.pass(Duration::from_secs(10));
     for pod in pods {
         assert!(world.wired(pod), "{pod}: {:#?}", world.log);
@@ -89,7 +91,9 @@ fn single_addresses_stand_in_while_the_subnet_is_fragmented() {
     let asked = world.calls("AssignPrivateIpAddresses") + world.calls("CreateNetworkInterface") - before.1;
     assert!((4..16).contains(&asked), "{asked}");
 
-    taken.into_iter().for_each(|addr| world.vpc.unreserve(addr));
+    for addr in taken {
+        world.vpc.unreserve(addr);
+    }
     world.pass(Duration::from_mins(45));
     world.settle();
     assert!(logged(&world, "has room for prefixes again"));
@@ -125,7 +129,9 @@ fn a_full_node_in_a_fragmented_subnet_says_so_and_still_has_a_slot_for_a_prefix(
     world.pass(Duration::from_mins(5));
     world.settle();
     assert_eq!(singles(&world), 8, "one of two free slots is kept for a prefix");
-    taken.into_iter().for_each(|addr| world.vpc.unreserve(addr));
+    for addr in taken {
+        world.vpc.unreserve(addr);
+    }
     world.pass(Duration::from_mins(45));
     world.settle();
     assert_eq!(world.kinds().iter().map(|(_, _, prefixes)| prefixes).sum::<usize>(), 1, "{:?}", world.kinds());

@@ -11,7 +11,9 @@ fn steady(kind: &str, targets: Targets, prefix_mode: bool, pods: usize) -> Vec<u
     world.start();
     world.settle();
     let names: Vec<String> = (0..pods).map(|n| format!("pod-{n}")).collect();
-    names.iter().for_each(|pod| world.ask(pod));
+    for pod in &names {
+        world.ask(pod);
+    }
     world.pass(Duration::from_secs(10));
     for pod in &names {
         assert!(world.wired(pod), "{kind} {targets:?}: {pod} of {pods}: {:#?}", world.log);

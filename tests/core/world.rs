@@ -23,6 +23,7 @@ pub const TRUNK_LINK: u32 = 7;
 const LATENCY: Duration = Duration::from_millis(50);
 
 /// A node in a VPC: the core, its disk, its kernel and its pods. Only the core and what is in flight dies in a crash.
+#[expect(clippy::struct_excessive_bools, reason = "independent facts of the world")]
 pub struct World {
     pub vpc: Vpc,
     pub instance: InstanceId,
@@ -254,7 +255,7 @@ impl World {
                 self.later(LATENCY, Event::Ec2(op, result));
             }
             Effect::Imds(op, query) => {
-                let told = self.imds_tells(query);
+                let told = self.imds_tells(&query);
                 self.later(LATENCY, Event::Imds(op, Ok(told)));
             }
             Effect::Kernel(op, intent) => {
@@ -295,13 +296,13 @@ impl World {
         }
     }
 
-    fn imds_tells(&mut self, query: Query) -> Told {
+    fn imds_tells(&mut self, query: &Query) -> Told {
         let now = self.now();
         let enis: Vec<_> =
             self.vpc.imds(now, &self.instance.clone()).unwrap().into_iter().map(|seen| seen.eni).collect();
         match query {
             Query::Scan => Told::Enis(enis),
-            Query::Eni(mac) => Told::Eni(enis.into_iter().find(|eni| eni.mac == mac)),
+            Query::Eni(mac) => Told::Eni(enis.into_iter().find(|eni| eni.mac == *mac)),
             Query::VpcCidrs { v6: true } => Told::Cidrs(self.vpc.v6_cidrs()),
             Query::VpcCidrs { v6: false } => Told::Cidrs(self.vpc.cidrs().iter().map(|net| (*net).into()).collect()),
             Query::SecurityGroups => Told::Groups(self.primary_groups()),

@@ -88,7 +88,7 @@ impl Judge {
                         self.lose_checkpoint();
                     }
                 }
-                Happening::Applied(intent) => self.applied(fleet, node, &intent),
+                Happening::Applied(intent) => Self::applied(fleet, node, &intent),
                 Happening::Refused(..) | Happening::Called(_) | Happening::Saved | Happening::Crashed => {}
             }
             // An address that others took away and a pod uses is kept beside what came in its place.
@@ -138,7 +138,7 @@ impl Judge {
     }
 
     // Every pod's table is that of the ENI that EC2 has its address on, and no living pod loses its rules.
-    fn applied(&self, fleet: &Fleet, node: &Node, intent: &Intent) {
+    fn applied(fleet: &Fleet, node: &Node, intent: &Intent) {
         for (address, table) in &intent.pods {
             let holder = fleet.sky.vpc.attached_to(&node.instance).find(|eni| holds(eni, *address));
             if let Some(at) = holder.and_then(|eni| eni.attachment.as_ref()) {

@@ -326,11 +326,15 @@ impl Life {
                 "is missing"
             }
             1 => {
-                files.values_mut().for_each(|text| *text = text.chars().take(text.len() / 2).collect());
+                for text in files.values_mut() {
+                    *text = text.chars().take(text.len() / 2).collect();
+                }
                 "is torn"
             }
             _ => {
-                files.values_mut().for_each(|text| *text = text.replace("vpc-cni-ipam/1", "vpc-cni-ipam/9"));
+                for text in files.values_mut() {
+                    *text = text.replace("vpc-cni-ipam/1", "vpc-cni-ipam/9");
+                }
                 "is of the future"
             }
         };

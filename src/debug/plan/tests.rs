@@ -162,28 +162,28 @@ fn a_small_subnet_runs_short() {
 #[test]
 fn wrong_questions() {
     #[track_caller]
-    fn check(args: Args, expected: &str) {
-        let error = understand(&args).map(|question| question.mode).unwrap_err();
+    fn check(args: &Args, expected: &str) {
+        let error = understand(args).map(|question| question.mode).unwrap_err();
         assert!(error.contains(expected), "{error}");
     }
     let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
     let args = || Args { instance_type: "m5.large".into(), ..Args::default() };
     check(
-        Args { instance_type: "m5.larg".into(), ..args() },
+        &Args { instance_type: "m5.larg".into(), ..args() },
         "--instance-type \"m5.larg\": no such type is known; near it are m5.large",
     );
-    check(Args { pods: Some(1001), ..args() }, "--pods: from 0 to 1000");
-    check(Args { max_pods: Some(0), ..args() }, "--max-pods: from 1 to 1000");
-    check(Args { subnet_size: Some("8".into()), ..args() }, "--subnet-size 8: a prefix length from 16 to 28");
-    check(Args { set: words(&["WARM"]), ..args() }, "--set WARM: not VAR=VALUE");
-    check(Args { set: words(&["WARM=1"]), ..args() }, "--set WARM=1: there is no such setting");
-    check(Args { set: words(&["WARM_IP_TARGET=x"]), ..args() }, "WARM_IP_TARGET=\"x\"");
-    check(Args { set: words(&[PD]), ..args() }, "ENABLE_PREFIX_DELEGATION needs WARM_IP_TARGET");
-    check(Args { ec2_delays: words(&["build=1"]), ..args() }, "allowed are describe, subnets, create, attach");
+    check(&Args { pods: Some(1001), ..args() }, "--pods: from 0 to 1000");
+    check(&Args { max_pods: Some(0), ..args() }, "--max-pods: from 1 to 1000");
+    check(&Args { subnet_size: Some("8".into()), ..args() }, "--subnet-size 8: a prefix length from 16 to 28");
+    check(&Args { set: words(&["WARM"]), ..args() }, "--set WARM: not VAR=VALUE");
+    check(&Args { set: words(&["WARM=1"]), ..args() }, "--set WARM=1: there is no such setting");
+    check(&Args { set: words(&["WARM_IP_TARGET=x"]), ..args() }, "WARM_IP_TARGET=\"x\"");
+    check(&Args { set: words(&[PD]), ..args() }, "ENABLE_PREFIX_DELEGATION needs WARM_IP_TARGET");
+    check(&Args { ec2_delays: words(&["build=1"]), ..args() }, "allowed are describe, subnets, create, attach");
     for wrong in ["attach=-1", "attach=1s", "attach=NaN", "attach=601", "attach="] {
-        check(Args { ec2_delays: words(&[wrong]), ..args() }, "seconds from 0 to 600");
+        check(&Args { ec2_delays: words(&[wrong]), ..args() }, "seconds from 0 to 600");
     }
-    check(Args { curve: Some("/nonexistent".into()), ..args() }, "--curve /nonexistent: No such file");
+    check(&Args { curve: Some("/nonexistent".into()), ..args() }, "--curve /nonexistent: No such file");
     for (text, expected) in [
         ("0 1\n5\n", "line 2: \"5\": not \"SECONDS PODS\""),
         ("0 1 2\n", "line 1"),
