@@ -259,6 +259,8 @@ pub struct Core {
     described: Option<Mono>,
     // What EC2 listed on each ENI when it was last asked.
     listed: BTreeMap<EniId, BTreeSet<IpNet>>,
+    // The device index of each ENI that EC2 listed as attached: IMDS may omit one.
+    devices: BTreeMap<EniId, u32>,
     // What EC2 had listed when the last run of this process ended.
     trusted: BTreeMap<EniId, BTreeSet<IpNet>>,
     conntrack: ConntrackTimeouts,
@@ -332,6 +334,7 @@ impl Core {
             asked_ec2: false,
             described: None,
             listed: BTreeMap::new(),
+            devices: BTreeMap::new(),
             trusted: BTreeMap::new(),
             conntrack: ConntrackTimeouts::default(),
             vpc_cidrs: None,

@@ -30,7 +30,7 @@ impl Core {
     }
 
     /// Attached ENIs of a card that take a slot and are neither in the pool nor on their way in or out: those that are not
-    /// ours to use, and those that cannot serve this family.
+    /// ours to use, those that cannot serve this family, and those that IMDS does not show.
     pub(super) fn strangers(&self, card: u32) -> usize {
         let coming = self.coming();
         let stranger = |id: &&EniId| {
@@ -39,7 +39,22 @@ impl Core {
                 && !self.freeing.contains_key(*id)
                 && !coming.contains(*id)
         };
-        self.attached.iter().filter(|(_, eni)| eni.card == card).map(|(id, _)| id).filter(stranger).count()
+        let omitted = self.devices.keys().filter(|id| !self.attached.contains_key(*id));
+        let on_card = |id: &&EniId| self.card_of(id) == Some(card);
+        self.attached.keys().chain(omitted).filter(on_card).filter(stranger).count()
+    }
+
+    /// Whether EC2 lists an attached ENI of ours that IMDS has not shown yet: it may be enough.
+    pub(super) fn awaits_imds(&self) -> bool {
+        let coming = self.coming();
+        let omitted = |id: &EniId| {
+            !self.attached.contains_key(id)
+                && self.pool.eni(id).is_none()
+                && !self.freeing.contains_key(id)
+                && !coming.contains(id)
+                && self.managed(id)
+        };
+        self.devices.keys().any(omitted)
     }
 
     /// A new scan of IMDS: what it shows for the first time on a card that is not managed is told, and what is gone of the

@@ -300,6 +300,7 @@ impl Core {
     fn freed(&mut self, id: &EniId) {
         self.log(Level::Info, format!("eni {id}: gone"));
         self.freeing.remove(id);
+        self.devices.remove(id);
         self.facts.remove(id);
         self.attached.remove(id);
         self.changed();

@@ -115,7 +115,7 @@ impl Core {
             let Some(creating) = next.and_then(|index| self.resume.remove(index)) else { break };
             self.resume_creating(creating);
         }
-        if self.adopting() {
+        if self.adopting() || (self.awaits_imds() && self.waiting.is_empty()) {
             return; // what is attached already may be enough
         }
         self.exhausted.retain(|_, until| *until > self.now.mono);
@@ -315,7 +315,8 @@ impl Core {
         }
         let attached = self.attached.values().filter(|eni| eni.card == card).map(|eni| eni.device);
         let asked = self.growths.iter().filter(|(other, growth)| **other != id && growth.card == card);
-        let used: BTreeSet<u32> = attached.chain(asked.filter_map(|(_, growth)| growth.device)).gather();
+        let listed = self.devices.iter().filter(|(id, _)| self.card_of(id) == Some(card)).map(|(_, device)| *device);
+        let used: BTreeSet<u32> = attached.chain(listed).chain(asked.filter_map(|(_, growth)| growth.device)).gather();
         let Some(device) = (0..DEVICES).find(|device| !used.contains(device) && !taken.contains(device)) else {
             return self.abandon(id, "no device index is free", None);
         };

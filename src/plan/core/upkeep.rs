@@ -37,6 +37,8 @@ impl Core {
             return self.retry(Timer::Describe);
         }
         self.described = Some(self.now.mono);
+        let placed = |interface: &Interface| Some((interface.id.clone(), interface.attachment.as_ref()?.device));
+        self.devices = interfaces.iter().filter_map(placed).gather();
         self.listed = interfaces.iter().map(|interface| (interface.id.clone(), self.cidrs_of(interface))).gather();
         let before = self.facts.clone();
         for interface in interfaces {
