@@ -68,7 +68,7 @@ pub enum Happening {
     /// The daemon refused a plugin an address, for this reason.
     Refused(PodKey, String),
     /// The daemon told a plugin that the addresses of this key are free.
-    Released(PodKey),
+    Released(PodKey, Vec<IpAddr>),
     /// The runtime begins to delete this sandbox: its addresses are not used any more.
     Ended(PodKey),
     /// EC2 carried out a call of this node's.
@@ -385,7 +385,7 @@ impl Node {
         let happening = match answer {
             Answer::Add(reply) if reply.success => Happening::Handed(key, addresses(&reply.allocations)),
             Answer::Add(reply) => Happening::Refused(key, reply.failure.clone()),
-            Answer::Del(reply) if reply.success => Happening::Released(key),
+            Answer::Del(reply) if reply.success => Happening::Released(key, addresses(&reply.allocations)),
             Answer::Del(_) => return,
             Answer::Error(text) => Happening::Refused(key, text.clone()),
         };

@@ -74,10 +74,7 @@ impl Judge {
                         self.handed(fleet, node, &key, address);
                     }
                 }
-                Happening::Released(key) => {
-                    let allocated = on_disk(node).into_iter().find(|(_, owner)| *owner == key);
-                    assert!(allocated.is_none(), "{key} is released, but not durably: {allocated:?}");
-                }
+                Happening::Released(key, addresses) => self.released(node, &key, &addresses),
                 Happening::Ended(key) => {
                     self.ended.entry(key).or_insert(fleet.nanos());
                 }
@@ -124,6 +121,17 @@ impl Judge {
         let durable = on_disk(node).get(&address).is_some_and(|owner| owner == key);
         assert!(durable || self.ended.contains_key(key), "{address} is given to {key}, but not durably");
         self.given.insert(address, (node.index, key.clone()));
+    }
+
+    // An ADD that arrived after this DEL and before its answer, repeated by the runtime, may have been given another
+    // address and be durable already: the key stands on disk, but not with anything that it was told of before.
+    fn released(&self, node: &Node, key: &PodKey, addresses: &[IpAddr]) {
+        assert!(!addresses.is_empty(), "a DEL of {key} succeeds without an address");
+        let told = |address: &IpAddr| self.given.get(address).is_some_and(|(_, owner)| owner == key);
+        let left = on_disk(node)
+            .into_iter()
+            .find(|(address, owner)| owner == key && (addresses.contains(address) || told(address)));
+        assert!(left.is_none(), "{key} is released, but not durably: {left:?}");
     }
 
     fn took(&self, nets: &[IpNet]) {
