@@ -150,6 +150,25 @@ fn a_restart_is_one_call() {
 }
 
 #[test]
+fn a_record_outlives_a_release_that_is_not_durable() {
+    let mut world = World::new("t3.small", DEFAULT);
+    world.pass(Duration::from_mins(1));
+    assert!(world.add("a"));
+    world.settle();
+    world.crash();
+    world.del("a");
+    world.pass(Duration::from_mins(2));
+    world.start(); // the pod shows no sign of life, so its address is released before the spool is read
+    world.crash(); // and with it goes the write, so that the allocation is back
+    assert_eq!(world.spool.len(), 1, "{:#?}", world.log);
+    world.start();
+    world.pass(Duration::from_mins(1));
+    world.settle();
+    assert!(world.spool.is_empty());
+    world.check_at_rest();
+}
+
+#[test]
 fn a_del_that_met_no_daemon_comes_back_through_the_spool() {
     let mut world = World::new("m5.large", DEFAULT);
     world.settle();

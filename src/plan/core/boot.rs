@@ -50,8 +50,9 @@ impl Core {
         if unreadable {
             self.reserve(seen); // after all that is known by name
         }
-        self.drain_spool(spool);
+        // First, so that a record outlives what only memory has released: a crash brings the allocation back.
         self.changed();
+        self.drain_spool(spool);
         self.ask_imds(Op::Scan, Query::Scan);
         self.ask_imds(Op::VpcCidrs, Query::VpcCidrs { v6: self.config.v6 });
         self.ask_imds(Op::Groups, Query::SecurityGroups);
@@ -389,7 +390,7 @@ impl Core {
         let mut added = self.pool.add_cidr(id, net);
         if let Err(Refused::Duplicate(other)) = &added
             && other != id
-            && self.pool.remove_cidr(other, &net).is_ok()
+            && self.take_out(other, &net)
         {
             // Somebody took it from the other ENI, and EC2 has given it away again.
             self.log(Level::Warn, format!("eni {id}: {net} has moved here from {other}"));

@@ -10,9 +10,11 @@ use crate::model::checkpoint::EniFacts;
 use crate::model::ec2::{Call, Interface};
 use crate::model::ids::{EniId, GroupId};
 use crate::model::order::{self, Gather as _};
+use crate::model::time::Mono;
 use ipnet::IpNet;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::time::Duration;
 
 /// Two observations must be at least so far apart to count as two.
@@ -176,7 +178,7 @@ impl Core {
             if self.miss(key.clone()) != Some(true) {
                 continue;
             }
-            if self.pool.remove_cidr(id, net).is_ok() {
+            if self.take_out(id, net) {
                 self.log(Level::Warn, format!("eni {id}: {net} is not listed any more, dropped"));
                 self.tally(Tally::Reconcile("eniIPPoolReconcileDel"));
                 self.absent.remove(&key);
@@ -191,7 +193,7 @@ impl Core {
         let confirmed = self.absent.iter().filter(|(_, absent)| absent.confirmed).map(|(key, _)| key.clone());
         for (id, net) in confirmed.collect::<Vec<_>>() {
             let dropped = match net {
-                Some(net) => self.pool.remove_cidr(&id, &net).is_ok(),
+                Some(net) => self.take_out(&id, &net),
                 None => self.drop_eni(&id),
             };
             if dropped {
@@ -204,9 +206,34 @@ impl Core {
         }
     }
 
+    /// Takes an unused CIDR out of the pool. EC2 may list it again at once, late as its lists are: the addresses that rest
+    /// in it rest to the end.
+    pub(super) fn take_out(&mut self, id: &EniId, net: &IpNet) -> bool {
+        let resting = self.resting_on(id, Some(net));
+        let taken = self.pool.remove_cidr(id, net).is_ok();
+        if taken {
+            self.cooling.extend(resting);
+        }
+        taken
+    }
+
+    // Addresses in their cooldown on an ENI or in one of its CIDRs, and since when. Those that were kept for the return of
+    // a CIDR and have rested are forgotten: most never return.
+    fn resting_on(&mut self, id: &EniId, within: Option<&IpNet>) -> Vec<(IpAddr, Mono)> {
+        let (now, cooldown) = (self.now.mono, self.pool.cooldown());
+        self.cooling.retain(|_, freed| now.since(*freed) < cooldown);
+        let here = |address: IpAddr| {
+            let net = self.pool.eni(id).and_then(|eni| eni.cidr_of(address));
+            net.is_some_and(|net| within.is_none_or(|within| *within == net))
+        };
+        self.pool.cooling(now).filter(|(address, _)| here(*address)).collect()
+    }
+
     fn drop_eni(&mut self, id: &EniId) -> bool {
+        let resting = self.resting_on(id, None);
         let dropped = self.pool.remove_eni(id).is_ok();
         if dropped {
+            self.cooling.extend(resting);
             self.absent.retain(|(eni, _), _| eni != id);
             self.wanted.remove(id);
             self.ready.remove(id);
