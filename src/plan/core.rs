@@ -277,6 +277,8 @@ pub struct Core {
     lowered: BTreeMap<u32, (usize, Mono)>,
     absent: BTreeMap<(EniId, Option<IpNet>), Absent>,
     unassigned: BTreeMap<IpNet, Mono>,
+    // What EC2 assigned by its answer to a call: who lists it elsewhere may be behind.
+    arrived: BTreeMap<IpNet, Mono>,
 
     // The host's network: what it should hold, and what it holds.
     wanted: BTreeMap<EniId, imds::Eni>,
@@ -347,6 +349,7 @@ impl Core {
             lowered: BTreeMap::new(),
             absent: BTreeMap::new(),
             unassigned: BTreeMap::new(),
+            arrived: BTreeMap::new(),
             wanted: BTreeMap::new(),
             ready: BTreeSet::new(),
             trunks: BTreeMap::new(),

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 /// How long the daemon may go on giving out an address that somebody else has taken away in EC2: two observations, the
 /// second at the next look of its own, with IMDS and EC2 late.
-const FOREIGN: u64 = 15 * 60 * 1_000_000_000;
+pub const FOREIGN: u64 = 15 * 60 * 1_000_000_000;
 
 /// Remembers what the daemon promised.
 #[derive(Default)]
@@ -27,6 +27,8 @@ pub struct Judge {
     ended: BTreeMap<PodKey, u64>,
     // Addresses that somebody else took away in EC2, and when.
     foreign: BTreeMap<IpAddr, u64>,
+    // Tables of the pods' addresses as the kernel was told last, by node.
+    tables: BTreeMap<u32, BTreeMap<IpAddr, u32>>,
     // What the node gave back, and when.
     given_back: Vec<(Vec<IpNet>, u64)>,
     /// ENIs that somebody else detached, and when.
@@ -85,7 +87,7 @@ impl Judge {
                         self.lose_checkpoint();
                     }
                 }
-                Happening::Applied(intent) => Self::applied(fleet, node, &intent),
+                Happening::Applied(intent) => self.applied(fleet, node, &intent),
                 Happening::Refused(..) | Happening::Called(_) | Happening::Saved | Happening::Crashed => {}
             }
             // An address that others took away and a pod uses is kept beside what came in its place.
@@ -145,14 +147,14 @@ impl Judge {
         }
     }
 
-    // Every pod's table is that of the ENI that EC2 has its address on, and no living pod loses its rules.
-    fn applied(fleet: &Fleet, node: &Node, intent: &Intent) {
-        for (address, table) in &intent.pods {
-            let holder = fleet.sky.vpc.attached_to(&node.instance).find(|eni| holds(eni, *address));
-            if let Some(at) = holder.and_then(|eni| eni.attachment.as_ref()) {
-                assert_eq!(*table, naming::table_of(at.card, at.device).unwrap(), "table of {address}");
-            }
+    // Every pod's table is that of the ENI that EC2 has its address on, and no living pod loses its rules. What others took
+    // from under a pod, EC2 may put on another ENI of the node at any time: the node can only follow, which `at_rest` checks.
+    fn applied(&mut self, fleet: &Fleet, node: &Node, intent: &Intent) {
+        let lately = |address: &IpAddr| self.foreign.get(address).is_some_and(|at| fleet.nanos() - at < FOREIGN);
+        for (address, table) in intent.pods.iter().filter(|(address, _)| !lately(address)) {
+            tabled(fleet, node, *address, *table);
         }
+        self.tables.insert(node.index, intent.pods.iter().copied().collect());
         for address in &intent.gone {
             let user = node.kubelet.live().find(|(_, held)| held == address).map(|(sandbox, _)| &sandbox.key);
             assert!(user.is_none(), "the rules of {address} are swept, which {user:?} uses");
@@ -173,6 +175,10 @@ impl Judge {
                 core.pool().allocations().map(|held| (held.address, held.owner.key.clone())).collect();
             assert_eq!(named(pool, &living), living, "the pool (left) and the living pods");
             assert_eq!(named(on_disk(node), &living), living, "the checkpoint (left) and the living pods");
+            let tables = self.tables.get(&node.index).into_iter().flatten();
+            for (address, table) in tables.filter(|(address, _)| living.contains_key(*address)) {
+                tabled(fleet, node, *address, *table);
+            }
             let ending = node.kubelet.sandboxes.values().find(|s| !matches!(s.stage, Stage::Running | Stage::Gone));
             assert!(ending.is_none(), "a sandbox is not done with: {ending:?}");
             let held: BTreeSet<(String, IpNet)> =
@@ -243,6 +249,14 @@ fn addresses(net: &IpNet) -> Vec<IpAddr> {
 
 fn holds(eni: &Interface, address: IpAddr) -> bool {
     carried(eni).iter().any(|net| net.contains(&address))
+}
+
+// A pod's table is that of the ENI that EC2 has its address on.
+fn tabled(fleet: &Fleet, node: &Node, address: IpAddr, table: u32) {
+    let holder = fleet.sky.vpc.attached_to(&node.instance).find(|eni| holds(eni, address));
+    if let Some(at) = holder.and_then(|eni| eni.attachment.as_ref()) {
+        assert_eq!(table, naming::table_of(at.card, at.device).unwrap(), "table of {address}");
+    }
 }
 
 // Addresses and their owners in the checkpoint files.

@@ -1,6 +1,6 @@
 //! A random schedule: a node, its pods, its neighbours and all the trouble they can have, decided by one number.
 
-use crate::judge::Judge;
+use crate::judge::{FOREIGN, Judge};
 use enibox::model::ec2::{Call, Count};
 use enibox::model::ids::SubnetId;
 use enibox::model::settings::Settings;
@@ -361,7 +361,15 @@ impl Life {
         }
         self.fleet.tell(0);
         self.pass(Duration::from_mins(2));
-        // Pods whose address somebody took away never work again; their owner deletes them.
+        self.mend();
+        // The node may give out what others took until it has looked at EC2, and busy nodes look every few minutes only.
+        self.pass(Duration::from_nanos(FOREIGN));
+        self.mend();
+        self.pass(Duration::from_mins(40));
+    }
+
+    // Pods whose address somebody took away never work again; their owner deletes them.
+    fn mend(&mut self) {
         let node = &self.fleet.nodes[0];
         let carried: Vec<_> = self.fleet.sky.vpc.attached_to(&node.instance).flat_map(carried).collect();
         let dead = node.kubelet.live().filter(|(_, address)| !carried.iter().any(|net| net.contains(address)));
@@ -369,7 +377,6 @@ impl Life {
             self.tell(format!("pod-{pod} has lost its address to others"));
             self.fleet.delete(0, pod, false);
         }
-        self.pass(Duration::from_mins(40));
     }
 }
 

@@ -361,7 +361,8 @@ impl Core {
         // What only IMDS lists may be gone: nobody new gets it before EC2 has said so.
         let confirmed = self.listed.contains_key(id) || self.config.imds_only;
         for net in cidrs {
-            if !self.resting(&net) {
+            // IMDS alone is no reason to take it from another ENI.
+            if !self.resting(&net) && (confirmed || !self.held_beside(id, &net)) {
                 self.add_cidr(id, net);
                 self.pool.bar(id, &net, !confirmed);
             }
@@ -390,11 +391,14 @@ impl Core {
         let mut added = self.pool.add_cidr(id, net);
         if let Err(Refused::Duplicate(other)) = &added
             && other != id
-            && self.take_out(other, &net)
+            && self.pool.move_cidr(&net, other, id).is_ok()
         {
-            // Somebody took it from the other ENI, and EC2 has given it away again.
+            // Somebody took it from the other ENI, and EC2 has given it away again. A pod that had it all the time has it
+            // again as soon as its rules lead to the other table.
             self.log(Level::Warn, format!("eni {id}: {net} has moved here from {other}"));
-            added = self.pool.add_cidr(id, net);
+            self.absent.remove(&(other.clone(), Some(net)));
+            self.host_dirty = true;
+            added = Ok(());
         }
         match added {
             Ok(()) => {

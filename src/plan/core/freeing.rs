@@ -138,6 +138,16 @@ impl Core {
         self.unassigned.get(net).is_some_and(|at| self.now.mono.since(*at) < UNASSIGNED)
     }
 
+    /// Whether another ENI of the pool was assigned this so lately that who lists it here may be behind.
+    pub(super) fn elsewhere(&self, id: &EniId, net: &IpNet) -> bool {
+        self.arrived.get(net).is_some_and(|at| self.now.mono.since(*at) < UNASSIGNED) && self.held_beside(id, net)
+    }
+
+    /// Whether another ENI of the pool holds a CIDR.
+    pub(super) fn held_beside(&self, id: &EniId, net: &IpNet) -> bool {
+        self.pool.enis().any(|(other, eni)| other != id && eni.cidrs().any(|(held, _)| held == net))
+    }
+
     pub(super) fn unassign_done(&mut self, eni: &EniId, nets: &[IpNet], result: Result<Reply, Failure>) {
         if let Err(failure) = result {
             self.log(Level::Warn, format!("eni {eni}: give back {nets:?}: {failure}"));

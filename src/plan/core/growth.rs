@@ -404,6 +404,7 @@ impl Core {
         self.log(Level::Info, format!("eni {eni}: {} of {asked:?} assigned", nets.len()));
         for net in nets {
             self.unassigned.remove(net);
+            self.arrived.insert(*net, self.now.mono);
             self.add_cidr(eni, *net);
         }
         if nets.is_empty() {
@@ -473,7 +474,9 @@ impl Core {
         if !interface.v4_prefixes.is_empty() {
             self.prefix_came(&interface.subnet);
         }
-        self.listed.insert(interface.id.clone(), self.cidrs_of(interface));
+        let cidrs = self.cidrs_of(interface);
+        self.arrived.extend(cidrs.iter().map(|net| (*net, self.now.mono)));
+        self.listed.insert(interface.id.clone(), cidrs);
         self.changed();
         self.send_attach(id, BTreeSet::new());
     }

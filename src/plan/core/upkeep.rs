@@ -160,7 +160,7 @@ impl Core {
         let Some(eni) = self.pool.eni(id) else { return };
         let held: BTreeSet<IpNet> = eni.cidrs().map(|(net, _)| *net).gather();
         for net in listed.difference(&held) {
-            if !self.resting(net) {
+            if !self.resting(net) && !self.elsewhere(id, net) {
                 self.unassigned.remove(net);
                 self.log(Level::Info, format!("eni {id}: {net} is listed, taken in"));
                 self.tally(Tally::Reconcile("eniDataStorePoolReconcileAdd"));
@@ -312,6 +312,7 @@ impl Core {
         }
         self.last_reconcile = self.now.mono;
         self.unassigned.retain(|_, at| self.now.mono.since(*at) < RECONCILE_MAX);
+        self.arrived.retain(|_, at| self.now.mono.since(*at) < RECONCILE_MAX);
         let difference = self.difference();
         if self.config.imds_only {
             return self.believe_imds(difference.as_deref());
