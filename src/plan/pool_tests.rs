@@ -167,6 +167,26 @@ fn a_pod_whose_cidr_is_missing_is_kept_and_finds_its_place() {
 }
 
 #[test]
+fn a_cidr_moves_with_its_pod_and_its_cooldown() {
+    let mut pool = pool_of(&[(2, 2), (0, 0)], 30);
+    let (from, to) = (EniId::from("eni-0"), EniId::from("eni-1"));
+    let (used, rests): (IpNet, IpNet) = ("10.0.0.10/32".parse().unwrap(), "10.0.0.11/32".parse().unwrap());
+    pool.release(at(1), &owner("pod-0-1").key, 0).unwrap();
+    pool.bar(&from, &used, true);
+    for net in [used, rests] {
+        pool.move_cidr(&net, &from, &to).unwrap();
+        assert_eq!(pool.move_cidr(&net, &from, &to), Err(Refused::UnknownCidr));
+    }
+    pool.check();
+    let place = pool.find(&owner("pod-0-0").key, 0).unwrap();
+    assert_eq!((place.eni, place.address, place.table), (to.clone(), used.addr(), 2));
+    assert!(pool.assign(at(2), 0, owner("new")).is_err(), "the other one rests");
+    // The pod's interface is on the card: its address does not follow to another.
+    pool.add_eni("eni-2".into(), eni_on((1, 1), at(0))).unwrap();
+    assert_eq!(pool.move_cidr(&used, &to, &"eni-2".into()), Err(Refused::InUse));
+}
+
+#[test]
 fn undo_leaves_no_trace() {
     let mut pool = pool_of(&[(0, 2)], 30);
     let before = pool.clone();
