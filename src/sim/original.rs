@@ -52,7 +52,7 @@ struct Eni {
 }
 
 /// T, A, P and F of 6.2.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Stats {
     total: usize,
     assigned: usize,
@@ -111,6 +111,7 @@ pub struct Original {
     acted: Option<Mono>,
     freed: BTreeMap<IpNet, Mono>,
     foreign: BTreeSet<EniId>,
+    figures: Option<Stats>,
 }
 
 impl Original {
@@ -133,12 +134,16 @@ impl Original {
             acted: None,
             freed: BTreeMap::new(),
             foreign: BTreeSet::new(),
+            figures: None,
         }
     }
 
     /// Takes one event and says what is to be done.
     pub fn step(&mut self, now: Now, event: Event) -> Vec<Effect> {
         self.now = now;
+        if !matches!(event, Event::Tick) {
+            self.figures = None; // what a wake-up changes says so itself
+        }
         match event {
             Event::Started { .. } => {
                 self.ask_imds(Query::SecurityGroups);
@@ -240,6 +245,13 @@ impl Original {
         Answer::Del(DelNetworkReply { success: true, allocations, ..DelNetworkReply::default() })
     }
 
+    // The figures of all ENIs; `self.figures` is emptied by whatever changes the pool, since most looks find it as it was.
+    fn total(&mut self) -> Stats {
+        let figures = self.figures.unwrap_or_else(|| self.stats(None));
+        self.figures = Some(figures);
+        figures
+    }
+
     fn stats(&self, without: Option<&EniId>) -> Stats {
         let mut stats = Stats::default();
         for (_, eni) in self.enis.iter().filter(|(id, _)| Some(*id) != without) {
@@ -298,7 +310,7 @@ impl Original {
     }
 
     fn pool_step(&mut self) {
-        let stats = self.stats(None);
+        let stats = self.total();
         if self.too_low(&stats) {
             return self.increase(&stats);
         }
@@ -375,6 +387,7 @@ impl Original {
     // 6.9 "CIDRs".
     fn decrease(&mut self, over: usize) {
         let mut left = over;
+        self.figures = None;
         let mut gone = Vec::new();
         for (id, eni) in &mut self.enis {
             let idle = |slots: &BTreeMap<IpAddr, Slot>| slots.values().all(|slot| slot.owner.is_none());
@@ -413,7 +426,7 @@ impl Original {
 
     // 6.9 "remove-extra" and "Free one ENI".
     fn remove_extra(&mut self) {
-        let (stats, targets) = (self.stats(None), self.config.tunables.targets);
+        let (stats, targets) = (self.total(), self.config.tunables.targets);
         let free = stats.total - stats.assigned;
         let per_eni = self.config.slots * if self.config.prefix_mode { PREFIX } else { 1 };
         let n = 1 + if self.config.prefix_mode { targets.warm_prefix } else { targets.warm_eni };
@@ -424,6 +437,7 @@ impl Original {
         match spare {
             Some(eni) => {
                 self.enis.remove(&eni);
+                self.figures = None;
                 self.acted = Some(self.now.mono);
                 self.call(Doing::Look(eni.clone()), Call::DescribeOne(eni));
             }
