@@ -5,7 +5,7 @@ mod support;
 use enibox::apply::{Host, HostReport};
 use enibox::model::net::{Address, Family, Mac, Route, Rule, Scope, TABLE_MAIN};
 use enibox::netlink::{Socket, addr, conntrack, link, nft, route, rule, sysctl};
-use enibox::plan::host::{HostEni, Intent, Observation};
+use enibox::plan::host::{HostEni, HostPod, Intent, Observation};
 use enibox::plan::pod::{Removal, RemovedAddress};
 use ipnet::IpNet;
 use std::collections::BTreeSet;
@@ -24,6 +24,10 @@ const SECOND: Mac = Mac([2, 0, 0, 0, 12, 5]);
 
 fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
+}
+
+fn pod(address: &str, table: u32) -> HostPod {
+    HostPod { address: ip(address), table, name: String::new(), veth: String::new() }
 }
 
 fn net(text: &str) -> IpNet {
@@ -118,7 +122,7 @@ fn intent() -> Intent {
             table: 2,
             trunk: false,
         }],
-        pods: vec![(ip("10.20.11.50"), TABLE_MAIN), (ip("10.20.12.60"), 2)],
+        pods: vec![pod("10.20.11.50", TABLE_MAIN), pod("10.20.12.60", 2)],
         ..Intent::default()
     }
 }
@@ -413,7 +417,7 @@ fn an_ipv6_node_is_set_up_once() {
         node_ip: ip("2001:db8:11::162"),
         vpc_cidrs: vec![net("2001:db8::/32")],
         enis: vec![eni],
-        pods: vec![(ip("2001:db8:12::60"), 2)],
+        pods: vec![pod("2001:db8:12::60", 2)],
         ..intent()
     };
     let report = world.host(&wanted);

@@ -5,11 +5,16 @@
 //! Order (`spec/dataplane.md` 29): what is missing is added before what is wrong is deleted; nothing is deleted and added
 //! again; only what is provably ours is touched.
 
+mod enis;
+mod planner;
+mod pods;
+
+use self::planner::Planner;
 use super::ruleset;
 use crate::error::{Error, Result};
 use crate::model::ids::EniId;
-use crate::model::naming::{self, priority};
-use crate::model::net::{Address, Family, Link, Mac, Route, Rule, Scope, TABLE_LOCAL, TABLE_MAIN};
+use crate::model::naming;
+use crate::model::net::{Address, Link, Mac, Route, Rule};
 use crate::model::nft::{SnatPorts, Table};
 use crate::model::order::Gather as _;
 use ipnet::IpNet;
@@ -45,8 +50,8 @@ pub struct Intent {
     pub external_service_cidrs: Vec<IpNet>,
     /// The managed secondary ENIs that are attached (never the primary).
     pub enis: Vec<HostEni>,
-    /// Every assigned pod address with the table of its ENI (main for the primary).
-    pub pods: Vec<(IpAddr, u32)>,
+    /// Every assigned pod address.
+    pub pods: Vec<HostPod>,
     /// Addresses of pods that are gone: their rules are leftovers.
     pub gone: Vec<IpAddr>,
     /// The other family's way out (`spec/dataplane.md` 22.3).
@@ -110,6 +115,20 @@ pub struct HostEni {
     pub trunk: bool,
 }
 
+/// An address of a pod whose ADD is over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostPod {
+    /// The address.
+    pub address: IpAddr,
+    /// Table of its ENI; main for the primary.
+    pub table: u32,
+    /// The pod, as `namespace/name`, for reports; empty if the runtime did not tell.
+    pub name: String,
+    /// The eleven digits that the name of its host veth ends in ([`naming::suffix`]), whatever the prefix was then; empty if
+    /// the pod has no name.
+    pub veth: String,
+}
+
 /// What the host's network is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observation {
@@ -148,9 +167,63 @@ pub enum Action {
     SetTables(Vec<Table>),
 }
 
-/// A change with its text and the ENI it is for.
+/// What a step mends: the label `what` of the counter of repairs, and the name of a finding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum What {
+    /// MTU of the primary ENI's link.
+    PrimaryMtu,
+    /// The rule for marked packets at 1024.
+    MarkRule,
+    /// The rule `lookup local`, at 0 or moved to 20.
+    LocalRule,
+    /// A rule for an external service CIDR at 1535.
+    ServiceRule,
+    /// MTU of a secondary ENI's link.
+    EniMtu,
+    /// A secondary ENI's link that is down.
+    EniLink,
+    /// An address on a secondary ENI's link.
+    EniAddress,
+    /// A route of a secondary ENI, in its table or in main.
+    EniRoute,
+    /// The rule for an ENI's own address at 32765.
+    EniRule,
+    /// The rule to a pod at 512.
+    ToPodRule,
+    /// The rule from a pod at 1536.
+    FromPodRule,
+    /// Rules of a pod that is gone.
+    GonePod,
+    /// Our nf_tables tables.
+    Ruleset,
+}
+
+impl What {
+    /// In lower case with hyphens.
+    pub fn name(self) -> &'static str {
+        match self {
+            What::PrimaryMtu => "primary-mtu",
+            What::MarkRule => "mark-rule",
+            What::LocalRule => "local-rule",
+            What::ServiceRule => "service-rule",
+            What::EniMtu => "eni-mtu",
+            What::EniLink => "eni-link",
+            What::EniAddress => "eni-address",
+            What::EniRoute => "eni-route",
+            What::EniRule => "eni-rule",
+            What::ToPodRule => "to-pod-rule",
+            What::FromPodRule => "from-pod-rule",
+            What::GonePod => "gone-pod",
+            What::Ruleset => "ruleset",
+        }
+    }
+}
+
+/// A change with its text and what it is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
+    /// What it mends.
+    pub what: What,
     /// The ENI that cannot be used when this fails; absent for what concerns the node.
     pub eni: Option<EniId>,
     /// The change.
@@ -197,6 +270,7 @@ pub fn diff(intent: &Intent, seen: &Observation) -> Result<Plan> {
     };
     if primary.mtu != intent.eni_mtu {
         planner.add(
+            What::PrimaryMtu,
             None,
             Action::SetMtu(primary.index, intent.eni_mtu),
             format!("set mtu {} on {}", intent.eni_mtu, primary.name),
@@ -214,7 +288,7 @@ pub fn diff(intent: &Intent, seen: &Observation) -> Result<Plan> {
     let differences = ruleset::differences(&tables, &seen.tables);
     if let Some(first) = differences.first() {
         let more = if differences.len() > 1 { format!(" (and {} more)", differences.len() - 1) } else { String::new() };
-        planner.add(None, Action::SetTables(tables), format!("set nf_tables rules: {first}{more}"));
+        planner.add(What::Ruleset, None, Action::SetTables(tables), format!("set nf_tables rules: {first}{more}"));
     }
     let mut steps = planner.add;
     steps.append(&mut planner.delete);
@@ -229,259 +303,9 @@ fn missing(mac: Mac, seen: &Observation) -> Error {
     Error::new(format!("no link has MAC {mac} (links: {})", names.collect::<Vec<_>>().join(", ")))
 }
 
-struct Planner<'a> {
-    intent: &'a Intent,
-    seen: &'a Observation,
-    rules: BTreeSet<&'a Rule>,
-    planned: BTreeSet<Rule>,
-    add: Vec<Step>,
-    delete: Vec<Step>,
-    failed: BTreeMap<EniId, String>,
-}
-
-impl Planner<'_> {
-    fn family(&self) -> Family {
-        if self.intent.v6 { Family::V6 } else { Family::V4 }
-    }
-
-    fn add(&mut self, eni: Option<&EniId>, action: Action, text: String) {
-        self.add.push(Step { eni: eni.cloned(), action, text });
-    }
-
-    fn delete(&mut self, eni: Option<&EniId>, action: Action, text: String) {
-        self.delete.push(Step { eni: eni.cloned(), action, text });
-    }
-
-    fn want_rule(&mut self, eni: Option<&EniId>, rule: Rule) {
-        if !self.rules.contains(&rule) && self.planned.insert(rule.clone()) {
-            let text = format!("add rule {rule}");
-            self.add(eni, Action::AddRule(rule), text);
-        }
-    }
-
-    /// Deletes every rule seen, and not foreign, that `wrong` selects.
-    fn drop_rules(&mut self, wrong: impl Fn(&Rule) -> bool) {
-        let seen = self.seen;
-        for rule in seen.rules.iter().filter(|rule| !rule.foreign && wrong(rule)) {
-            self.delete(None, Action::DeleteRule(rule.clone()), format!("delete rule {rule}"));
-        }
-    }
-
-    /// Rule 1024: marked packets leave through the primary ENI. One of another mark is a leftover of a changed setting.
-    fn mark_rule(&mut self) {
-        let bits = (self.intent.mark, self.intent.mark);
-        let wanted = (self.intent.node_port || !self.intent.external_snat)
-            .then(|| Rule { fwmark: Some(bits), ..Rule::any(self.family(), priority::MARK, TABLE_MAIN) });
-        if let Some(rule) = &wanted {
-            self.want_rule(None, rule.clone());
-        }
-        let family = self.family();
-        self.drop_rules(|rule| {
-            let ours = rule.fwmark.filter(|(mark, mask)| mark == mask).is_some_and(|fwmark| {
-                *rule == Rule { fwmark: Some(fwmark), ..Rule::any(family, priority::MARK, TABLE_MAIN) }
-            });
-            ours && Some(rule) != wanted.as_ref()
-        });
-    }
-
-    /// A node that once ran pod ENIs in strict mode has its local rule at 20; without any branch rule it goes back to 0.
-    fn local_rule(&mut self) {
-        let family = self.family();
-        let moved = Rule::any(family, priority::LOCAL_MOVED, TABLE_LOCAL);
-        let branch = |rule: &Rule| rule.family == family && rule.priority == priority::BRANCH;
-        if self.seen.rules.contains(&moved) && !self.seen.rules.iter().any(branch) {
-            self.want_rule(None, Rule::any(family, priority::LOCAL, TABLE_LOCAL));
-            self.drop_rules(|rule| *rule == moved);
-        }
-    }
-
-    fn eni(&mut self, eni: &HostEni) {
-        let seen = self.seen;
-        if eni.table == TABLE_MAIN || eni.table == TABLE_LOCAL || eni.table == 0 {
-            self.failed.insert(eni.id.clone(), format!("route table {} is not one of an ENI's own", eni.table));
-            return;
-        }
-        let Some(link) = link_of(&seen.links, eni.mac) else {
-            self.failed.insert(eni.id.clone(), missing(eni.mac, seen).to_string());
-            return;
-        };
-        let id = Some(&eni.id);
-        if link.mtu != self.intent.eni_mtu {
-            let text = format!("set mtu {} on {}", self.intent.eni_mtu, link.name);
-            self.add(id, Action::SetMtu(link.index, self.intent.eni_mtu), text);
-        }
-        if !link.up {
-            self.add(id, Action::SetUp(link.index), format!("set {} up", link.name));
-        }
-        self.eni_addresses(eni, link);
-        self.eni_routes(eni, link);
-        if !eni.trunk {
-            self.want_rule(id, Rule::from(IpNet::from(eni.own.addr()), priority::FROM_ENI, eni.table));
-        }
-    }
-
-    fn eni_addresses(&mut self, eni: &HostEni, link: &Link) {
-        let seen = self.seen;
-        let here = seen.addresses.iter().filter(|address| address.dev == link.index);
-        let here = here.filter(|address| address.addr.addr().is_ipv4() == eni.own.addr().is_ipv4()).collect::<Vec<_>>();
-        if !here.iter().any(|address| address.addr == eni.own) {
-            // Without a connected route in main: where both ENIs share a subnet it would win over the primary's own.
-            let address = Address { dev: link.index, addr: eni.own, no_prefix_route: true, no_dad: false };
-            let text = format!("add address {} to {}", eni.own, link.name);
-            self.add(Some(&eni.id), Action::AddAddress(address), text);
-        }
-        for address in here.into_iter().filter(|address| address.addr != eni.own && global(address.addr.addr())) {
-            let text = format!("delete address {} from {}", address.addr, link.name);
-            self.delete(Some(&eni.id), Action::DeleteAddress(*address), text);
-        }
-    }
-
-    fn eni_routes(&mut self, eni: &HostEni, link: &Link) {
-        let seen = self.seen;
-        let v6 = eni.own.addr().is_ipv6();
-        let gateway = Route {
-            table: eni.table,
-            dst: IpNet::from(eni.gateway),
-            gateway: None,
-            dev: link.index,
-            scope: if v6 { Scope::Universe } else { Scope::Link },
-            prefsrc: None,
-            metric: if v6 { IPV6_METRIC } else { 0 },
-        };
-        let default = Route {
-            dst: if v6 { IpNet::V6(ipnet::Ipv6Net::default()) } else { IpNet::V4(ipnet::Ipv4Net::default()) },
-            gateway: Some(eni.gateway),
-            scope: Scope::Universe,
-            ..gateway
-        };
-        for route in [gateway, default] {
-            if !seen.routes.contains(&route) {
-                let text = format!("replace route {}", route_text(&route, link));
-                self.add(Some(&eni.id), Action::ReplaceRoute(route), text);
-            }
-        }
-        let subnet = eni.own.trunc();
-        let connected = |route: &&Route| {
-            route.table == TABLE_MAIN
-                && route.dev == link.index
-                && route.dst == subnet
-                && route.gateway.is_none()
-                && route.prefsrc.is_none_or(|source| source == eni.own.addr())
-        };
-        for route in seen.routes.iter().filter(connected) {
-            let text = format!("delete route {}", route_text(route, link));
-            self.delete(Some(&eni.id), Action::DeleteRoute(*route), text);
-        }
-    }
-
-    /// Every pod address that is wired up has its way in and exactly the rule of its ENI's table. One that is not may be in
-    /// the middle of an ADD, which makes them itself, or of a DEL, after which they would be left over.
-    fn pods(&mut self) {
-        let seen = self.seen;
-        let index = PodEntries::new(seen);
-        for (address, table) in &self.intent.pods {
-            let host = IpNet::from(*address);
-            let from = (*table != TABLE_MAIN).then(|| Rule::from(host, priority::FROM_POD, *table));
-            if index.wired.contains(address) {
-                for rule in from.iter().cloned().chain([Rule::to(host, priority::TO_POD, TABLE_MAIN)]) {
-                    self.want_rule(None, rule);
-                }
-            }
-            for rule in index.rules.get(address).into_iter().flatten().filter(|rule| Some(**rule) != from.as_ref()) {
-                self.delete(None, Action::DeleteRule((*rule).clone()), format!("delete rule {rule}"));
-            }
-        }
-    }
-
-    fn gone(&mut self) {
-        let alive = self.intent.pods.iter().map(|(address, _)| *address).gather::<BTreeSet<_>>();
-        let gone = self.intent.gone.iter().filter(|address| !alive.contains(address)).copied().gather::<BTreeSet<_>>();
-        self.drop_rules(|rule| {
-            let to = rule.dst.filter(|dst| *rule == Rule::to(*dst, priority::TO_POD, TABLE_MAIN));
-            let from = rule.src.filter(|src| *rule == Rule::from(*src, priority::FROM_POD, rule.table));
-            to.or(from).and_then(single).is_some_and(|address| gone.contains(&address))
-        });
-    }
-
-    fn external_services(&mut self) {
-        let wanted = self.intent.external_service_cidrs.iter().filter(|net| net.addr().is_ipv4());
-        let wanted =
-            wanted.map(|net| Rule::to(net.trunc(), priority::EXTERNAL_SERVICE, TABLE_MAIN)).gather::<BTreeSet<_>>();
-        for rule in &wanted {
-            self.want_rule(None, rule.clone());
-        }
-        self.drop_rules(|rule| {
-            let ours = rule
-                .dst
-                .filter(|dst| dst.addr().is_ipv4())
-                .is_some_and(|dst| *rule == Rule::to(dst, priority::EXTERNAL_SERVICE, TABLE_MAIN));
-            ours && !wanted.contains(rule)
-        });
-    }
-
-    /// A rule for the own address of an ENI that is no longer here would send a pod that gets the address to a wrong table
-    /// (`spec/dataplane.md` 8.4). One whose address sits on a link belongs to an ENI that somebody else runs.
-    fn stale_eni_rules(&mut self) {
-        let intent = self.intent;
-        let seen = self.seen;
-        let family = self.family();
-        self.drop_rules(|rule| {
-            let Some(source) = rule.src.and_then(single) else { return false };
-            let ours = *rule == Rule::from(IpNet::from(source), priority::FROM_ENI, rule.table);
-            let attached = intent.enis.iter().find(|eni| eni.own.addr() == source);
-            rule.family == family
-                && ours
-                && naming::in_eni_ranges(rule.table)
-                && match attached {
-                    Some(eni) => !eni.trunk && eni.table != rule.table,
-                    None => !seen.addresses.iter().any(|address| address.addr.addr() == source),
-                }
-        });
-    }
-}
-
-/// The kernel's metric for IPv6 routes that name none (IP6_RT_PRIO_USER).
-const IPV6_METRIC: u32 = 1024;
-
-fn route_text(route: &Route, link: &Link) -> String {
-    route.to_string().replace(&format!("dev if{}", link.index), &format!("dev {}", link.name))
-}
-
 /// The address of a /32 or /128.
 fn single(net: IpNet) -> Option<IpAddr> {
     (net.prefix_len() == net.max_prefix_len()).then(|| net.addr())
-}
-
-fn global(address: IpAddr) -> bool {
-    let link_local = match address {
-        IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
-        IpAddr::V6(v6) => v6.is_unicast_link_local(),
-    };
-    !(link_local || address.is_loopback() || address.is_multicast() || address.is_unspecified())
-}
-
-/// Rules at 1536 by pod address, and the addresses with a route over a veth: a node has hundreds of each.
-struct PodEntries<'a> {
-    rules: BTreeMap<IpAddr, Vec<&'a Rule>>,
-    wired: BTreeSet<IpAddr>,
-}
-
-impl<'a> PodEntries<'a> {
-    fn new(seen: &'a Observation) -> Self {
-        let mut rules = BTreeMap::<_, Vec<_>>::new();
-        for rule in seen.rules.iter().filter(|rule| !rule.foreign) {
-            if let Some(source) = rule.src.and_then(single)
-                && *rule == Rule::from(IpNet::from(source), priority::FROM_POD, rule.table)
-            {
-                rules.entry(source).or_default().push(rule);
-            }
-        }
-        let veths = seen.links.iter().filter(|link| link.kind.as_deref() == Some("veth"));
-        let veths = veths.map(|link| link.index).gather::<BTreeSet<_>>();
-        let routes = seen.routes.iter().filter(|route| route.table == TABLE_MAIN && route.gateway.is_none());
-        let wired = routes.filter(|route| veths.contains(&route.dev)).filter_map(|route| single(route.dst)).gather();
-        PodEntries { rules, wired }
-    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Tables for the host plan: each fault of a node that is otherwise right, and the steps that repair it.
 
 use super::*;
+use crate::model::net::{Family, Scope, TABLE_LOCAL, TABLE_MAIN};
 use proptest::prelude::*;
 
 fn net(text: &str) -> IpNet {
@@ -9,6 +10,10 @@ fn net(text: &str) -> IpNet {
 
 fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
+}
+
+fn pod(address: &str, table: u32) -> HostPod {
+    HostPod { address: ip(address), table, name: String::new(), veth: String::new() }
 }
 
 fn mac(last: u8) -> Mac {
@@ -36,7 +41,7 @@ fn intent() -> Intent {
             table: 2,
             trunk: false,
         }],
-        pods: vec![(ip("10.20.11.50"), TABLE_MAIN), (ip("10.20.12.60"), 2)],
+        pods: vec![pod("10.20.11.50", TABLE_MAIN), pod("10.20.12.60", 2)],
         ..Intent::default()
     }
 }

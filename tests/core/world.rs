@@ -9,7 +9,7 @@ use enibox::model::spool::Record;
 use enibox::model::time::{Mono, Now, Wall};
 use enibox::model::wire::{AddNetworkRequest, DelNetworkRequest, IpAllocation, UNKNOWN_POD};
 use enibox::plan::core::{Answer, Applied, CallId, Config, Core, Effect, Event, Seen, Tunables};
-use enibox::plan::host::Intent;
+use enibox::plan::host::{HostPod, Intent};
 use enibox::plan::sizing::Targets;
 use enibox::sim::api::Api;
 use enibox::sim::vpc::Vpc;
@@ -311,7 +311,7 @@ impl World {
 
     /// Every pod's table must be that of the ENI that EC2 has its address on, and no living pod may lose its rules.
     fn check_intent(&self, intent: &Intent) {
-        for (address, table) in &intent.pods {
+        for HostPod { address, table, .. } in &intent.pods {
             if let Some((card, device)) = self.place_of(*address) {
                 assert_eq!(*table, naming::table_of(card, device).unwrap(), "table of {address}");
             }

@@ -151,10 +151,10 @@ impl Judge {
     // from under a pod, EC2 may put on another ENI of the node at any time: the node can only follow, which `at_rest` checks.
     fn applied(&mut self, fleet: &Fleet, node: &Node, intent: &Intent) {
         let lately = |address: &IpAddr| self.foreign.get(address).is_some_and(|at| fleet.nanos() - at < FOREIGN);
-        for (address, table) in intent.pods.iter().filter(|(address, _)| !lately(address)) {
-            tabled(fleet, node, *address, *table);
+        for pod in intent.pods.iter().filter(|pod| !lately(&pod.address)) {
+            tabled(fleet, node, pod.address, pod.table);
         }
-        self.tables.insert(node.index, intent.pods.iter().copied().collect());
+        self.tables.insert(node.index, intent.pods.iter().map(|pod| (pod.address, pod.table)).collect());
         for address in &intent.gone {
             let user = node.kubelet.live().find(|(_, held)| held == address).map(|(sandbox, _)| &sandbox.key);
             assert!(user.is_none(), "the rules of {address} are swept, which {user:?} uses");

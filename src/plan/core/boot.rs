@@ -11,8 +11,8 @@ use crate::model::naming;
 use crate::model::order::{self, Gather as _};
 use crate::model::spool::Record;
 use crate::model::time::{Mono, Wall};
-use crate::plan::host::HostEni;
-use crate::plan::pool::{Eni, Kind, Owner, Refused};
+use crate::plan::host::{HostEni, HostPod};
+use crate::plan::pool::{Eni, Held, Kind, Owner, Refused};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -262,12 +262,24 @@ impl Core {
         // What a plugin may still be working on is its own.
         let settled = |owner: &Owner| self.now.wall.since(owner.since) > PLUGIN_MAX;
         let pods = self.pool.allocations().filter(|held| settled(held.owner));
-        intent.pods = pods.filter_map(|held| held.table.map(|table| (held.address, table))).collect();
+        intent.pods = pods.filter_map(|held| self.host_pod(held)).collect();
         let swept = self.sweepable();
         let gone: BTreeSet<IpAddr> = self.gone.iter().copied().chain(swept.keys().copied()).gather();
         intent.gone = gone.iter().copied().collect();
         let op = self.begin(Op::Host { enis: included, gone, swept });
         self.out.push(Effect::Kernel(op, Box::new(intent)));
+    }
+
+    fn host_pod(&self, held: Held<'_>) -> Option<HostPod> {
+        let pod = &held.owner.pod;
+        let named = !pod.namespace.is_empty() && !pod.name.is_empty();
+        let position = self.pool.cards_of(&held.owner.key).range(..held.card).count();
+        Some(HostPod {
+            address: held.address,
+            table: held.table?,
+            name: if named { pod.to_string() } else { String::new() },
+            veth: if named { naming::suffix(&pod.namespace, &pod.name, position) } else { String::new() },
+        })
     }
 
     // A rule that was put back while its pod was being deleted would lead the next owner of the address astray. Only

@@ -1,0 +1,124 @@
+//! Secondary ENIs: their links, addresses, tables and rules (`spec/dataplane.md` 8).
+
+use super::planner::Planner;
+use super::{Action, HostEni, What, link_of, missing, single};
+use crate::model::naming::{self, priority};
+use crate::model::net::{Address, Link, Route, Rule, Scope, TABLE_LOCAL, TABLE_MAIN};
+use ipnet::IpNet;
+use std::net::IpAddr;
+
+impl Planner<'_> {
+    pub(super) fn eni(&mut self, eni: &HostEni) {
+        let seen = self.seen;
+        if eni.table == TABLE_MAIN || eni.table == TABLE_LOCAL || eni.table == 0 {
+            self.failed.insert(eni.id.clone(), format!("route table {} is not one of an ENI's own", eni.table));
+            return;
+        }
+        let Some(link) = link_of(&seen.links, eni.mac) else {
+            self.failed.insert(eni.id.clone(), missing(eni.mac, seen).to_string());
+            return;
+        };
+        let id = Some(&eni.id);
+        if link.mtu != self.intent.eni_mtu {
+            let text = format!("set mtu {} on {}", self.intent.eni_mtu, link.name);
+            self.add(What::EniMtu, id, Action::SetMtu(link.index, self.intent.eni_mtu), text);
+        }
+        if !link.up {
+            self.add(What::EniLink, id, Action::SetUp(link.index), format!("set {} up", link.name));
+        }
+        self.eni_addresses(eni, link);
+        self.eni_routes(eni, link);
+        if !eni.trunk {
+            self.want_rule(What::EniRule, id, Rule::from(IpNet::from(eni.own.addr()), priority::FROM_ENI, eni.table));
+        }
+    }
+
+    fn eni_addresses(&mut self, eni: &HostEni, link: &Link) {
+        let seen = self.seen;
+        let here = seen.addresses.iter().filter(|address| address.dev == link.index);
+        let here = here.filter(|address| address.addr.addr().is_ipv4() == eni.own.addr().is_ipv4()).collect::<Vec<_>>();
+        if !here.iter().any(|address| address.addr == eni.own) {
+            // Without a connected route in main: where both ENIs share a subnet it would win over the primary's own.
+            let address = Address { dev: link.index, addr: eni.own, no_prefix_route: true, no_dad: false };
+            let text = format!("add address {} to {}", eni.own, link.name);
+            self.add(What::EniAddress, Some(&eni.id), Action::AddAddress(address), text);
+        }
+        for address in here.into_iter().filter(|address| address.addr != eni.own && global(address.addr.addr())) {
+            let text = format!("delete address {} from {}", address.addr, link.name);
+            self.delete(What::EniAddress, Some(&eni.id), Action::DeleteAddress(*address), text);
+        }
+    }
+
+    fn eni_routes(&mut self, eni: &HostEni, link: &Link) {
+        let seen = self.seen;
+        let v6 = eni.own.addr().is_ipv6();
+        let gateway = Route {
+            table: eni.table,
+            dst: IpNet::from(eni.gateway),
+            gateway: None,
+            dev: link.index,
+            scope: if v6 { Scope::Universe } else { Scope::Link },
+            prefsrc: None,
+            metric: if v6 { IPV6_METRIC } else { 0 },
+        };
+        let default = Route {
+            dst: if v6 { IpNet::V6(ipnet::Ipv6Net::default()) } else { IpNet::V4(ipnet::Ipv4Net::default()) },
+            gateway: Some(eni.gateway),
+            scope: Scope::Universe,
+            ..gateway
+        };
+        for route in [gateway, default] {
+            if !seen.routes.contains(&route) {
+                let text = format!("replace route {}", route_text(&route, link));
+                self.add(What::EniRoute, Some(&eni.id), Action::ReplaceRoute(route), text);
+            }
+        }
+        let subnet = eni.own.trunc();
+        let connected = |route: &&Route| {
+            route.table == TABLE_MAIN
+                && route.dev == link.index
+                && route.dst == subnet
+                && route.gateway.is_none()
+                && route.prefsrc.is_none_or(|source| source == eni.own.addr())
+        };
+        for route in seen.routes.iter().filter(connected) {
+            let text = format!("delete route {}", route_text(route, link));
+            self.delete(What::EniRoute, Some(&eni.id), Action::DeleteRoute(*route), text);
+        }
+    }
+
+    /// A rule for the own address of an ENI that is no longer here would send a pod that gets the address to a wrong table
+    /// (`spec/dataplane.md` 8.4). One whose address sits on a link belongs to an ENI that somebody else runs.
+    pub(super) fn stale_eni_rules(&mut self) {
+        let intent = self.intent;
+        let seen = self.seen;
+        let family = self.family();
+        self.drop_rules(What::EniRule, |rule| {
+            let Some(source) = rule.src.and_then(single) else { return false };
+            let ours = *rule == Rule::from(IpNet::from(source), priority::FROM_ENI, rule.table);
+            let attached = intent.enis.iter().find(|eni| eni.own.addr() == source);
+            rule.family == family
+                && ours
+                && naming::in_eni_ranges(rule.table)
+                && match attached {
+                    Some(eni) => !eni.trunk && eni.table != rule.table,
+                    None => !seen.addresses.iter().any(|address| address.addr.addr() == source),
+                }
+        });
+    }
+}
+
+/// The kernel's metric for IPv6 routes that name none (IP6_RT_PRIO_USER).
+const IPV6_METRIC: u32 = 1024;
+
+fn route_text(route: &Route, link: &Link) -> String {
+    route.to_string().replace(&format!("dev if{}", link.index), &format!("dev {}", link.name))
+}
+
+fn global(address: IpAddr) -> bool {
+    let link_local = match address {
+        IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    !(link_local || address.is_loopback() || address.is_multicast() || address.is_unspecified())
+}

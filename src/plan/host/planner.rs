@@ -1,0 +1,92 @@
+//! What the entries of a host plan have in common, and those that concern the node as a whole: the rules for marked
+//! packets, for local addresses and for external services.
+
+use super::{Action, Intent, Observation, Step, What};
+use crate::model::ids::EniId;
+use crate::model::naming::priority;
+use crate::model::net::{Family, Rule, TABLE_LOCAL, TABLE_MAIN};
+use crate::model::order::Gather as _;
+use std::collections::{BTreeMap, BTreeSet};
+
+pub(super) struct Planner<'a> {
+    pub(super) intent: &'a Intent,
+    pub(super) seen: &'a Observation,
+    pub(super) rules: BTreeSet<&'a Rule>,
+    pub(super) planned: BTreeSet<Rule>,
+    pub(super) add: Vec<Step>,
+    pub(super) delete: Vec<Step>,
+    pub(super) failed: BTreeMap<EniId, String>,
+}
+
+impl Planner<'_> {
+    pub(super) fn family(&self) -> Family {
+        if self.intent.v6 { Family::V6 } else { Family::V4 }
+    }
+
+    pub(super) fn add(&mut self, what: What, eni: Option<&EniId>, action: Action, text: String) {
+        self.add.push(Step { what, eni: eni.cloned(), action, text });
+    }
+
+    pub(super) fn delete(&mut self, what: What, eni: Option<&EniId>, action: Action, text: String) {
+        self.delete.push(Step { what, eni: eni.cloned(), action, text });
+    }
+
+    pub(super) fn want_rule(&mut self, what: What, eni: Option<&EniId>, rule: Rule) {
+        if !self.rules.contains(&rule) && self.planned.insert(rule.clone()) {
+            let text = format!("add rule {rule}");
+            self.add(what, eni, Action::AddRule(rule), text);
+        }
+    }
+
+    /// Deletes every rule seen, and not foreign, that `wrong` selects.
+    pub(super) fn drop_rules(&mut self, what: What, wrong: impl Fn(&Rule) -> bool) {
+        let seen = self.seen;
+        for rule in seen.rules.iter().filter(|rule| !rule.foreign && wrong(rule)) {
+            self.delete(what, None, Action::DeleteRule(rule.clone()), format!("delete rule {rule}"));
+        }
+    }
+
+    /// Rule 1024: marked packets leave through the primary ENI. One of another mark is a leftover of a changed setting.
+    pub(super) fn mark_rule(&mut self) {
+        let bits = (self.intent.mark, self.intent.mark);
+        let wanted = (self.intent.node_port || !self.intent.external_snat)
+            .then(|| Rule { fwmark: Some(bits), ..Rule::any(self.family(), priority::MARK, TABLE_MAIN) });
+        if let Some(rule) = &wanted {
+            self.want_rule(What::MarkRule, None, rule.clone());
+        }
+        let family = self.family();
+        self.drop_rules(What::MarkRule, |rule| {
+            let ours = rule.fwmark.filter(|(mark, mask)| mark == mask).is_some_and(|fwmark| {
+                *rule == Rule { fwmark: Some(fwmark), ..Rule::any(family, priority::MARK, TABLE_MAIN) }
+            });
+            ours && Some(rule) != wanted.as_ref()
+        });
+    }
+
+    /// A node that once ran pod ENIs in strict mode has its local rule at 20; without any branch rule it goes back to 0.
+    pub(super) fn local_rule(&mut self) {
+        let family = self.family();
+        let moved = Rule::any(family, priority::LOCAL_MOVED, TABLE_LOCAL);
+        let branch = |rule: &Rule| rule.family == family && rule.priority == priority::BRANCH;
+        if self.seen.rules.contains(&moved) && !self.seen.rules.iter().any(branch) {
+            self.want_rule(What::LocalRule, None, Rule::any(family, priority::LOCAL, TABLE_LOCAL));
+            self.drop_rules(What::LocalRule, |rule| *rule == moved);
+        }
+    }
+
+    pub(super) fn external_services(&mut self) {
+        let wanted = self.intent.external_service_cidrs.iter().filter(|net| net.addr().is_ipv4());
+        let wanted =
+            wanted.map(|net| Rule::to(net.trunc(), priority::EXTERNAL_SERVICE, TABLE_MAIN)).gather::<BTreeSet<_>>();
+        for rule in &wanted {
+            self.want_rule(What::ServiceRule, None, rule.clone());
+        }
+        self.drop_rules(What::ServiceRule, |rule| {
+            let ours = rule
+                .dst
+                .filter(|dst| dst.addr().is_ipv4())
+                .is_some_and(|dst| *rule == Rule::to(dst, priority::EXTERNAL_SERVICE, TABLE_MAIN));
+            ours && !wanted.contains(rule)
+        });
+    }
+}
