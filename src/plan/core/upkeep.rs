@@ -321,6 +321,10 @@ impl Core {
             let text = format!("IMDS and pool differ ({difference}); asking EC2");
             self.log(Level::Info, text);
             self.describe();
+        } else if self.devices.keys().any(|id| !self.attached.contains_key(id) && !self.freeing.contains_key(id)) {
+            // EC2 listed an ENI that IMDS does not show. If somebody has detached it, it takes no slot any more, which no
+            // difference would ever tell.
+            self.describe();
         }
     }
 
