@@ -2,16 +2,13 @@
 
 use crate::clock;
 use crate::error::{Context, Error, Result};
-use crate::model::naming;
 use crate::model::net::{Family, TABLE_MAIN};
-use crate::model::order::Gather as _;
 use crate::model::spool::{self, Record};
 use crate::netlink::{link, route, rule, socket::Socket};
 use crate::plan::core::{Event, Seen};
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
-use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -153,14 +150,9 @@ pub(super) fn look_at_host() -> Result<Seen> {
 
 fn look_at_family(family: Family) -> Result<Seen> {
     let mut socket = Socket::route()?;
-    let links = link::list(&mut socket)?.into_iter().map(|link| link.name).gather();
+    let links = link::list(&mut socket)?;
     let rules = rule::list(&mut socket, family)?;
-    let to_pod = rules.into_iter().filter(|rule| rule.priority == naming::priority::TO_POD && !rule.foreign);
-    let host = |net: ipnet::IpNet| (net.prefix_len() == net.max_prefix_len()).then(|| net.addr());
-    let routed: std::collections::BTreeSet<IpAddr> = to_pod.filter_map(|rule| rule.dst.and_then(host)).gather();
-    let routes = route::list(&mut socket, family, Some(TABLE_MAIN))?;
-    let linked = routes.into_iter().filter_map(|route| host(route.dst)).gather();
-    Ok(Seen { links, routed, linked })
+    Ok(Seen::of(&links, &route::list(&mut socket, family, Some(TABLE_MAIN))?, &rules))
 }
 
 #[cfg(test)]

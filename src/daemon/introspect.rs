@@ -12,6 +12,7 @@ use crate::model::imds::Identity;
 use crate::model::settings::{Mode, Settings};
 use crate::model::time::{Mono, Now};
 use crate::plan::core::Status;
+use crate::plan::host::Intent;
 use crate::plan::pool::{Cidr, Eni, Pool, Slot};
 use crate::plan::sizing::PREFIX_ADDRESSES;
 use crate::rpc::http1::{Limits, Listener, Method, Request, Response, Server, Verdict};
@@ -29,13 +30,14 @@ const TRANSFER_MAX: Duration = Duration::from_secs(5);
 /// Pauses between attempts to bind a port that is taken.
 const BIND_AGAIN: Duration = Duration::from_secs(10);
 /// What is served besides `/`.
-const PATHS: [&str; 6] = [
+const PATHS: [&str; 7] = [
     "/v1/enis",
     "/v1/eni-configs",
     "/v1/networkutils-env-settings",
     "/v1/ipamd-env-settings",
     "/v1/enibox/status",
     "/v1/enibox/config",
+    "/v1/enibox/intent",
 ];
 
 /// A copy of what the core knows.
@@ -48,6 +50,8 @@ pub(super) struct View {
     pub(super) mode: Mode,
     pub(super) eni_limit: usize,
     pub(super) slots: usize,
+    /// What the host's network should be, once that is known.
+    pub(super) intent: Option<Intent>,
 }
 
 impl Default for View {
@@ -59,6 +63,7 @@ impl Default for View {
             mode: Mode::Ipv4Addresses,
             eni_limit: 0,
             slots: 0,
+            intent: None,
         }
     }
 }
@@ -335,6 +340,7 @@ fn answer(request: &Request, shown: &Shown, metrics: &Metrics) -> Response {
         "/v1/ipamd-env-settings" => daemon_settings(settings),
         "/v1/enibox/status" => status::document(shown, metrics, clock::now()),
         "/v1/enibox/config" => shown.known.layered.document(&shown.known.pending, &shown.known.wrong),
+        "/v1/enibox/intent" => json!(shown.view.intent),
         path if path.starts_with("/v1/") => return Response::text(404, "Not Found\n"),
         _ => json!({"AvailableCommands": PATHS}),
     };

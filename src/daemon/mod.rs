@@ -255,6 +255,7 @@ impl Hands {
             mode: self.mode,
             eni_limit,
             slots,
+            intent: core.intent(),
         });
     }
 }

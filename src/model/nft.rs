@@ -3,6 +3,7 @@
 
 use super::net::Family;
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::IpAddr;
 
@@ -71,7 +72,7 @@ pub struct Rule {
 }
 
 /// How a SNAT picks the source port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SnatPorts {
     /// Keep it if possible.
     Keep,

@@ -18,11 +18,13 @@ use crate::model::net::{Address, Link, Mac, Route, Rule};
 use crate::model::nft::{SnatPorts, Table};
 use crate::model::order::Gather as _;
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 
-/// What the host's network should be.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What the host's network should be. The daemon tells it to `enibox doctor` as JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Intent {
     /// IPv6 mode.
     pub v6: bool,
@@ -83,7 +85,7 @@ impl Default for Intent {
 }
 
 /// Egress of the family that is not the cluster's.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Egress {
     /// No egress addresses.
     #[default]
@@ -95,7 +97,7 @@ pub enum Egress {
 }
 
 /// A managed secondary ENI.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostEni {
     /// Its id, for reports.
     pub id: EniId,
@@ -116,7 +118,7 @@ pub struct HostEni {
 }
 
 /// An address of a pod whose ADD is over.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostPod {
     /// The address.
     pub address: IpAddr,

@@ -11,7 +11,7 @@ use crate::model::naming;
 use crate::model::order::{self, Gather as _};
 use crate::model::spool::Record;
 use crate::model::time::{Mono, Wall};
-use crate::plan::host::{HostEni, HostPod};
+use crate::plan::host::{HostEni, HostPod, Intent};
 use crate::plan::pool::{Eni, Held, Kind, Owner, Refused};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
@@ -231,18 +231,27 @@ impl Core {
     /// Has the kernel made what the state wants, one round at a time.
     pub(super) fn reconfigure_host(&mut self) {
         let busy = self.ops.values().any(|op| matches!(op, Op::Host { .. }));
-        let Some(vpc_cidrs) = self.vpc_cidrs.clone() else { return };
-        let primary = self.wanted.contains_key(&self.config.identity.primary_eni);
         let paused = self.attempts.contains_key(&Timer::Host) && self.timers.contains_key(&Timer::Host);
-        if busy || paused || !primary || !self.host_dirty {
+        if busy || paused || !self.host_dirty {
             return;
         }
+        let Some(mut intent) = self.intent() else { return };
         self.host_dirty = false;
+        let included = self.wanted.keys().cloned().gather();
+        let swept = self.sweepable();
+        let gone: BTreeSet<IpAddr> = self.gone.iter().copied().chain(swept.keys().copied()).gather();
+        intent.gone = gone.iter().copied().collect();
+        let op = self.begin(Op::Host { enis: included, gone, swept });
+        self.out.push(Effect::Kernel(op, Box::new(intent)));
+    }
+
+    /// What the host's network should be now, without the leftovers of former pods. None as long as IMDS has not told the
+    /// VPC's CIDRs and the primary ENI.
+    pub fn intent(&self) -> Option<Intent> {
+        self.wanted.get(&self.config.identity.primary_eni)?;
         let mut intent = self.config.tunables.host.clone();
-        intent.vpc_cidrs = vpc_cidrs;
-        let mut included = BTreeSet::new();
+        intent.vpc_cidrs = self.vpc_cidrs.clone()?;
         for eni in self.wanted.values() {
-            included.insert(eni.id.clone());
             if eni.id == self.config.identity.primary_eni {
                 continue;
             }
@@ -263,11 +272,7 @@ impl Core {
         let settled = |owner: &Owner| self.now.wall.since(owner.since) > PLUGIN_MAX;
         let pods = self.pool.allocations().filter(|held| settled(held.owner));
         intent.pods = pods.filter_map(|held| self.host_pod(held)).collect();
-        let swept = self.sweepable();
-        let gone: BTreeSet<IpAddr> = self.gone.iter().copied().chain(swept.keys().copied()).gather();
-        intent.gone = gone.iter().copied().collect();
-        let op = self.begin(Op::Host { enis: included, gone, swept });
-        self.out.push(Effect::Kernel(op, Box::new(intent)));
+        Some(intent)
     }
 
     fn host_pod(&self, held: Held<'_>) -> Option<HostPod> {

@@ -5,10 +5,14 @@ use crate::model::ec2::{Call, Failure, Reply};
 use crate::model::ids::EniId;
 use crate::model::imds::{self, Query};
 use crate::model::kube;
+use crate::model::naming::priority;
+use crate::model::net::{Link, Route, Rule, TABLE_MAIN};
+use crate::model::order::Gather as _;
 use crate::model::spool::Record;
 use crate::model::time::Mono;
 use crate::model::wire::{AddNetworkReply, AddNetworkRequest, DelNetworkReply, DelNetworkRequest};
 use crate::plan::host::Intent;
+use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
@@ -26,6 +30,20 @@ pub struct Seen {
     pub routed: BTreeSet<IpAddr>,
     /// Addresses with a route of their own. The kernel removes it with the pod's veth, while the rules stay.
     pub linked: BTreeSet<IpAddr>,
+}
+
+impl Seen {
+    /// What links, routes and rules tell; routes of other tables than main are passed over.
+    pub fn of(links: &[Link], routes: &[Route], rules: &[Rule]) -> Seen {
+        let host = |net: IpNet| (net.prefix_len() == net.max_prefix_len()).then(|| net.addr());
+        let to_pod = rules.iter().filter(|rule| rule.priority == priority::TO_POD && !rule.foreign);
+        let main = routes.iter().filter(|route| route.table == TABLE_MAIN);
+        Seen {
+            links: links.iter().map(|link| link.name.clone()).collect(),
+            routed: to_pod.filter_map(|rule| rule.dst.and_then(host)).gather(),
+            linked: main.filter_map(|route| host(route.dst)).gather(),
+        }
+    }
 }
 
 /// Something happened.
