@@ -6,7 +6,7 @@ use enibox::apply::Host;
 use enibox::error::Result;
 use enibox::model::net::{Link, Mac, Neighbour, Route, Rule, Scope, TABLE_MAIN};
 use enibox::netlink::{Request, addr, link, neigh, route, rule, sysctl};
-use enibox::plan::pod::{Pod, Removal, RemovedAddress};
+use enibox::plan::pod::{Pod, PodInterface, Removal, RemovedAddress};
 use std::net::IpAddr;
 use std::time::Duration;
 use support::Netns;
@@ -59,6 +59,7 @@ fn removal_of(pod: &Pod) -> Removal {
             .map(|interface| RemovedAddress { address: interface.address, table: interface.table })
             .collect(),
         veths: pod.interfaces.iter().map(|one| (one.host_veth.clone(), one.ifname.clone())).collect(),
+        branch: pod.interfaces.iter().find_map(PodInterface::removed_branch),
     }
 }
 

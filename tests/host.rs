@@ -401,7 +401,7 @@ fn connections_of_a_pod_end_with_it() {
     udp(&one, &world.router, ip(OUTSIDE)).unwrap();
     udp(&two, &world.router, ip(OUTSIDE)).unwrap();
     let addresses = vec![RemovedAddress { address: ip("10.20.12.60"), table: 2 }];
-    let removal = Removal { addresses, veths: Vec::new() };
+    let removal = Removal { addresses, ..Removal::default() };
     world.node.run(|| Host::open()?.del_pod(&removal, None)).unwrap();
     let mut socket = world.node.run(Socket::netfilter).unwrap();
     assert_eq!(conntrack::delete_all(&mut socket, ip("10.20.12.60")).unwrap(), 0, "DEL has done it");

@@ -1,7 +1,9 @@
 //! A pod's network on the kernel: ADD, DEL, CHECK (`spec/plugin.md` 9, 10, 13, 14).
 //!
 //! ADD sends three batches: the veth, the host's side, the pod's side. It dumps nothing and, as long as nothing is in its
-//! way, looks nothing up but the link it has made.
+//! way, looks nothing up but the link it has made. A branch ENI (`branch`) takes two more, for its VLAN device.
+
+mod branch;
 
 use super::Host;
 use crate::clock;
@@ -23,7 +25,7 @@ const DAD_POLL: Duration = Duration::from_millis(2);
 /// What an ADD has made so far.
 #[derive(Default)]
 struct Made {
-    veths: Vec<u32>,
+    links: Vec<u32>,
     rules: Vec<Rule>,
 }
 
@@ -53,12 +55,15 @@ impl Host {
         made: &mut Made,
     ) -> Result<()> {
         let outer = self.make_veth(interface, netns, inside)?;
-        made.veths.push(outer.index);
+        made.links.push(outer.index);
         let pod_index =
             outer.parent.ok_or_else(|| Error::new(format!("{:?} shows no other end", interface.host_veth)))?;
         self.host_sysctls(&interface.host_veth, interface.address.is_ipv6())?;
         if interface.address.is_ipv6() {
             netns.run(|| pod_sysctls(&interface.ifname))??;
+        }
+        if let Some(branch) = &interface.branch {
+            self.add_branch(branch, &interface.host_veth, made)?;
         }
         self.host_side(interface, &outer, made)?;
         inside
@@ -67,13 +72,13 @@ impl Host {
         if interface.address.is_ipv6() { settled(inside, pod_index, &interface.ifname) } else { Ok(()) }
     }
 
-    /// `/proc/sys/net` is that of the thread that looks.
     fn host_sysctls(&self, name: &str, v6: bool) -> Result<()> {
-        if std::thread::current().id() == self.thread {
-            host_sysctls(name, v6)
-        } else {
-            self.namespace.run(|| host_sysctls(name, v6))?
-        }
+        self.on_the_host(|| host_sysctls(name, v6))
+    }
+
+    /// `/proc/sys/net` is that of the thread that looks.
+    fn on_the_host(&self, work: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+        if std::thread::current().id() == self.thread { work() } else { self.namespace.run(work)? }
     }
 
     /// Makes both ends in one message and reads the host's back.
@@ -132,7 +137,7 @@ impl Host {
     /// of two wins.
     fn host_side(&mut self, interface: &PodInterface, outer: &Link, made: &mut Made) -> Result<()> {
         let stale = rule::delete(&Rule::from(interface.host_net(), priority::FROM_POD, 0));
-        let wanted = [Some(interface.to_rule()), interface.from_rule()].into_iter().flatten().collect::<Vec<_>>();
+        let wanted = interface.host_rules();
         let mut requests =
             vec![link::set_up(outer.index), route::replace(&interface.host_route(outer.index)), stale.clone()];
         requests.extend(wanted.iter().map(rule::add));
@@ -166,8 +171,8 @@ impl Host {
 
     fn undo(&mut self, made: &Made) -> Result<()> {
         let mut requests = made.rules.iter().rev().map(|rule| rule::delete(rule).or_not_found()).collect::<Vec<_>>();
-        // The pod's side and the host's route go with the veth.
-        requests.extend(made.veths.iter().rev().map(|index| link::delete(*index).or_not_found()));
+        // The pod's side and the host's routes go with the links.
+        requests.extend(made.links.iter().rev().map(|index| link::delete(*index).or_not_found()));
         let mut errors = List::new();
         for (request, outcome) in requests.iter().zip(self.route.batch(&requests)?) {
             if !outcome.as_ref().is_err_and(KernelError::not_found) {
@@ -185,6 +190,9 @@ impl Host {
             errors.note(self.remove_address(removed));
             errors.note(self.forget_connections(removed.address));
             errors.note(neigh::delete_everywhere(&mut self.route, removed.address));
+        }
+        if let Some(branch) = &removal.branch {
+            errors.note(self.remove_branch(branch));
         }
         if let Some(netns) = netns {
             errors.note(self.remove_veths(&removal.veths, netns));

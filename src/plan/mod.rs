@@ -1,6 +1,7 @@
 //! Decisions: (state, observation, now) -> new state and effects. Deterministic; no I/O, no clock, ordered maps only.
 
 pub mod backoff;
+pub mod branch;
 pub mod configure;
 pub mod core;
 pub mod host;

@@ -1,11 +1,15 @@
 //! A pod's network as a value (`spec/plugin.md` 6, 7, 9, 10, 12, 13): what ADD makes, what CHECK expects, what DEL removes,
 //! also when only a cached CNI result is left to know it from. Pure; `apply` carries it out.
+//!
+//! A pod has addresses of the node's ENIs, or one branch ENI of its own. The latter is wired in one of two ways: in strict
+//! mode all its traffic passes the ENI, in standard mode the traffic of its own node does not.
 
 use crate::error::{Context, Error, Result};
-use crate::model::cni::{IpConfig, Output};
+use crate::model::cni::{EnforcingMode, IpConfig, Output};
 use crate::model::naming::{self, normal_table, priority};
 use crate::model::net::{Address, Link, Mac, Neighbour, Route, Rule, Scope, TABLE_MAIN};
 use crate::model::wire::{AddNetworkReply, DelNetworkReply, IpAllocation};
+use crate::plan::branch::{Branch, is_vlan};
 use ipnet::IpNet;
 use std::net::IpAddr;
 
@@ -24,6 +28,8 @@ pub struct Request {
     pub veth_prefix: String,
     /// MTU of both ends, in bytes.
     pub mtu: u32,
+    /// How a pod with a branch ENI is wired.
+    pub enforcing_mode: EnforcingMode,
 }
 
 /// A pod's network.
@@ -56,6 +62,19 @@ pub struct PodInterface {
     pub mtu: u32,
     /// MAC of the host's end. Only ADD uses it.
     pub host_mac: Mac,
+    /// The branch ENI that the address belongs to.
+    pub branch: Option<PodBranch>,
+}
+
+/// The branch ENI of a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PodBranch {
+    /// The ENI.
+    pub eni: Branch,
+    /// Index of the trunk ENI's link. Only ADD uses it.
+    pub parent: u32,
+    /// All traffic of the pod passes the ENI, also that of its own node.
+    pub strict: bool,
 }
 
 impl Pod {
@@ -65,16 +84,17 @@ impl Pod {
         request: &Request,
         mut random: impl FnMut() -> Result<[u8; 6]>,
     ) -> Result<Pod> {
-        if reply.pod_vlan_id != 0 {
-            return Err(Error::new(format!("pods on a branch ENI (VLAN {}) are not supported", reply.pod_vlan_id)));
-        }
+        let branch = branch_of(reply, request)?;
         if reply.allocations.is_empty() {
             return Err(Error::new("the daemon's reply has no address"));
         }
-        let interfaces = reply.allocations.iter().enumerate().map(|(number, allocation)| {
+        // A branch ENI has one address.
+        let count = if branch.is_some() { 1 } else { reply.allocations.len() };
+        let interfaces = reply.allocations.iter().take(count).enumerate().map(|(number, allocation)| {
             let address = address_of(allocation)?
                 .ok_or_else(|| Error::new(format!("the daemon's reply has no address for interface {number}")))?;
-            interface(request, number, address, normal_table(allocation.route_table_id), host_mac(random()?))
+            let table = normal_table(allocation.route_table_id);
+            Ok(PodInterface { host_mac: host_mac(random()?), ..interface(request, number, address, table, branch)? })
         });
         Ok(Pod {
             namespace: request.namespace.clone(),
@@ -86,16 +106,17 @@ impl Pod {
 
     /// The network that a cached result tells of, for CHECK.
     pub fn from_previous(previous: &Output, request: &Request) -> Result<Pod> {
-        let known = interfaces_of(previous, request)?;
-        if known.is_empty() {
+        let Known { vlan, interfaces } = interfaces_of(previous, request)?;
+        if interfaces.is_empty() {
             return Err(Error::new(format!(
                 "the previous result has no interface {:?} with an address",
                 request.ifname
             )));
         }
-        let interfaces = known
+        let branch = if vlan == 0 { None } else { Some(earlier_branch(previous, request, vlan)?) };
+        let interfaces = interfaces
             .into_iter()
-            .map(|(number, address, table)| interface(request, number, address, normal_table(table), Mac::default()));
+            .map(|(number, address, table)| interface(request, number, address, normal_table(table), branch));
         Ok(Pod {
             namespace: request.namespace.clone(),
             name: request.name.clone(),
@@ -105,16 +126,53 @@ impl Pod {
     }
 }
 
-fn interface(request: &Request, number: usize, address: IpAddr, table: u32, host_mac: Mac) -> Result<PodInterface> {
+fn interface(
+    request: &Request,
+    number: usize,
+    address: IpAddr,
+    table: u32,
+    branch: Option<PodBranch>,
+) -> Result<PodInterface> {
+    if let Some(branch) = branch.filter(|branch| branch.eni.gateway.is_ipv4() != address.is_ipv4()) {
+        return Err(Error::new(format!("gateway {} of branch ENI with address {address}", branch.eni.gateway)));
+    }
+    let strict = branch.is_some_and(|branch| branch.strict);
+    let prefix = if strict { naming::VLAN_PREFIX } else { &request.veth_prefix };
     Ok(PodInterface {
-        host_veth: naming::host_veth(&request.veth_prefix, &request.namespace, &request.name, number)?,
+        host_veth: naming::host_veth(prefix, &request.namespace, &request.name, number)?,
         ifname: naming::container_veth(&request.ifname, number),
         address,
         gateway: naming::gateway(address.is_ipv6(), number)?,
-        table,
+        table: branch.map_or(table, |branch| branch.eni.table),
         mtu: request.mtu,
-        host_mac,
+        host_mac: Mac::default(),
+        branch,
     })
+}
+
+fn branch_of(reply: &AddNetworkReply, request: &Request) -> Result<Option<PodBranch>> {
+    if reply.pod_vlan_id == 0 {
+        return Ok(None);
+    }
+    let vlan = u16::try_from(reply.pod_vlan_id).with_context(|| format!("VLAN {}", reply.pod_vlan_id))?;
+    let mac = reply.pod_eni_mac.parse().context("MAC of the branch ENI")?;
+    let gateway = reply.pod_eni_subnet_gw.parse();
+    let gateway = gateway.with_context(|| format!("gateway {:?} of the branch ENI", reply.pod_eni_subnet_gw))?;
+    let parent = u32::try_from(reply.parent_if_index).ok().filter(|index| *index != 0);
+    let parent = parent
+        .ok_or_else(|| Error::new(format!("trunk link {} of branch ENI with VLAN {vlan}", reply.parent_if_index)))?;
+    let strict = request.enforcing_mode == EnforcingMode::Strict;
+    Ok(Some(PodBranch { eni: Branch::new(vlan, mac, gateway)?, parent, strict }))
+}
+
+// As far as a cached result tells: neither MAC nor trunk. The mode may have been another one when the pod was made; the
+// name of its veth tells.
+fn earlier_branch(previous: &Output, request: &Request, vlan: u16) -> Result<PodBranch> {
+    let gateway = previous.ips.first().and_then(|ip| ip.gateway);
+    let gateway = gateway.ok_or_else(|| Error::new("the previous result has no gateway of the branch ENI"))?;
+    let strict = naming::host_veth(naming::VLAN_PREFIX, &request.namespace, &request.name, 0)?;
+    let strict = previous.interfaces.iter().any(|interface| interface.name == strict);
+    Ok(PodBranch { eni: Branch::new(vlan, Mac::default(), gateway)?, parent: 0, strict })
 }
 
 /// A unicast, locally administered MAC of random bytes. 46 bits need no look at the other links' MACs.
@@ -137,9 +195,22 @@ impl PodInterface {
         IpNet::from(self.address)
     }
 
-    /// Host: the way to the pod, in main.
+    /// The branch ENI of a pod in strict mode.
+    pub fn strict(&self) -> Option<Branch> {
+        self.branch.filter(|branch| branch.strict).map(|branch| branch.eni)
+    }
+
+    /// Host: the way to the pod, in main or, in strict mode, in the table of its ENI.
     pub fn host_route(&self, host_dev: u32) -> Route {
-        link_route(TABLE_MAIN, self.address, host_dev)
+        link_route(self.strict().map_or(TABLE_MAIN, |eni| eni.table), self.address, host_dev)
+    }
+
+    /// Host: the rules of the pod.
+    pub fn host_rules(&self) -> Vec<Rule> {
+        match self.strict() {
+            Some(eni) => eni.rules(&self.host_veth).into(),
+            None => [Some(self.to_rule()), self.from_rule()].into_iter().flatten().collect(),
+        }
     }
 
     /// Host: traffic to the pod looks in main before any mark or ENI table has a say.
@@ -150,6 +221,12 @@ impl PodInterface {
     /// Host: traffic of the pod leaves by its own ENI; none for the primary ENI, which main serves.
     pub fn from_rule(&self) -> Option<Rule> {
         (self.table != TABLE_MAIN).then(|| Rule::from(self.host_net(), priority::FROM_POD, self.table))
+    }
+
+    /// What DEL takes away of its branch ENI.
+    pub fn removed_branch(&self) -> Option<RemovedBranch> {
+        let eni = self.branch?.eni;
+        Some(RemovedBranch { device: eni.device(), table: eni.table, address: self.address })
     }
 
     /// Pod: the table that interface `number` uses there.
@@ -191,21 +268,26 @@ pub fn link_route(table: u32, to: IpAddr, dev: u32) -> Route {
     Route { table, dst: IpNet::from(to), gateway: None, dev, scope: Scope::Link, prefsrc: None, metric: 0 }
 }
 
-/// Number, address and route table number of each of our interfaces in a cached result (`spec/plugin.md` 10.1). An error
-/// says why the result cannot be used.
-fn interfaces_of(previous: &Output, request: &Request) -> Result<Vec<(usize, IpAddr, i32)>> {
+/// What a cached result tells.
+struct Known {
+    /// VLAN of the pod's branch ENI; 0: it has none.
+    vlan: u16,
+    /// Number, address and route table number of each of our interfaces.
+    interfaces: Vec<(usize, IpAddr, i32)>,
+}
+
+/// Reads a cached result (`spec/plugin.md` 10, 10.1). An error says why it cannot be used.
+fn interfaces_of(previous: &Output, request: &Request) -> Result<Known> {
     let name = naming::dummy(&request.namespace, &request.name);
     let dummy = previous
         .interfaces
         .iter()
         .find(|interface| interface.name == name)
         .ok_or_else(|| Error::new(format!("the previous result has no entry {name:?}")))?;
-    let vlan = dummy.mac.parse::<u32>().with_context(|| format!("VLAN {:?} of entry {name:?}", dummy.mac))?;
-    if vlan != 0 {
-        return Err(Error::new(format!("the previous result is of a pod on a branch ENI (VLAN {vlan})")));
-    }
-    let device =
-        dummy.sandbox.parse::<u32>().with_context(|| format!("device {:?} of entry {name:?}", dummy.sandbox))?;
+    let vlan = dummy.mac.parse::<u16>().with_context(|| format!("VLAN {:?} of entry {name:?}", dummy.mac))?;
+    // The entry of a pod with a branch ENI names no device.
+    let device = if vlan == 0 { dummy.sandbox.as_str() } else { "0" };
+    let device = device.parse::<u32>().with_context(|| format!("device {device:?} of entry {name:?}"))?;
     let mut table = i32::try_from(naming::table_of(0, device)?).context("route table of the previous result")?;
     let mut found = Vec::new();
     for (position, interface) in previous.interfaces.iter().enumerate() {
@@ -222,7 +304,7 @@ fn interfaces_of(previous: &Output, request: &Request) -> Result<Vec<(usize, IpA
         }
         found.push((number, ip.address.addr(), table));
     }
-    Ok(found)
+    Ok(Known { vlan, interfaces: found })
 }
 
 fn interface_number(name: &str, ifname: &str) -> Option<usize> {
@@ -240,6 +322,32 @@ pub struct Removal {
     /// Pairs (host end, pod end) that the sandbox may still have. They are deleted only when the two are proven to be the
     /// ends of one veth, the pod's end inside the very sandbox: a new pod of the same name owns the same host name.
     pub veths: Vec<(String, String)>,
+    /// The branch ENI, whichever way it was wired: its address is one of those above.
+    pub branch: Option<RemovedBranch>,
+}
+
+/// A branch ENI to clean up after. Its VLAN may have been given to another pod meanwhile, which the routes and rules of its
+/// table show: then it is that pod's, and stays.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RemovedBranch {
+    /// Name of the VLAN device.
+    pub device: String,
+    /// Its route table.
+    pub table: u32,
+    /// The pod's address.
+    pub address: IpAddr,
+}
+
+impl RemovedBranch {
+    /// Whether routes and rules show that the table serves another pod than the one that is to be removed. `device` is the
+    /// index of the VLAN device, if it is still there.
+    pub fn is_of_another(&self, device: Option<u32>, routes: &[Route], rules: &[Rule]) -> bool {
+        let other = |net: IpNet| net != IpNet::from(self.address);
+        // What does not lead over the device leads to a pod in strict mode.
+        let mut routes = routes.iter().filter(|route| route.table == self.table && Some(route.dev) != device);
+        let mut rules = rules.iter().filter(|rule| rule.table == self.table && rule.priority == priority::FROM_POD);
+        routes.any(|route| other(route.dst)) || rules.any(|rule| rule.src.is_some_and(other))
+    }
 }
 
 /// An address to clean up after.
@@ -260,16 +368,36 @@ impl Removal {
                 removal.push(request, number, address, allocation.route_table_id)?;
             }
         }
-        Ok(removal)
+        removal.with_branch(u32::try_from(reply.pod_vlan_id).unwrap_or(u32::MAX))
     }
 
     /// From a cached result, when the daemon cannot tell. An error says why it is of no use.
     pub fn from_previous(previous: &Output, request: &Request) -> Result<Removal> {
         let mut removal = Removal::default();
-        for (number, address, table) in interfaces_of(previous, request)? {
+        let Known { vlan, interfaces } = interfaces_of(previous, request)?;
+        for (number, address, table) in interfaces {
             removal.push(request, number, address, table)?;
         }
-        Ok(removal)
+        if vlan != 0 && removal.addresses.len() != 1 {
+            let count = removal.addresses.len();
+            return Err(Error::new(format!("found {count} containerIPs for {} in prevResult", request.ifname)));
+        }
+        removal.with_branch(vlan.into())
+    }
+
+    // What there is to remove belongs to the pod's branch ENI.
+    fn with_branch(mut self, vlan: u32) -> Result<Removal> {
+        if vlan == 0 {
+            return Ok(self);
+        }
+        // A VLAN that cannot be wired never was: an error would only hold up the end of its pod.
+        let table = naming::vlan_table(vlan).ok();
+        self.addresses.truncate(usize::from(table.is_some()));
+        if let (Some(table), Some(first)) = (table, self.addresses.first_mut()) {
+            first.table = table;
+            self.branch = Some(RemovedBranch { device: naming::vlan_device(vlan), table, address: first.address });
+        }
+        Ok(self)
     }
 
     fn push(&mut self, request: &Request, number: usize, address: IpAddr, table: i32) -> Result<()> {
@@ -321,19 +449,38 @@ fn check_host<'a>(interface: &PodInterface, host: &'a Side, lines: &mut Vec<Stri
             }
         }
     }
-    let from = interface.from_rule();
-    for rule in [Some(interface.to_rule()), from.clone()].into_iter().flatten() {
-        if !host.rules.contains(&rule) {
+    if let Some(branch) = &interface.branch {
+        check_branch(branch, host, lines);
+    }
+    let wanted = interface.host_rules();
+    for rule in &wanted {
+        if !host.rules.contains(rule) {
             lines.push(format!("rule \"{rule}\" is missing"));
         }
     }
     for rule in &host.rules {
         let rival = *rule == Rule::from(interface.host_net(), priority::FROM_POD, rule.table);
-        if rival && Some(rule) != from.as_ref() {
+        if rival && !wanted.contains(rule) {
             lines.push(format!("rule \"{rule}\" sends the pod's traffic to another table"));
         }
     }
     link
+}
+
+fn check_branch(branch: &PodBranch, host: &Side, lines: &mut Vec<String>) {
+    let name = branch.eni.device();
+    let Some(link) = host.links.iter().find(|link| link.name == name && is_vlan(link)) else {
+        return lines.push(format!("VLAN device {name:?} is missing"));
+    };
+    if !link.up {
+        lines.push(format!("VLAN device {name:?} is down"));
+    }
+    for route in branch.eni.routes(link.index) {
+        if !has_route(host, &route) {
+            let text = route.to_string().replace(&format!("dev if{}", link.index), &format!("dev {name}"));
+            lines.push(format!("host route {text} is missing"));
+        }
+    }
 }
 
 fn check_inside(

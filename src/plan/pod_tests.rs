@@ -15,6 +15,7 @@ fn request() -> Request {
         ifname: "eth0".into(),
         veth_prefix: "eni".into(),
         mtu: 9001,
+        enforcing_mode: EnforcingMode::Strict,
     }
 }
 
@@ -82,9 +83,6 @@ fn bad_replies_are_errors() {
         let result = Pod::from_reply(&reply(&allocations), &request(), || Ok([0; 6]));
         assert_eq!(result.unwrap_err().to_string(), error);
     }
-    let branch = AddNetworkReply { pod_vlan_id: 7, ..reply(&[allocation("10.0.0.3", "", 0)]) };
-    let error = Pod::from_reply(&branch, &request(), || Ok([0; 6])).unwrap_err().to_string();
-    assert_eq!(error, "pods on a branch ENI (VLAN 7) are not supported");
     let long = Request { veth_prefix: "toolong".into(), ..request() };
     assert!(Pod::from_reply(&reply(&[allocation("10.0.0.3", "", 2)]), &long, || Ok([0; 6])).is_err());
     assert!(Pod::from_reply(&reply(&[allocation("10.0.0.3", "", 2)]), &request(), || Err(Error::new("no"))).is_err());
@@ -155,7 +153,7 @@ fn a_cached_result_tells_what_to_remove() {
 fn a_cached_result_that_cannot_be_used_says_why() {
     for (entries, error) in [
         (vec![("eth0", "3", NETNS)], "the previous result has no entry \"dummycc21c2d7785\""),
-        (vec![("dummycc21c2d7785", "7", "")], "the previous result is of a pod on a branch ENI (VLAN 7)"),
+        (vec![("dummycc21c2d7785", "7", "")], "found 0 containerIPs for eth0 in prevResult"),
         (
             vec![("dummycc21c2d7785", "x", "0")],
             "VLAN \"x\" of entry \"dummycc21c2d7785\": invalid digit found in string",
@@ -210,7 +208,7 @@ fn sides(pod: &Pod) -> (Side, Side) {
     let host = Side {
         links: vec![veth(7, &interface.host_veth, 2)],
         routes: vec![interface.host_route(7)],
-        rules: vec![interface.to_rule(), interface.from_rule().unwrap()],
+        rules: interface.host_rules(),
         ..Side::default()
     };
     let inside = Side {
@@ -276,4 +274,188 @@ fn check_finds_each_single_fault() {
         Pod::from_previous(&empty, &request()).unwrap_err().to_string(),
         "the previous result has no interface \"eth0\" with an address"
     );
+}
+
+fn branch_reply(vlan: i32, address: &str, gateway: &str) -> AddNetworkReply {
+    let allocation = if address.contains(':') { allocation("", address, 0) } else { allocation(address, "", 0) };
+    AddNetworkReply {
+        pod_vlan_id: vlan,
+        pod_eni_mac: "02:aa:bb:cc:dd:ee".into(),
+        pod_eni_subnet_gw: gateway.into(),
+        parent_if_index: 4,
+        ..reply(&[allocation])
+    }
+}
+
+#[test]
+fn a_branch_pod_has_rules_of_its_mode() {
+    let check = |mode: EnforcingMode, address: &str, gateway: &str, expected: [&str; 4]| {
+        let request = Request { enforcing_mode: mode, ..request() };
+        let pod = Pod::from_reply(&branch_reply(7, address, gateway), &request, || Ok([1; 6])).unwrap();
+        let interface = &pod.interfaces[0];
+        assert_eq!(interface.branch.unwrap().parent, 4);
+        let rules = interface.host_rules().iter().map(ToString::to_string).collect::<Vec<_>>();
+        let [first, second] = rules.as_slice() else { panic!("{rules:?}") };
+        let route = interface.host_route(9).to_string();
+        assert_eq!([interface.host_veth.as_str(), &route, first, second], expected);
+        let branch = interface.removed_branch().unwrap();
+        assert_eq!((branch.device.as_str(), branch.table, branch.address), ("vlan.eth.7", 107, ip(address)));
+    };
+    let v6 = "2001:db8::9";
+    check(
+        EnforcingMode::Strict,
+        "10.0.32.9",
+        "10.0.32.1",
+        [
+            "vlancc21c2d7785",
+            "10.0.32.9 dev if9 table 107 scope link",
+            "10: from all iif vlan.eth.7 lookup 107",
+            "10: from all iif vlancc21c2d7785 lookup 107",
+        ],
+    );
+    check(
+        EnforcingMode::Standard,
+        "10.0.32.9",
+        "10.0.32.1",
+        [
+            "enicc21c2d7785",
+            "10.0.32.9 dev if9 scope link",
+            "512: from all to 10.0.32.9 lookup main",
+            "1536: from 10.0.32.9 lookup 107",
+        ],
+    );
+    check(
+        EnforcingMode::Standard,
+        v6,
+        "fe80:ec2::1",
+        [
+            "enicc21c2d7785",
+            "2001:db8::9 dev if9 scope link",
+            "512: from all to 2001:db8::9 lookup main",
+            "1536: from 2001:db8::9 lookup 107",
+        ],
+    );
+}
+
+#[test]
+fn bad_replies_about_branches_are_errors() {
+    let good = || branch_reply(7, "10.0.32.9", "10.0.32.1");
+    for (reply, error) in [
+        (branch_reply(153, "10.0.32.9", "10.0.32.1"), "no route table for VLAN 153"),
+        (branch_reply(155, "10.0.32.9", "10.0.32.1"), "no route table for VLAN 155"),
+        (branch_reply(-1, "10.0.32.9", "10.0.32.1"), "VLAN -1: out of range integral type conversion attempted"),
+        (branch_reply(70_000, "10.0.32.9", "10.0.32.1"), "VLAN 70000: out of range integral type conversion attempted"),
+        (branch_reply(7, "10.0.32.9", ""), "gateway \"\" of the branch ENI: invalid IP address syntax"),
+        (branch_reply(7, "10.0.32.9", "fe80:ec2::1"), "gateway fe80:ec2::1 of branch ENI with address 10.0.32.9"),
+        (AddNetworkReply { pod_eni_mac: "zz".into(), ..good() }, "MAC of the branch ENI: \"zz\" is not a MAC address"),
+        (AddNetworkReply { parent_if_index: 0, ..good() }, "trunk link 0 of branch ENI with VLAN 7"),
+        (AddNetworkReply { allocations: Vec::new(), ..good() }, "the daemon's reply has no address"),
+    ] {
+        let result = Pod::from_reply(&reply, &request(), || Ok([0; 6]));
+        assert_eq!(result.unwrap_err().to_string(), error);
+    }
+}
+
+fn branch_result(veth: &str, vlan: &str) -> Output {
+    let entries = [(veth, "", ""), ("eth0", "0", NETNS), ("dummycc21c2d7785", vlan, "")];
+    let mut output = previous(&entries, &[(1, "10.0.32.9/32")]);
+    output.ips[0].gateway = Some(ip("10.0.32.1"));
+    output
+}
+
+#[test]
+fn a_cached_result_tells_of_the_branch_eni() {
+    for (vlan, expected) in [
+        ("7", Some(("vlan.eth.7", 107))),
+        ("300", Some(("vlan.eth.300", 400))),
+        ("154", None), // never wired
+        ("4095", None),
+    ] {
+        for veth in ["enicc21c2d7785", "vlancc21c2d7785"] {
+            let removal = Removal::from_previous(&branch_result(veth, vlan), &request()).unwrap();
+            assert_eq!(removal.branch.as_ref().map(|branch| (branch.device.as_str(), branch.table)), expected);
+            let tables = removal.addresses.iter().map(|one| one.table).collect::<Vec<_>>();
+            assert_eq!(tables, expected.map(|(_, table)| table).into_iter().collect::<Vec<_>>());
+        }
+    }
+    let reply = DelNetworkReply {
+        success: true,
+        allocations: vec![allocation("10.0.32.9", "", 0)],
+        pod_vlan_id: 7,
+        ..DelNetworkReply::default()
+    };
+    let removal = Removal::from_reply(&reply, &request()).unwrap();
+    assert_eq!(
+        removal,
+        Removal {
+            veths: removal.veths.clone(),
+            ..Removal::from_previous(&branch_result("", "7"), &request()).unwrap()
+        }
+    );
+    let nothing = DelNetworkReply { allocations: Vec::new(), ..reply };
+    assert_eq!(Removal::from_reply(&nothing, &request()).unwrap(), Removal::default());
+}
+
+#[test]
+fn a_vlan_that_went_to_another_pod_is_seen() {
+    let branch = RemovedBranch { device: "vlan.eth.7".into(), table: 107, address: ip("10.0.32.9") };
+    let route = |dst: &str, dev: u32| link_route(107, ip(dst), dev);
+    let default = Route { dst: "0.0.0.0/0".parse().unwrap(), gateway: Some(ip("10.0.32.1")), ..route("10.0.32.1", 5) };
+    let from = |source: &str, table: u32| Rule::from(format!("{source}/32").parse().unwrap(), 1536, table);
+    for (routes, rules, other) in [
+        (vec![route("10.0.32.1", 5), default, route("10.0.32.9", 6)], vec![from("10.0.32.9", 107)], false),
+        (vec![], vec![from("10.0.32.10", 108)], false),
+        (vec![route("10.0.32.1", 5), default, route("10.0.32.10", 6)], vec![], true),
+        (vec![route("10.0.32.1", 5), default], vec![from("10.0.32.10", 107)], true),
+    ] {
+        assert_eq!(branch.is_of_another(Some(5), &routes, &rules), other, "{routes:?} {rules:?}");
+    }
+}
+
+#[test]
+fn check_finds_each_fault_of_a_branch() {
+    let fault = |veth: &str, break_it: &dyn Fn(&mut Side), lines: &[&str]| {
+        let pod = Pod::from_previous(&branch_result(veth, "7"), &request()).unwrap();
+        let interface = &pod.interfaces[0];
+        let (mut host, inside) = sides(&pod);
+        let branch = interface.branch.unwrap().eni;
+        let vlan = Link {
+            index: 8,
+            name: branch.device(),
+            kind: Some("vlan".into()),
+            parent: Some(4),
+            ..host.links[0].clone()
+        };
+        host.links.insert(0, vlan);
+        host.routes.extend(branch.routes(8));
+        break_it(&mut host);
+        assert_eq!(check(&pod, &host, &inside), lines);
+    };
+    for veth in ["enicc21c2d7785", "vlancc21c2d7785"] {
+        fault(veth, &|_| {}, &[]);
+        fault(veth, &|host| drop(host.links.remove(0)), &["VLAN device \"vlan.eth.7\" is missing"]);
+        fault(veth, &|host| host.links[0].kind = None, &["VLAN device \"vlan.eth.7\" is missing"]);
+        fault(veth, &|host| host.links[0].up = false, &["VLAN device \"vlan.eth.7\" is down"]);
+        fault(
+            veth,
+            &|host| _ = host.routes.remove(1),
+            &["host route 10.0.32.1 dev vlan.eth.7 table 107 scope link is missing"],
+        );
+        fault(
+            veth,
+            &|host| host.routes.truncate(2),
+            &["host route default via 10.0.32.1 dev vlan.eth.7 table 107 is missing"],
+        );
+    }
+    fault(
+        "vlancc21c2d7785",
+        &|host| host.rules.truncate(1),
+        &["rule \"10: from all iif vlancc21c2d7785 lookup 107\" is missing"],
+    );
+    fault(
+        "vlancc21c2d7785",
+        &|host| _ = host.routes.remove(0),
+        &["host route 10.0.32.9 dev vlancc21c2d7785 is missing"],
+    );
+    fault("enicc21c2d7785", &|host| host.rules.truncate(1), &["rule \"1536: from 10.0.32.9 lookup 107\" is missing"]);
 }

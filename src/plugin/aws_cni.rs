@@ -12,7 +12,7 @@ use crate::model::ids::{PodKey, PodName};
 use crate::model::naming;
 use crate::model::wire::{AddNetworkReply, AddNetworkRequest, DelNetworkRequest, EnforceNpRequest, IpAllocation};
 use crate::netlink::netns::Namespace;
-use crate::plan::pod::{self, Pod, Removal, RemovedAddress};
+use crate::plan::pod::{self, Pod, PodInterface, Removal, RemovedAddress};
 use crate::rpc::grpc::{Code, Status};
 use crate::{VERSION, sys};
 
@@ -65,6 +65,7 @@ impl Context {
             ifname: request.ifname.clone(),
             veth_prefix: config.veth_prefix.clone(),
             mtu: config.mtu,
+            enforcing_mode: config.enforcing_mode,
         };
         Ok(Context { config, args, key, pod })
     }
@@ -181,7 +182,8 @@ fn take_down(pod: &Pod) -> Result<()> {
     let interfaces = pod.interfaces.iter();
     let removal = Removal {
         addresses: interfaces.clone().map(|i| RemovedAddress { address: i.address, table: i.table }).collect(),
-        veths: interfaces.map(|i| (i.host_veth.clone(), i.ifname.clone())).collect(),
+        veths: interfaces.clone().map(|i| (i.host_veth.clone(), i.ifname.clone())).collect(),
+        branch: interfaces.filter_map(PodInterface::removed_branch).next(),
     };
     let namespace = Namespace::open(&pod.netns)?;
     Host::open()?.del_pod(&removal, Some(&namespace))
@@ -226,7 +228,7 @@ fn result(context: &Context, pod: &Pod, allocations: &[IpAllocation]) -> Output 
         output.ips.push(IpConfig {
             interface: i64::try_from(output.interfaces.len()).ok(),
             address: interface.host_net(),
-            gateway: None,
+            gateway: interface.branch.map(|branch| branch.eni.gateway),
         });
         output.interfaces.push(Interface {
             name: interface.ifname.clone(),
@@ -235,10 +237,12 @@ fn result(context: &Context, pod: &Pod, allocations: &[IpAllocation]) -> Output 
             ..Interface::default()
         });
     }
+    let vlan = pod.interfaces.iter().find_map(|interface| interface.branch).map_or(0, |branch| branch.eni.vlan);
+    let device = allocations.first().filter(|_| vlan == 0).map(|first| first.device_number.to_string());
     output.interfaces.push(Interface {
         name: naming::dummy(&context.pod.namespace, &context.pod.name),
-        mac: "0".to_owned(), // no VLAN
-        sandbox: allocations.first().map(|first| first.device_number.to_string()).unwrap_or_default(),
+        mac: vlan.to_string(), // 0: no branch ENI
+        sandbox: device.unwrap_or_default(),
         ..Interface::default()
     });
     output
@@ -270,7 +274,9 @@ fn check(request: &Request) -> Result<(), CniError> {
 
 fn missing_allocations(allocations: &local::Allocations, pod: &Pod, key: &PodKey) -> Vec<String> {
     let known: Vec<_> = allocations.of(key).filter_map(crate::model::checkpoint::Allocation::address).collect();
-    let missing = pod.interfaces.iter().map(|interface| interface.address).filter(|address| !known.contains(address));
+    // Addresses of branch ENIs are not the daemon's to give.
+    let given = pod.interfaces.iter().filter(|interface| interface.branch.is_none());
+    let missing = given.map(|interface| interface.address).filter(|address| !known.contains(address));
     missing.map(|address| format!("the daemon has not given {address} to {key}")).collect()
 }
 

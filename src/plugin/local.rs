@@ -215,7 +215,7 @@ mod tests {
 
         let removed = |text: &str| RemovedAddress { address: text.parse().unwrap(), table: 0 };
         let all = vec![removed("10.0.0.1"), removed("10.2.0.1"), removed("10.9.0.1")];
-        let mut removal = Removal { addresses: all, veths: Vec::new() };
+        let mut removal = Removal { addresses: all, ..Removal::default() };
         allocations.spare_others(&mut removal, &key("a"));
         assert_eq!(removal.addresses, [removed("10.0.0.1"), removed("10.9.0.1")]);
 

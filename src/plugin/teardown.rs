@@ -15,6 +15,9 @@ use crate::plan::pod::{Removal, Request as PodRequest};
 /// Serves DEL.
 pub fn del(request: &Request) -> Result<(), CniError> {
     let context = Context::new(request, "del")?;
+    if let Some(removal) = branch_from_cache(&context) {
+        return branch_deleted(&context, &removal);
+    }
     match calls::del_network(&context.del_request(calls::POD_DELETED)) {
         Ok(reply) if reply.success => released(&context, &reply),
         Ok(_) => Err(CniError::new(code::TRY_AGAIN, "del cmd: failed to process delete request")),
@@ -34,6 +37,35 @@ pub fn del(request: &Request) -> Result<(), CniError> {
     }
 }
 
+/// A cached result tells of a branch ENI: no address of the daemon's is involved, and the plugin can do all by itself.
+fn branch_from_cache(context: &Context) -> Option<Removal> {
+    from_cache(context).ok().filter(|removal| removal.branch.is_some())
+}
+
+fn branch_deleted(context: &Context, removal: &Removal) -> Result<(), CniError> {
+    if context.pod.netns.is_empty() {
+        // A repeated DEL for a dead sandbox must not hit a newer pod that uses the VLAN again.
+        log::info!("{} has no network namespace any more, nothing to do", context.key);
+        return Ok(());
+    }
+    let text = "del cmd: failed to delete with prevResult: ";
+    aws_cni::clear(removal).map_err(|error| CniError::new(code::KERNEL, format!("{text}{error}")))?;
+    log::info!("deleted {} with its branch ENI", context.key);
+    tell_policy_agent(context);
+    Ok(())
+}
+
+fn tell_policy_agent(context: &Context) {
+    if !calls::has_policy_agent() {
+        return;
+    }
+    let request =
+        DeleteNpRequest { pod_name: context.args.pod_name.clone(), pod_namespace: context.args.pod_namespace.clone() };
+    if let Err(status) = calls::delete_policy(&request) {
+        log::warn!("tell the policy agent that {} is gone: {status}", context.key);
+    }
+}
+
 /// The daemon has taken the addresses back: their rules and routes go.
 fn released(context: &Context, reply: &DelNetworkReply) -> Result<(), CniError> {
     if reply.pod_vlan_id != 0 && context.pod.netns.is_empty() {
@@ -48,14 +80,8 @@ fn released(context: &Context, reply: &DelNetworkReply) -> Result<(), CniError> 
     }
     aws_cni::clear(&removal).map_err(failed)?;
     log::info!("deleted {}", context.key);
-    if !reply.network_policy_mode.is_empty() && calls::has_policy_agent() {
-        let request = DeleteNpRequest {
-            pod_name: context.args.pod_name.clone(),
-            pod_namespace: context.args.pod_namespace.clone(),
-        };
-        if let Err(status) = calls::delete_policy(&request) {
-            log::warn!("tell the policy agent that {} is gone: {status}", context.key);
-        }
+    if !reply.network_policy_mode.is_empty() {
+        tell_policy_agent(context);
     }
     Ok(())
 }

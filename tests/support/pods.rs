@@ -3,6 +3,7 @@
 use super::Netns;
 use enibox::apply::Host;
 use enibox::error::Result;
+use enibox::model::cni::EnforcingMode;
 use enibox::model::wire::{AddNetworkReply, IpAllocation};
 use enibox::plan::pod::{Pod, Request};
 use enibox::sys;
@@ -15,6 +16,7 @@ fn request(name: &str) -> Request {
         ifname: "eth0".into(),
         veth_prefix: "eni".into(),
         mtu: 1500,
+        enforcing_mode: EnforcingMode::Strict,
     }
 }
 
