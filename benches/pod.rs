@@ -174,6 +174,7 @@ impl Pod {
             table: TABLE,
             mtu: MTU,
             host_mac: Mac([2, 0, 0, 0, 0, number.to_be_bytes()[3]]),
+            branch: None,
         };
         let (host, inside) = (Socket::route().unwrap(), Socket::route_in(&namespace).unwrap());
         Pod { plugin, container: name, namespace, host, inside, interface }
