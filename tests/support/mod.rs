@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 
 pub mod pods;
+pub mod python;
 pub mod traffic;
 
 use enibox::netlink::netns::Namespace;

@@ -1,0 +1,8 @@
+//! What packets do on a node, beside the rules of others: the flow matrix of `spec/dataplane.md` 26 and what belongs to it.
+
+mod matrix;
+mod proxy;
+#[path = "../support/mod.rs"]
+mod support;
+mod talk;
+mod world;
