@@ -4,6 +4,9 @@
 //! appears as a time-out: hence few GETs over one kept connection. It must never be reached through a proxy, and it
 //! must not decide anything about ENIs.
 
+mod memory;
+
+use self::memory::Memory;
 use super::endpoint::flag;
 use super::pace::Pace;
 use crate::clock;
@@ -15,7 +18,7 @@ use crate::model::order;
 use crate::model::time::Mono;
 use std::fmt;
 use std::str::FromStr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Where IMDS is on IPv4.
@@ -130,6 +133,7 @@ pub struct Client {
     agent: Agent,
     token: Mutex<Token>,
     primary: Mutex<Option<Mac>>,
+    memory: Mutex<Memory>,
     observer: Observer,
 }
 
@@ -191,7 +195,14 @@ impl Client {
         };
         let agent = Agent::new(&config.endpoint, options).context("set up imds client")?;
         let observer: Observer = Box::new(|_| {});
-        Ok(Client { config, agent, token: Mutex::default(), primary: Mutex::default(), observer })
+        Ok(Client {
+            config,
+            agent,
+            token: Mutex::default(),
+            primary: Mutex::default(),
+            memory: Mutex::default(),
+            observer,
+        })
     }
 
     /// Tells `observer` of every read from here on.
@@ -201,6 +212,22 @@ impl Client {
         self
     }
 
+    /// Answers with what the run before was told (of [`Client::to_keep`]) while IMDS is silent, until it answers a whole scan.
+    #[must_use]
+    pub fn remembering(mut self, before: serde_json::Map<String, serde_json::Value>) -> Client {
+        self.memory = Mutex::new(Memory::of(before));
+        self
+    }
+
+    /// What the next run should know, if that has changed since the last call: answers by path, nothing secret.
+    pub fn to_keep(&self) -> Option<serde_json::Map<String, serde_json::Value>> {
+        self.memory().to_keep()
+    }
+
+    fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Reads a path: relative to `/latest/meta-data/`, or absolute if it starts with a slash. `None` if it is not there.
     pub fn get(&self, path: &str) -> Result<Option<String>> {
         self.read(path).map_err(Error::from)
@@ -208,9 +235,22 @@ impl Client {
 
     fn read(&self, path: &str) -> std::result::Result<Option<String>, ImdsError> {
         let start = clock::now().mono;
+        if let Some(remembered) = self.memory().while_silent(path, start) {
+            return Ok(remembered);
+        }
         let result = self.attempts(path, start);
-        let took = clock::now().mono.since(start);
-        (self.observer)(&Observed { path, error: result.as_ref().err(), took });
+        let end = clock::now().mono;
+        (self.observer)(&Observed { path, error: result.as_ref().err(), took: end.since(start) });
+        match &result {
+            Ok(told) => self.memory().heard(path, told.as_deref()),
+            Err(error) if error.status == 0 || error.status >= 500 => {
+                if let Some(remembered) = self.memory().failed(path, end) {
+                    log::warn!("{error}; taking what it told before the restart");
+                    return Ok(remembered);
+                }
+            }
+            Err(_) => {}
+        }
         result
     }
 
@@ -219,6 +259,8 @@ impl Client {
         if self.config.disabled {
             return Err(fail(0, "disabled by AWS_EC2_METADATA_DISABLED".to_owned()));
         }
+        // What can be made up for is not waited for.
+        let attempts = if self.memory().knows(path) { 1 } else { ATTEMPTS };
         let mut attempt = 1;
         loop {
             let (status, what, pause) = match self.attempt(path) {
@@ -229,7 +271,7 @@ impl Client {
                 Err(Try::Again(status, what)) => (status, what, self.config.limits.pause),
             };
             let late = clock::now().mono.since(start) + self.config.pace.scaled(pause) >= self.config.limits.operation;
-            if attempt >= ATTEMPTS || late {
+            if attempt >= attempts || late {
                 return Err(fail(status, format!("{what} ({attempt} attempts)")));
             }
             log::debug!("read imds {path}: attempt {attempt}: {what}");
@@ -415,12 +457,14 @@ impl Client {
     /// All attached ENIs in the order of the listing. One that goes away while it is read is left out; any other error
     /// fails the scan, since a scan without an ENI that is there would be a wrong answer.
     fn scan(&self) -> Result<Vec<Eni>> {
+        self.memory().scanning();
         let listing = self.scalar(MACS)?;
         let mut enis = Vec::new();
         for word in listing.split_whitespace().take(MACS_LIMIT) {
             let mac: Mac = word.trim_end_matches('/').parse().map_err(|_| unreadable(MACS, word))?;
             enis.extend(self.eni(mac).with_context(|| format!("eni {mac}"))?);
         }
+        self.memory().scanned(&listing);
         Ok(enis)
     }
 

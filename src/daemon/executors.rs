@@ -62,7 +62,8 @@ impl Executors {
         }
         let (imds_queue, queries) = sync_channel(QUEUE_MAX);
         let (sender, client) = (events.clone(), Arc::clone(imds));
-        spawn("imds", ended, move || imds_loop(&client, &queries, &sender))?;
+        let beside = store.clone();
+        spawn("imds", ended, move || imds_loop(&client, &queries, &sender, &beside))?;
         let (kernel_queue, work) = sync_channel(QUEUE_MAX);
         let (sender, metrics) = (events.clone(), Arc::clone(metrics));
         spawn("kernel", ended, move || kernel_loop(&work, &sender, &metrics))?;
@@ -136,10 +137,20 @@ fn ec2_loop(client: &ec2::Client, calls: &Mutex<Receiver<(OpId, Call)>>, events:
     }
 }
 
-fn imds_loop(client: &imds::Client, queries: &Receiver<(OpId, Query)>, events: &SyncSender<Event>) -> Result<()> {
+fn imds_loop(
+    client: &imds::Client,
+    queries: &Receiver<(OpId, Query)>,
+    events: &SyncSender<Event>,
+    store: &Path,
+) -> Result<()> {
     while let Ok((op, query)) = queries.recv() {
         let result = client.query(&query).map_err(|error| error.to_string());
         events.send(Event::Imds(op, result)).context("tell the core")?;
+        if let Some(told) = client.to_keep()
+            && let Err(error) = files::write_metadata(store, told)
+        {
+            log::warn!("keep what imds told: {error}"); // only a restart while IMDS is silent would need it
+        }
     }
     Ok(())
 }

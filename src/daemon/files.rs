@@ -6,6 +6,7 @@ use crate::model::net::{Family, TABLE_MAIN};
 use crate::model::spool::{self, Record};
 use crate::netlink::{link, route, rule, socket::Socket};
 use crate::plan::core::{Event, Seen};
+use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
@@ -88,6 +89,36 @@ fn sweep_temporaries(store: &Path) {
             fs::remove_file(entry.path()).ok(); // of no use, but also of no harm
         }
     }
+}
+
+/// What IMDS told, beside the checkpoint.
+pub(super) fn metadata_of(store: &Path) -> PathBuf {
+    store.with_file_name("imds.json")
+}
+
+// The kernel's name for the time since it was started: another boot may be of another instance of the same image.
+fn boot() -> Option<Value> {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(|id| Value::String(id.trim().to_owned()))
+}
+
+/// What IMDS told an earlier run since the node was started; empty if there is nothing of use.
+pub(super) fn read_metadata(store: &Path) -> Map<String, Value> {
+    let text = read(&metadata_of(store)).ok().flatten();
+    let Some(Value::Object(mut kept)) = text.and_then(|text| serde_json::from_slice(text.as_bytes()).ok()) else {
+        return Map::new();
+    };
+    let same = boot().is_some_and(|boot| kept.get("boot") == Some(&boot));
+    match kept.remove("told") {
+        Some(Value::Object(told)) if same => told,
+        _ => Map::new(),
+    }
+}
+
+/// Keeps what IMDS told for the next run.
+pub(super) fn write_metadata(store: &Path, told: Map<String, Value>) -> Result<()> {
+    let Some(boot) = boot() else { return Ok(()) };
+    let kept = Value::Object([("boot".into(), boot), ("told".into(), Value::Object(told))].into_iter().collect());
+    write(&metadata_of(store), kept.to_string().as_bytes())
 }
 
 /// Keeps a checkpoint that cannot be read under another name (B19).
@@ -191,6 +222,25 @@ mod tests {
         assert!(!path.exists());
         remove_record(&folder, &at(6));
         fs::remove_dir(&folder).unwrap();
+    }
+
+    #[test]
+    fn what_imds_told_is_good_for_one_boot() {
+        let folder = std::env::temp_dir().join(format!("enibox-metadata-{}", std::process::id()));
+        let store = folder.join("ipam.json");
+        assert!(read_metadata(&store).is_empty());
+        let told: Map<_, _> = [("mac".to_owned(), Value::from("02:00:00:00:00:01"))].into_iter().collect();
+        write_metadata(&store, told.clone()).unwrap();
+        assert_eq!(read_metadata(&store), told);
+        let text = fs::read_to_string(metadata_of(&store)).unwrap();
+        let other = r#""boot":"00000000-0000-0000-0000-000000000000""#;
+        let boot = boot().unwrap();
+        for wrong in [text.replace(&format!("\"boot\":{boot}"), other), "{".into(), "[]".into(), "{}".into()] {
+            assert_ne!(wrong, text);
+            fs::write(metadata_of(&store), wrong).unwrap();
+            assert!(read_metadata(&store).is_empty());
+        }
+        fs::remove_dir_all(&folder).unwrap();
     }
 
     #[test]

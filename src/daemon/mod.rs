@@ -138,8 +138,11 @@ fn serve(settings: &Settings, tuner: Tuner) -> Result<()> {
     let board = Board::new(settings, tuner.known().clone());
     introspect::start(settings, &board, &metrics, &ended)?;
     let counted = Arc::clone(&metrics);
-    let imds = imds::Client::new(imds::Config::from_env(env))?.observed_by(move |seen| counted.imds(seen));
-    let imds = Arc::new(imds);
+    let store = PathBuf::from(&settings.backing_store);
+    // Where EC2 is not to be asked, nothing could tell what has changed since.
+    let told = if settings.imds_only { serde_json::Map::new() } else { files::read_metadata(&store) };
+    let imds = imds::Client::new(imds::Config::from_env(env))?.remembering(told);
+    let imds = Arc::new(imds.observed_by(move |seen| counted.imds(seen)));
     let identity = imds.identity(settings.enable_ipv6).context("read the instance's identity")?;
     let creds = Arc::new(creds::Chain::from_env(env, Arc::clone(&imds))?);
     let counted = Arc::clone(&metrics);
@@ -163,7 +166,6 @@ fn serve(settings: &Settings, tuner: Tuner) -> Result<()> {
     let Some(api) = kube::reach(settings)? else { return Ok(()) };
     let (events, inbox) = sync_channel(EVENTS_MAX);
     let stop = Stop::new();
-    let store = PathBuf::from(&settings.backing_store);
     let started = files::read_start(&store, config.cards.keys().copied(), config.v6)?;
     board.introduce(&identity, valid.mode);
     let executors = Executors::start(&events, &ended, &imds, &ec2, &metrics, store, api.start(&events, &ended)?)?;

@@ -669,6 +669,16 @@ impl Pool {
         slots.filter_map(move |(ip, slot)| slot.freed.filter(|_| slot.cooling(now, self.cooldown)).map(|at| (*ip, at)))
     }
 
+    /// Whether an address of a key is of a CIDR that has not been seen.
+    pub fn has_orphan(&self, key: &PodKey) -> bool {
+        self.orphans.range((key.clone(), 0)..=(key.clone(), u32::MAX)).next().is_some()
+    }
+
+    /// Whether a CIDR has an address that somebody holds and that has no place yet.
+    pub fn orphan_in(&self, net: &IpNet) -> bool {
+        self.orphans.values().any(|(address, _)| net.contains(address))
+    }
+
     /// Number of addresses of living pods whose CIDR has not been seen.
     pub fn orphan_count(&self) -> usize {
         self.orphans.len()

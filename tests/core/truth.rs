@@ -164,3 +164,29 @@ fn a_region_without_room_for_enis_is_told_and_left_in_peace() {
     let notices = &world.api.as_ref().unwrap().notices;
     assert!(notices.iter().any(|notice| notice.reason == "ENICreationRefused"), "{notices:?}");
 }
+
+// Found with an IMDS that was too far behind: the living pod was given a second address.
+#[test]
+fn a_repeated_add_gets_its_address_while_imds_is_behind_and_ec2_away() {
+    let mut world = World::asleep("t3.small", DEFAULT);
+    world.vpc.knobs.imds_lag = MINUTE * 10;
+    world.start();
+    world.pass(MINUTE);
+    for n in 0..3 {
+        assert!(world.add(&format!("pod-{n}")));
+    }
+    world.settle();
+    let had = world.pods.clone();
+    world.crash();
+    world.ec2_down = true;
+    world.start();
+    world.pass(second(2));
+    assert!(world.ready);
+    for (pod, address) in &had {
+        assert!(world.add(pod), "{:#?}", world.log);
+        assert_eq!(world.pods[pod], *address, "{:#?}", world.log);
+    }
+    // Its place is known too, so that rules can lead there.
+    let pool = world.core.as_ref().unwrap().pool();
+    assert!(pool.allocations().all(|held| held.table.is_some()));
+}

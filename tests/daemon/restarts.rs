@@ -123,6 +123,31 @@ fn existing_pods_are_served_within_a_second_while_ec2_does_not_answer() {
 }
 
 #[test]
+fn existing_pods_are_served_while_imds_does_not_answer() {
+    let stage = Stage::ready("m5.large", 12, &[]);
+    let mut living = pods(&stage, "pod", 12); // two ENIs
+    at_rest(&stage);
+    let talk = Talk::start(&stage, &living[8..]);
+    stage.kill();
+    stage.world.cloud.lie(enibox::sim::conditions::Lie::Down);
+    stage.start();
+    let took = stage.wait_ready();
+    println!("IMDS is silent: served after {took:?}");
+    assert!(took < Duration::from_secs(3), "served after {took:?}");
+    let had = living[3].address();
+    assert_eq!(stage.try_add(&mut living[3]).unwrap(), had, "a repeated ADD gets the same address");
+    let new = stage.add("new");
+    stage.probe(&new);
+    stage.delete(living.remove(0));
+    stage.probe_all(living.iter());
+    stage.world.cloud.lie(enibox::sim::conditions::Lie::None);
+    at_rest(&stage);
+    stage.probe_all(living.iter());
+    talk.finish();
+    stage.assert_no_complaints();
+}
+
+#[test]
 fn calls_to_ec2_are_few_and_a_restart_is_one() {
     let stage = Stage::ready("m5.large", 13, &[]);
     let mut living = pods(&stage, "pod", 27);

@@ -394,3 +394,40 @@ fn reads_are_observed() {
     let _ = (client.get("ipv6"), client.get("mac"));
     assert_eq!(*seen.lock().unwrap(), [("ipv6".to_owned(), None), ("mac".to_owned(), Some(403))]);
 }
+
+#[test]
+fn a_restart_while_imds_is_silent_knows_what_was_told_before() {
+    let (server, entries) = tree(&node());
+    let first = client(&server);
+    let identity = first.identity(true).unwrap();
+    // Only one ENI stands in the listing that was read; the other was asked for by its MAC.
+    let listing = |macs: &str| {
+        entries.lock().unwrap().insert("/latest/meta-data/network/interfaces/macs".into(), macs.to_owned());
+    };
+    listing(&format!("{A}/"));
+    first.query(&Query::Scan).unwrap();
+    first.query(&Query::Eni(B.parse().unwrap())).unwrap();
+    listing(&format!("{B}/\n{A}/"));
+    let told = client(&server).query(&Query::Scan).unwrap();
+    let kept = first.to_keep().unwrap();
+    assert_eq!(first.to_keep(), None, "nothing is new");
+    assert!(kept.iter().all(|(path, _)| !path.contains("security-credentials")));
+
+    let silent = Server::queue(Vec::new());
+    drop(first);
+    let again = client(&silent).remembering(kept.clone());
+    let start = clock::instant();
+    assert_eq!(again.identity(true).unwrap(), identity);
+    assert_eq!(again.query(&Query::Scan).unwrap(), told);
+    assert!(again.get("iam/security-credentials/").is_err());
+    println!("told from memory within {:?}; {} requests", start.elapsed(), silent.seen().len());
+    assert!(again.to_keep().is_none(), "what was remembered is no news");
+
+    // IMDS answers again: an ENI has gone meanwhile, and from now on a failure is one.
+    let again = client(&server).remembering(kept);
+    listing(&format!("{A}/"));
+    let Answer::Enis(enis) = again.query(&Query::Scan).unwrap() else { panic!("no ENIs") };
+    assert_eq!(enis.len(), 1);
+    assert!(again.to_keep().unwrap().keys().all(|path| !path.contains(B)));
+    assert!(!again.memory().knows("mac"));
+}

@@ -374,7 +374,13 @@ impl Core {
         if self.pool.add_eni(id.clone(), entry).is_err() {
             return;
         }
-        let cidrs = self.listed.get(id).cloned().unwrap_or_else(|| self.told_cidrs(&eni));
+        let cidrs = self.listed.get(id).cloned().unwrap_or_else(|| {
+            let mut told = self.told_cidrs(&eni);
+            // What living pods have, and EC2 listed before, is there although IMDS is too far behind to say so.
+            let listed = self.trusted.get(id).into_iter().flatten();
+            told.extend(listed.filter(|net| self.pool.orphan_in(net)).copied());
+            told
+        });
         // What only IMDS lists may be gone: nobody new gets it before EC2 has said so.
         let confirmed = self.listed.contains_key(id) || self.config.imds_only;
         for net in cidrs {
@@ -397,8 +403,9 @@ impl Core {
             return;
         }
         for (id, nets) in std::mem::take(&mut self.trusted) {
-            for net in nets {
-                self.pool.bar(&id, &net, false);
+            let told = self.wanted.get(&id).map(|eni| self.told_cidrs(eni)).unwrap_or_default();
+            for net in nets.intersection(&told) {
+                self.pool.bar(&id, net, false);
             }
         }
     }

@@ -73,6 +73,10 @@ impl Core {
     // Gives what is wanted if all of it is there; the reply leaves when it is durable.
     fn try_assign(&mut self, call: CallId, owner: &Owner, every_card: bool) -> bool {
         self.judge_again();
+        // What it has is not listed yet; a second address would cut off what runs with the first.
+        if self.described.is_none() && !self.config.imds_only && self.pool.has_orphan(&owner.key) {
+            return false;
+        }
         let held = self.pool.cards_of(&owner.key);
         // An ordinary pod takes the first card that has an address. Whoever asks twice gets the same again.
         let whole = self.pool.owner(&owner.key).is_some_and(|had| had.interfaces as usize <= held.len());
