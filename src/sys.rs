@@ -177,6 +177,65 @@ pub fn connect_unix(path: &Path, timeout: std::time::Duration) -> io::Result<Own
     Ok(socket)
 }
 
+/// Connects a TCP socket from an address of one's own, within `timeout`; it stays on the socket for writes. For
+/// [`std::net::TcpStream`], which cannot bind before it connects.
+#[cfg(feature = "sandbox")]
+pub fn connect_tcp_from(
+    source: std::net::IpAddr,
+    target: std::net::SocketAddr,
+    timeout: std::time::Duration,
+) -> io::Result<OwnedFd> {
+    let (near, length) = raw_address((source, 0).into());
+    let (far, _) = raw_address(target);
+    let family = i32::from(near.ss_family);
+    // SAFETY: socket takes numbers only.
+    let fd = check(unsafe { libc::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) })?;
+    // SAFETY: the descriptor was just made and has no other owner.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    // It bounds connect as well (socket(7)).
+    set_socket_timeout(&socket, libc::SO_SNDTIMEO, timeout)?;
+    // SAFETY: pointer and length are those of one live address of that family.
+    check(unsafe { libc::bind(fd, (&raw const near).cast(), length) })?;
+    // SAFETY: as above; both addresses must be of one family, or the kernel refuses the second.
+    match check(unsafe { libc::connect(fd, (&raw const far).cast(), length) }) {
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => Err(io::ErrorKind::TimedOut.into()),
+        result => result.map(|_| socket),
+    }
+}
+
+/// A socket address as the kernel reads it, and its length.
+#[cfg(feature = "sandbox")]
+fn raw_address(address: std::net::SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
+    // SAFETY: all bytes zero are a valid value of this struct of integers.
+    let mut storage: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+    let length = match address {
+        std::net::SocketAddr::V4(v4) => {
+            let raw = libc::sockaddr_in {
+                sin_family: libc::sa_family_t::try_from(libc::AF_INET).unwrap_or(0),
+                sin_port: v4.port().to_be(),
+                sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(v4.ip().octets()) },
+                sin_zero: [0; 8],
+            };
+            // SAFETY: the storage is larger than, and aligned for, every socket address.
+            unsafe { (&raw mut storage).cast::<libc::sockaddr_in>().write(raw) };
+            size_of::<libc::sockaddr_in>()
+        }
+        std::net::SocketAddr::V6(v6) => {
+            let raw = libc::sockaddr_in6 {
+                sin6_family: libc::sa_family_t::try_from(libc::AF_INET6).unwrap_or(0),
+                sin6_port: v6.port().to_be(),
+                sin6_flowinfo: 0,
+                sin6_addr: libc::in6_addr { s6_addr: v6.ip().octets() },
+                sin6_scope_id: v6.scope_id(),
+            };
+            // SAFETY: as above.
+            unsafe { (&raw mut storage).cast::<libc::sockaddr_in6>().write(raw) };
+            size_of::<libc::sockaddr_in6>()
+        }
+    };
+    (storage, libc::socklen_t::try_from(length).unwrap_or(0))
+}
+
 /// The descriptor of a netlink socket, which the library keeps to itself.
 pub fn netlink_fd(socket: &neli::socket::NlSocket) -> std::os::fd::BorrowedFd<'_> {
     // SAFETY: the socket owns the descriptor and closes it when dropped, which the borrow outlives.

@@ -85,7 +85,7 @@ fn out(world: &World, node: usize, source: Ipv4Addr, host: &str, timeout: Durati
     let at = SocketAddr::from((to.address, PORT));
     let flow = Flow {
         client: &topology.node(&world.nodes[node].instance).unwrap().place.net,
-        source: Some(source),
+        source: Some(source.into()),
         target: at,
         server: &topology.host(host).unwrap().net,
         listen: at,

@@ -225,13 +225,8 @@ fn spawn(
     std::thread::Builder::new().name(name.to_owned()).spawn(body).with_context(|| format!("start thread {name}"))
 }
 
-// From the settings and the instance to what the core wants to know. What this build does not do yet is refused by name:
-// a node that silently did something else would be worse than one that does not start.
+// From the settings and the instance to what the core wants to know.
 fn configure(settings: &Settings, valid: &Valid, limits: &Limits, identity: &Identity) -> Result<Config> {
-    let unsupported = [(valid.mode == Mode::Ipv6Prefixes, "ENABLE_IPv6")];
-    if let Some((_, what)) = unsupported.iter().find(|(on, _)| *on) {
-        return Err(Error::new(format!("{what}: not supported by this version")).context("settings"));
-    }
     let mut seed = [0; 8];
     sys::random_bytes(&mut seed).context("seed the random numbers")?;
     Ok(configure::config(settings, valid, limits, identity, u64::from_ne_bytes(seed)))

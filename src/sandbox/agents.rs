@@ -4,13 +4,14 @@
 use super::topology::{EC2, IMDS, Node, Pod};
 use crate::clock;
 use crate::error::{Context, Error, Result};
+use crate::model::settings::Settings;
 use crate::rpc::grpc::Client;
 use crate::rpc::proto::{HealthCheckRequest, HealthCheckResponse};
 use crate::sys;
 use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -51,7 +52,6 @@ impl Agent {
             ("PATH", "/usr/sbin:/usr/bin:/sbin:/bin".to_owned()),
             ("AWS_EC2_METADATA_SERVICE_ENDPOINT", format!("http://{IMDS}")),
             ("AWS_EC2_ENDPOINT", format!("http://{EC2}")),
-            ("ENABLE_IPv4", "true".into()),
             ("MY_NODE_NAME", name.clone()),
             ("CLUSTER_NAME", "enibox-sandbox".into()),
             ("AWS_VPC_K8S_CNI_LOGLEVEL", "DEBUG".into()),
@@ -143,11 +143,14 @@ pub struct WiredPod {
     pub name: String,
     /// The namespace.
     pub pod: Pod,
-    /// Its address.
-    pub address: Ipv4Addr,
+    /// Its address: that of the first interface.
+    pub address: IpAddr,
+    /// Names and addresses of its further interfaces.
+    pub further: Vec<(String, IpAddr)>,
     /// How long the ADD took, from the start of the process to its end.
     pub add: Duration,
     container: String,
+    annotations: Value,
     result: Value,
 }
 
@@ -160,25 +163,33 @@ pub struct Runtime<'a> {
     pub logs: &'a Path,
     /// The node.
     pub node: &'a Node,
+    /// What the installer makes the plugin's configuration of.
+    pub settings: &'a Settings,
 }
 
 const CNI_VERSION: &str = "1.0.0";
 
+/// The capability by which a runtime passes a pod's annotations.
+const ANNOTATIONS: &str = "io.kubernetes.cri.pod-annotations";
+
+/// The annotation of a pod that wants an interface on every network card.
+pub const EVERY_CARD: (&str, &str) = ("k8s.amazonaws.com/nicConfig", "multi-nic-attachment");
+
 impl Runtime<'_> {
     // The configuration of one plugin as libcni composes it from the conflist.
-    fn config(&self, previous: Option<&Value>) -> String {
+    fn config(&self, annotations: &Value, previous: Option<&Value>) -> String {
         let log = self.logs.join(format!("{}-plugin.log", self.node.place.name));
         let mut config = json!({
             "cniVersion": CNI_VERSION,
             "name": "aws-cni",
             "type": "aws-cni",
-            "vethPrefix": "eni",
-            "mtu": "9001",
-            "podSGEnforcingMode": "strict",
+            "vethPrefix": self.settings.veth_prefix,
+            "mtu": self.settings.pod_mtu.to_string(),
+            "podSGEnforcingMode": self.settings.pod_security_group_mode,
             "pluginLogFile": log,
             "pluginLogLevel": "DEBUG",
-            "capabilities": {"io.kubernetes.cri.pod-annotations": true},
-            "runtimeConfig": {"io.kubernetes.cri.pod-annotations": {}},
+            "capabilities": {ANNOTATIONS: true},
+            "runtimeConfig": {ANNOTATIONS: annotations},
         });
         if let (Some(previous), Some(map)) = (previous, config.as_object_mut()) {
             map.insert("prevResult".into(), previous.clone());
@@ -223,28 +234,40 @@ impl Runtime<'_> {
     }
 
     /// Makes a pod and adds it to the network.
-    pub fn add(&self, name: &str) -> Result<WiredPod> {
+    pub fn add(&self, name: &str, annotations: &[(&str, &str)]) -> Result<WiredPod> {
         let mut random = [0; 16];
         sys::random_bytes(&mut random)?;
         let container = format!("{0:032x}{0:032x}", u128::from_be_bytes(random));
         let pod = self.node.create_pod(&format!("cni-{name}"))?;
-        let (output, add) = self.call("ADD", &pod, name, &container, &self.config(None))?;
+        let annotations = annotations.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect::<Value>();
+        let (output, add) = self.call("ADD", &pod, name, &container, &self.config(&annotations, None))?;
         let what = || format!("result of ADD of {name}");
         let result: Value = serde_json::from_slice(output.as_bytes()).with_context(what)?;
-        let address = result["ips"][0]["address"].as_str().and_then(|text| text.split('/').next()?.parse().ok());
-        let address = address.ok_or_else(|| Error::new(format!("no address in {output}")).context(what()))?;
-        Ok(WiredPod { name: name.to_owned(), pod, address, add, container, result })
+        let mut interfaces = interfaces_of(&result).into_iter();
+        let first = interfaces.next().ok_or_else(|| Error::new(format!("no address in {output}")).context(what()))?;
+        let (name, further) = (name.to_owned(), interfaces.collect());
+        Ok(WiredPod { name, pod, address: first.1, further, add, container, annotations, result })
     }
 
     /// Takes a pod out of the network, twice (the second time must be as well), and removes it.
     pub fn delete(&self, wired: WiredPod) -> Result<()> {
-        let config = self.config(Some(&wired.result));
+        let config = self.config(&wired.annotations, Some(&wired.result));
         let WiredPod { name, pod, container, .. } = wired;
         let first = self.call("DEL", &pod, &name, &container, &config);
         let second = self.call("DEL", &pod, &name, &container, &config);
         self.node.delete_pod(pod)?;
         first.and(second).map(drop)
     }
+}
+
+// The pod's interfaces in a result that have addresses.
+fn interfaces_of(result: &Value) -> Vec<(String, IpAddr)> {
+    let interface = |ip: &Value| {
+        let index = usize::try_from(ip["interface"].as_u64()?).ok()?;
+        let name = result["interfaces"][index]["name"].as_str()?;
+        Some((name.to_owned(), ip["address"].as_str()?.split('/').next()?.parse().ok()?))
+    };
+    result["ips"].as_array().into_iter().flatten().filter_map(interface).collect()
 }
 
 // Writes stdin, reads stdout to its end, which comes with the end of the process.

@@ -1,7 +1,7 @@
 //! `enibox sandbox`: a cluster's network on this machine, with the real daemon and the real plugin, and every flow tried.
 //! Data goes to standard output, progress to standard error; exit code 0 only if everything was as it should be.
 
-use super::agents::{Agent, Runtime, WiredPod};
+use super::agents::{Agent, EVERY_CARD, Runtime, WiredPod};
 use super::cluster::{self, ApiServer};
 use super::flows;
 use super::kube::Kind;
@@ -15,10 +15,12 @@ use crate::error::{Context, Error, List, Result, exit};
 use crate::model::limits::{self, Limits};
 use crate::model::order::Gather as _;
 use crate::model::settings::{Mode, Settings};
+use crate::sim::vpc::Wire;
 use crate::sys;
+use ipnet::IpNet;
 use serde_json::json;
 use std::io::Write;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,6 +43,9 @@ pub struct Args {
     /// Instance type of the nodes
     #[arg(long, default_value = "m5.large")]
     instance_type: String,
+    /// The pods' addresses
+    #[arg(long, value_enum, default_value_t = Family::Ipv4)]
+    family: Family,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
@@ -62,6 +67,15 @@ pub struct Args {
 enum Command {
     /// End every sandbox of this machine and remove what killed ones have left
     Down,
+}
+
+/// The family of the pods' addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Family {
+    /// IPv4
+    Ipv4,
+    /// IPv6
+    Ipv6,
 }
 
 fn setting(text: &str) -> std::result::Result<(String, String), String> {
@@ -116,9 +130,13 @@ fn demo(args: &Args) -> Result<bool> {
     let limits = limits::of(&args.instance_type)
         .ok_or_else(|| Error::new(format!("instance type {:?} is not known", args.instance_type)))?;
     let settings = settings_of(args);
-    let prefixes = settings.mode_wished() == Mode::Ipv4Prefixes;
     // With custom networking the primary ENI serves no pods.
-    let room = limits.pod_addresses(u32::from(settings.custom_networking), prefixes);
+    let reserved = u32::from(settings.custom_networking);
+    let room = match settings.mode_wished() {
+        Mode::Ipv4Addresses => limits.pod_addresses(reserved, false),
+        Mode::Ipv4Prefixes => limits.pod_addresses(reserved, true),
+        Mode::Ipv6Prefixes => limits.kubelet_pods,
+    };
     if u32::from(args.pods) > room {
         return Err(Error::new(format!("{} holds at most {room} pods", args.instance_type)));
     }
@@ -154,15 +172,25 @@ fn demo(args: &Args) -> Result<bool> {
     Ok(report.ok)
 }
 
-// The daemons' settings, as far as they are given here.
+// The daemons' settings, as far as they are given here: what is set by name comes later and counts.
+fn given(args: &Args) -> Vec<(String, String)> {
+    let family = match args.family {
+        Family::Ipv4 => &[][..],
+        Family::Ipv6 => &["ENABLE_IPv6", "ENABLE_PREFIX_DELEGATION"],
+    };
+    let family = family.iter().map(|name| ((*name).to_owned(), "true".to_owned()));
+    family.chain(args.set.iter().cloned()).collect()
+}
+
 fn settings_of(args: &Args) -> Settings {
-    let lookup = |name: &str| args.set.iter().rev().find(|(key, _)| key == name).map(|(_, value)| value.clone());
-    Settings::parse(lookup).0
+    let given = given(args);
+    Settings::parse(|name| given.iter().rev().find(|(key, _)| key == name).map(|(_, value)| value.clone())).0
 }
 
 // What they mean for the source that others see.
 fn expectation(settings: &Settings) -> flows::Expectation {
-    flows::Expectation { snat: !settings.external_snat, excluded: settings.exclude_snat_cidrs.clone() }
+    let v6 = settings.mode_wished() == Mode::Ipv6Prefixes;
+    flows::Expectation { v6, snat: !settings.external_snat, excluded: settings.exclude_snat_cidrs.clone() }
 }
 
 fn print(args: &Args, report: &Report) -> Result<()> {
@@ -174,6 +202,7 @@ fn print(args: &Args, report: &Report) -> Result<()> {
 /// Everything that stands while the demo runs. Dropped on an error, it takes daemons and network with it.
 struct Stage {
     program: PathBuf,
+    settings: Settings,
     // Daemons end before the world does.
     agents: Vec<Agent>,
     pods: Vec<Vec<WiredPod>>,
@@ -190,9 +219,11 @@ impl Stage {
         let mut world = World::create(&plan)?;
         let kube = cluster::prepare(&mut world, settings, limits, (args.api_server, args.pods.into()))?;
         let nodes = (0..world.nodes.len()).map(|index| world.node(index)).collect::<Result<Vec<_>>>()?;
+        nodes.iter().try_for_each(|node| node.prepare(settings))?;
         // What runs is this very file, whatever happens to its name meanwhile.
         let program = PathBuf::from("/proc/self/exe");
-        Ok(Stage { program, agents: Vec::new(), pods: Vec::new(), nodes, kube, world })
+        let settings = settings.clone();
+        Ok(Stage { program, settings, agents: Vec::new(), pods: Vec::new(), nodes, kube, world })
     }
 
     fn play(&mut self, args: &Args, settings: &Settings, report: &mut Report) -> Result<()> {
@@ -200,7 +231,7 @@ impl Stage {
         let logs = self.world.topology().run().logs();
         // What is given on the command line comes later and counts.
         let api_server = self.kube.as_ref().map(|_| cluster::endpoint());
-        let env = api_server.into_iter().chain(args.set.iter().cloned()).collect::<Vec<_>>();
+        let env = api_server.into_iter().chain(given(args)).collect::<Vec<_>>();
         for node in &self.nodes {
             self.agents.push(Agent::start(&self.program, &logs, node, &env)?);
         }
@@ -223,18 +254,23 @@ impl Stage {
         Ok(())
     }
 
+    // On nodes with several network cards every second pod wants them all.
+    fn annotations(&self, number: usize) -> &[(&str, &str)] {
+        if self.settings.multi_nic && number % 2 == 1 { &[EVERY_CARD] } else { &[] }
+    }
+
     // All nodes at once, the pods of a node one after the other. A failure leaves the pods that are there.
     fn add_pods(&self, count: usize) -> Result<Vec<(Vec<WiredPod>, Result<()>)>> {
         let logs = self.world.topology().run().logs();
         let add = |node: &Node| {
-            let runtime = Runtime { program: &self.program, logs: &logs, node };
+            let runtime = Runtime { program: &self.program, logs: &logs, node, settings: &self.settings };
             let mut pods = Vec::new();
             for number in 1..=count {
                 let name = format!("pod-{number}");
                 if let Some(kube) = &self.kube {
                     kube.change(|api| api.add_pod(&node.place.name, &name, &node.place.name, &json!({})));
                 }
-                match going().and_then(|()| runtime.add(&name)) {
+                match going().and_then(|()| runtime.add(&name, self.annotations(number))) {
                     Ok(pod) => pods.push(pod),
                     Err(error) => return (pods, Err(error)),
                 }
@@ -250,17 +286,27 @@ impl Stage {
         })
     }
 
-    // An address belongs to one pod, and EC2 has assigned it to the pod's node.
+    // An address belongs to one pod, and EC2 has assigned it to the pod's node; the interfaces of a pod are on network
+    // cards in ascending order.
     fn check_addresses(&self, report: &mut Report) {
         let mut seen = std::collections::BTreeMap::new();
+        let wires = self.world.cloud.vpc().wires();
         for (node, pods) in self.world.nodes.iter().zip(&self.pods) {
             for pod in pods {
                 let name = format!("{}/{}", node.name, pod.name);
-                if self.world.cloud.vpc().owner(pod.address).as_ref() != Some(&node.instance) {
-                    report.problems.push(format!("{name} has {}, which is not its node's", pod.address));
+                let mut cards = Vec::new();
+                for address in addresses_of(pod) {
+                    let here = |wire: &&Wire| wire.instance == node.instance && has(wire, address);
+                    match wires.iter().find(here) {
+                        Some(wire) => cards.push(wire.card),
+                        None => report.problems.push(format!("{name} has {address}, which is not its node's")),
+                    }
+                    if let Some(other) = seen.insert(address, name.clone()) {
+                        report.problems.push(format!("{name} and {other} have the same address {address}"));
+                    }
                 }
-                if let Some(other) = seen.insert(pod.address, name.clone()) {
-                    report.problems.push(format!("{name} and {other} have the same address {}", pod.address));
+                if !cards.is_sorted_by(|one, next| one < next) {
+                    report.problems.push(format!("{name} has interfaces on network cards {cards:?}"));
                 }
             }
         }
@@ -270,22 +316,25 @@ impl Stage {
         let millis = |duration: &Duration| (duration.as_secs_f64() * 10_000.0).round() / 10.0;
         let vpc = self.world.cloud.vpc();
         let wires = vpc.wires();
-        let size = |net: &ipnet::Ipv4Net| 1_usize << (32 - u32::from(net.prefix_len()));
+        let v6 = self.settings.mode_wished() == Mode::Ipv6Prefixes;
+        let of_pods = |net: &&IpNet| net.addr().is_ipv6() == v6;
+        let size = |net: &IpNet| 1_u64 << (net.max_prefix_len() - net.prefix_len()).min(63);
         for (node, ready) in self.world.nodes.iter().zip(ready) {
             let here = wires.iter().filter(|wire| wire.instance == node.instance).collect::<Vec<_>>();
-            let addresses = here.iter().flat_map(|wire| &wire.assigned).map(size).sum::<usize>();
+            let addresses = here.iter().flat_map(|wire| &wire.assigned).filter(of_pods).map(size).sum::<u64>();
+            let own = here.iter().filter(|wire| !v6 || wire.own_v6.is_some()).count() as u64;
             report.nodes.push(NodeLine {
                 name: node.name.clone(),
                 instance_type: args.instance_type.clone(),
-                address: node.address.to_string(),
+                address: node.at(v6).to_string(),
                 ready_ms: millis(ready),
                 enis: here.len(),
-                addresses: addresses - here.len(), // without the ENIs' own
+                addresses: addresses - own,
             });
         }
         for (node, pods) in self.world.nodes.iter().zip(&self.pods) {
             for pod in pods {
-                let wire = wires.iter().find(|wire| wire.assigned.iter().any(|net| net.contains(&pod.address)));
+                let wire = wires.iter().find(|wire| has(wire, pod.address));
                 report.pods.push(PodLine {
                     node: node.name.clone(),
                     name: pod.name.clone(),
@@ -305,15 +354,16 @@ impl Stage {
         let logs = self.world.topology().run().logs();
         let mut errors = List::new();
         for (node, pods) in self.nodes.iter().zip(std::mem::take(&mut self.pods)) {
-            let addresses = pods.iter().map(|pod| pod.address).collect::<Vec<_>>();
-            let runtime = Runtime { program: &self.program, logs: &logs, node };
+            let addresses = pods.iter().flat_map(addresses_of).collect::<Vec<_>>();
+            let runtime = Runtime { program: &self.program, logs: &logs, node, settings: &self.settings };
             for pod in pods {
                 if let Some(kube) = &self.kube {
                     kube.change(|api| api.remove(Kind::Pod, &node.place.name, &pod.name));
                 }
                 errors.note(runtime.delete(pod));
             }
-            let traces = errors.note(traces_that_stay(&node.place, &addresses)).unwrap_or_default();
+            let traces =
+                errors.note(traces_that_stay(&node.place, &self.settings.veth_prefix, &addresses)).unwrap_or_default();
             report.problems.extend(traces.into_iter().map(|trace| format!("left over on {trace}")));
         }
         for agent in self.agents.drain(..) {
@@ -345,11 +395,19 @@ impl Stage {
     }
 }
 
+fn has(wire: &Wire, address: IpAddr) -> bool {
+    wire.assigned.iter().any(|net| net.contains(&address))
+}
+
+fn addresses_of(pod: &WiredPod) -> impl Iterator<Item = IpAddr> + '_ {
+    std::iter::once(pod.address).chain(pod.further.iter().map(|(_, address)| *address))
+}
+
 /// What is left of pods once the kernel had time to take down their namespaces, and with them their veths.
-fn traces_that_stay(node: &Place, addresses: &[Ipv4Addr]) -> Result<Vec<String>> {
+fn traces_that_stay(node: &Place, prefix: &str, addresses: &[IpAddr]) -> Result<Vec<String>> {
     let end = clock::instant() + TEARDOWN_MAX;
     loop {
-        let traces = node.traces("eni", addresses)?;
+        let traces = node.traces(prefix, addresses)?;
         if traces.is_empty() || clock::instant() > end {
             return Ok(traces);
         }

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::netlink::netns::Namespace;
 use ipnet::Ipv4Net;
 use serde::Serialize;
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 /// How long a flow may take; short once many have failed, so that a broken run comes to an end.
@@ -48,6 +48,8 @@ pub struct Outcome {
 /// What the daemon's settings mean for the flows.
 #[derive(Clone, Debug)]
 pub struct Expectation {
+    /// The family of the pods is IPv6: nothing is translated.
+    pub v6: bool,
     /// Pods are seen as their node outside of the VPC (AWS_VPC_K8S_CNI_EXTERNALSNAT is off).
     pub snat: bool,
     /// Outside of the VPC but left alone (AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS).
@@ -56,8 +58,8 @@ pub struct Expectation {
 
 impl Expectation {
     // The source that a host sees of a pod.
-    fn seen_by(&self, host: &Host, node: &End, pod: &End) -> Ipv4Addr {
-        let kept = host.in_vpc || !self.snat || self.excluded.iter().any(|net| net.contains(&host.address));
+    fn seen_by(&self, host: &Host, node: &End, pod: &End) -> IpAddr {
+        let kept = host.in_vpc || self.v6 || !self.snat || self.excluded.iter().any(|net| net.contains(&host.address));
         if kept { pod.address } else { node.address }
     }
 }
@@ -67,7 +69,15 @@ impl Expectation {
 struct End {
     name: String,
     net: Namespace,
-    address: Ipv4Addr,
+    address: IpAddr,
+    // A further interface of a pod: nothing leaves by it that does not ask for its address.
+    further: bool,
+}
+
+impl End {
+    fn new(name: String, net: Namespace, address: IpAddr) -> End {
+        End { name, net, address, further: false }
+    }
 }
 
 struct Planned<'a> {
@@ -76,7 +86,7 @@ struct Planned<'a> {
     server: &'a End,
     target: SocketAddr,
     listen: SocketAddr,
-    expect: Ipv4Addr,
+    expect: IpAddr,
     label: String,
 }
 
@@ -91,7 +101,7 @@ impl Planned<'_> {
     }
 }
 
-fn plain<'a>(kind: &'static str, client: &'a End, server: &'a End, expect: Ipv4Addr) -> Planned<'a> {
+fn plain<'a>(kind: &'static str, client: &'a End, server: &'a End, expect: IpAddr) -> Planned<'a> {
     let at = SocketAddr::from((server.address, PORT));
     Planned { kind, client, server, target: at, listen: at, expect, label: server.name.clone() }
 }
@@ -100,25 +110,30 @@ fn plain<'a>(kind: &'static str, client: &'a End, server: &'a End, expect: Ipv4A
 struct Ends {
     nodes: Vec<End>,
     pods: Vec<Vec<End>>,
+    // Of each node, the further interfaces of its pods.
+    further: Vec<Vec<End>>,
     hosts: Vec<End>,
 }
 
 impl Ends {
-    fn of(world: &World, pods: &[Vec<WiredPod>]) -> Result<Ends> {
-        let mut ends = Ends { nodes: Vec::new(), pods: Vec::new(), hosts: Vec::new() };
+    fn of(world: &World, pods: &[Vec<WiredPod>], v6: bool) -> Result<Ends> {
+        let mut ends = Ends { nodes: Vec::new(), pods: Vec::new(), further: Vec::new(), hosts: Vec::new() };
         for (node, wired) in world.nodes.iter().zip(pods) {
-            let net = world.namespace(&node.name)?;
-            ends.nodes.push(End { name: node.name.clone(), net, address: node.address });
-            let mut here = Vec::new();
+            ends.nodes.push(End::new(node.name.clone(), world.namespace(&node.name)?, node.at(v6)));
+            let (mut here, mut further) = (Vec::new(), Vec::new());
             for pod in wired {
                 let name = format!("{}/{}", node.name, pod.name);
-                here.push(End { name, net: pod.pod.place.handle()?, address: pod.address });
+                for (interface, address) in &pod.further {
+                    let (name, net) = (format!("{name} {interface}"), pod.pod.place.handle()?);
+                    further.push(End { further: true, ..End::new(name, net, *address) });
+                }
+                here.push(End::new(name, pod.pod.place.handle()?, pod.address));
             }
             ends.pods.push(here);
+            ends.further.push(further);
         }
         for host in HOSTS {
-            let net = world.namespace(host.name)?;
-            ends.hosts.push(End { name: host.name.to_owned(), net, address: host.address });
+            ends.hosts.push(End::new(host.name.to_owned(), world.namespace(host.name)?, host.at(v6)));
         }
         Ok(ends)
     }
@@ -153,7 +168,31 @@ impl Ends {
                 let others = self.nodes.iter().enumerate().filter(|(other, _)| *other != at);
                 plan.extend(others.map(|(_, other)| plain("pod to other node", pod, other, pod.address)));
             }
+            plan.extend(self.further(at, expectation));
             plan.extend(self.node_ports(at));
+        }
+        plan
+    }
+
+    // What a pod sends from the address of a further interface, and what comes to it.
+    fn further(&self, at: usize, expectation: &Expectation) -> Vec<Planned<'_>> {
+        let (node, here) = (&self.nodes[at], &self.further[at]);
+        let mut plan = Vec::new();
+        for (number, end) in here.iter().enumerate() {
+            for (host, far) in HOSTS.iter().zip(&self.hosts) {
+                let expect = expectation.seen_by(host, node, end);
+                let kind = if host.in_vpc { "further interface to the VPC" } else { "further interface to outside" };
+                plan.push(plain(kind, end, far, expect));
+                plan.push(plain("host to further interface", far, end, far.address));
+            }
+            plan.push(plain("further interface to its node", end, node, end.address));
+            plan.push(plain("node to further interface", node, end, node.address));
+            let elsewhere = self.further.iter().enumerate().filter(|(other, _)| *other != at);
+            let far = elsewhere.flat_map(|(_, ends)| ends).collect::<Vec<_>>();
+            let peers = [here.get((number + 1) % here.len()), far.get(number % far.len().max(1)).copied()];
+            for peer in peers.into_iter().flatten().filter(|peer| peer.name != end.name) {
+                plan.push(plain("between further interfaces", end, peer, end.address));
+            }
         }
         plan
     }
@@ -195,9 +234,9 @@ pub fn run(
     expectation: &Expectation,
     going: &dyn Fn() -> Result<()>,
 ) -> Result<Vec<Outcome>> {
-    let ends = Ends::of(world, pods)?;
+    let ends = Ends::of(world, pods, expectation.v6)?;
     for (node, pods) in ends.nodes.iter().zip(&ends.pods) {
-        let ports = ports_of(pods).map(|(port, pod)| (port, SocketAddrV4::new(pod.address, PORT)));
+        let ports = ports_of(pods).map(|(port, pod)| (port, SocketAddr::new(pod.address, PORT)));
         nodeport::open(&node.net, &ports.collect::<Vec<_>>())?;
     }
     let mut outcomes = Vec::new();
@@ -207,7 +246,7 @@ pub fn run(
             going()?;
             let flow = Flow {
                 client: &planned.client.net,
-                source: None,
+                source: planned.client.further.then_some(planned.client.address),
                 target: planned.target,
                 server: &planned.server.net,
                 listen: planned.listen,

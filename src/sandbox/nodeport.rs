@@ -9,7 +9,7 @@ use crate::netlink::netns::Namespace;
 use crate::netlink::nft;
 use crate::netlink::nft_expr;
 use crate::netlink::socket::{Request, Socket};
-use std::net::SocketAddrV4;
+use std::net::{IpAddr, SocketAddr};
 
 const TABLE: &str = "enibox-sandbox-nodeport";
 const CHAIN: &str = "nodeports";
@@ -21,20 +21,19 @@ const NEW_RULE: u16 = SUBSYSTEM | 6;
 const CREATE: u16 = 0x400; // NLM_F_CREATE
 const APPEND: u16 = 0x800; // NLM_F_APPEND
 
-/// `struct nfgenmsg` for IPv4.
-const HEADER: [u8; 4] = [2, 0, 0, 0];
-
-fn elem(writer: &mut Writer, name: &str, fill: impl FnOnce(&mut Writer)) {
+/// One expression of a rule.
+pub(super) fn elem(writer: &mut Writer, name: &str, fill: impl FnOnce(&mut Writer)) {
     writer.nest_flagged(1u16, |writer| {
         writer.text(1u16, name);
         writer.nest_flagged(2u16, fill);
     });
 }
 
-fn equals(writer: &mut Writer, data: &[u8]) {
+/// Register 1 has this value, or has not.
+pub(super) fn compare(writer: &mut Writer, negate: bool, data: &[u8]) {
     elem(writer, "cmp", |writer| {
         writer.u32_be(1u16, 1); // NFT_REG_1
-        writer.u32_be(2u16, 0); // NFT_CMP_EQ
+        writer.u32_be(2u16, u32::from(negate)); // NFT_CMP_EQ or NFT_CMP_NEQ
         writer.nest_flagged(3u16, |writer| writer.bytes(1u16, data));
     });
 }
@@ -46,58 +45,92 @@ fn immediate(writer: &mut Writer, register: u32, data: &[u8]) {
     });
 }
 
-fn request(kind: u16, flags: u16, what: &str, fill: impl FnOnce(&mut Writer)) -> Request {
-    let mut writer = Writer::new(&HEADER);
-    writer.text(1u16, TABLE);
-    fill(&mut writer);
-    Request::new(kind, flags, writer.finish(), format!("add {what} of table ip {TABLE}"))
+/// What of the sandbox's own tables is made.
+pub(super) enum Part<'a> {
+    /// The table.
+    Head,
+    /// A base chain: name, hook, priority, type.
+    Chain(&'a str, u32, i32, &'a str),
+    /// A rule at the end of a chain.
+    Rule(&'a str),
+}
+
+/// A message that makes a part of a table; `fill` writes a rule's expressions.
+pub(super) fn request(family: Family, table: &str, part: &Part<'_>, fill: impl FnOnce(&mut Writer)) -> Request {
+    let mut writer = Writer::new(&[protocol(family), 0, 0, 0]); // struct nfgenmsg
+    writer.text(1u16, table);
+    let (kind, flags) = match part {
+        Part::Head => {
+            writer.u32_be(2u16, 0);
+            (NEW_TABLE, CREATE)
+        }
+        Part::Chain(name, hook, priority, kind) => {
+            writer.text(3u16, name);
+            writer.nest_flagged(4u16, |writer| {
+                writer.u32_be(1u16, *hook);
+                writer.u32_be(2u16, priority.cast_unsigned());
+            });
+            writer.u32_be(5u16, 1); // accept
+            writer.text(7u16, kind);
+            (NEW_CHAIN, CREATE)
+        }
+        Part::Rule(chain) => {
+            writer.text(2u16, chain);
+            writer.nest_flagged(4u16, fill);
+            (NEW_RULE, CREATE | APPEND)
+        }
+    };
+    Request::new(kind, flags, writer.finish(), format!("add a part of table {table}"))
+}
+
+// NFPROTO_IPV4 and NFPROTO_IPV6, which are the numbers of the address families.
+fn protocol(family: Family) -> u8 {
+    match family {
+        Family::V4 => 2,
+        Family::V6 => 10,
+    }
 }
 
 // `meta l4proto P th dport N fib daddr type local dnat to A:P`
-fn rule(proto: u8, port: u16, to: SocketAddrV4) -> Result<Request> {
+fn rule(proto: u8, port: u16, to: SocketAddr) -> Result<Request> {
     let mut fib = Ok(());
-    let request = request(NEW_RULE, CREATE | APPEND, "a rule", |writer| {
-        writer.text(2u16, CHAIN);
-        writer.nest_flagged(4u16, |writer| {
-            elem(writer, "meta", |writer| {
-                writer.u32_be(1u16, 1);
-                writer.u32_be(2u16, 16); // NFT_META_L4PROTO
-            });
-            equals(writer, &[proto]);
-            elem(writer, "payload", |writer| {
-                writer.u32_be(1u16, 1);
-                writer.u32_be(2u16, 2); // NFT_PAYLOAD_TRANSPORT_HEADER
-                writer.u32_be(3u16, 2);
-                writer.u32_be(4u16, 2);
-            });
-            equals(writer, &port.to_be_bytes());
-            fib = nft_expr::encode(writer, Family::V4, &Expr::FibDaddrLocal { iif: false, negate: false });
-            immediate(writer, 1, &to.ip().octets());
-            immediate(writer, 2, &to.port().to_be_bytes());
-            elem(writer, "nat", |writer| {
-                writer.u32_be(1u16, 1); // NFT_NAT_DNAT
-                writer.u32_be(2u16, 2); // AF_INET
-                writer.u32_be(3u16, 1);
-                writer.u32_be(5u16, 2);
-            });
+    let family = Family::of(to.ip());
+    let request = request(family, TABLE, &Part::Rule(CHAIN), |writer| {
+        elem(writer, "meta", |writer| {
+            writer.u32_be(1u16, 1);
+            writer.u32_be(2u16, 16); // NFT_META_L4PROTO
+        });
+        compare(writer, false, &[proto]);
+        elem(writer, "payload", |writer| {
+            writer.u32_be(1u16, 1);
+            writer.u32_be(2u16, 2); // NFT_PAYLOAD_TRANSPORT_HEADER
+            writer.u32_be(3u16, 2);
+            writer.u32_be(4u16, 2);
+        });
+        compare(writer, false, &port.to_be_bytes());
+        fib = nft_expr::encode(writer, family, &Expr::FibDaddrLocal { iif: false, negate: false });
+        match to.ip() {
+            IpAddr::V4(v4) => immediate(writer, 1, &v4.octets()),
+            IpAddr::V6(v6) => immediate(writer, 1, &v6.octets()),
+        }
+        immediate(writer, 2, &to.port().to_be_bytes());
+        elem(writer, "nat", |writer| {
+            writer.u32_be(1u16, 1); // NFT_NAT_DNAT
+            writer.u32_be(2u16, protocol(family).into());
+            writer.u32_be(3u16, 1);
+            writer.u32_be(5u16, 2);
         });
     });
     fib.map(|()| request)
 }
 
-/// Makes node ports in a namespace: each port leads to its target, over TCP and UDP.
-pub fn open(namespace: &Namespace, ports: &[(u16, SocketAddrV4)]) -> Result<()> {
+/// Makes node ports of one family in a namespace: each port leads to its target, over TCP and UDP.
+pub fn open(namespace: &Namespace, ports: &[(u16, SocketAddr)]) -> Result<()> {
+    let Some(family) = ports.first().map(|(_, to)| Family::of(to.ip())) else { return Ok(()) };
     let mut requests = vec![
-        request(NEW_TABLE, CREATE, "the head", |writer| writer.u32_be(2u16, 0)),
-        request(NEW_CHAIN, CREATE, "the chain", |writer| {
-            writer.text(3u16, CHAIN);
-            writer.nest_flagged(4u16, |writer| {
-                writer.u32_be(1u16, 0); // prerouting
-                writer.u32_be(2u16, (-100_i32).cast_unsigned()); // dstnat
-            });
-            writer.u32_be(5u16, 1); // accept
-            writer.text(7u16, "nat");
-        }),
+        request(family, TABLE, &Part::Head, |_| ()),
+        // prerouting, dstnat
+        request(family, TABLE, &Part::Chain(CHAIN, 0, -100, "nat"), |_| ()),
     ];
     for (port, to) in ports {
         for proto in [6, 17] {
@@ -105,10 +138,14 @@ pub fn open(namespace: &Namespace, ports: &[(u16, SocketAddrV4)]) -> Result<()> 
         }
     }
     let mut socket = Socket::netfilter_in(namespace)?;
-    nft::transaction(&mut socket, requests, &format!("commit table ip {TABLE}")).context("open node ports")
+    nft::transaction(&mut socket, requests, &format!("commit table {TABLE}")).context("open node ports")
 }
 
 /// Takes them away again.
 pub fn close(namespace: &Namespace) -> Result<()> {
-    nft::delete(&mut Socket::netfilter_in(namespace)?, Family::V4, TABLE).context("close node ports")
+    let mut socket = Socket::netfilter_in(namespace)?;
+    for family in [Family::V4, Family::V6] {
+        nft::delete(&mut socket, family, TABLE).context("close node ports")?;
+    }
+    Ok(())
 }

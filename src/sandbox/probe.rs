@@ -3,8 +3,9 @@
 use crate::clock;
 use crate::error::{Context, Error, Result};
 use crate::netlink::netns::Namespace;
+use crate::sys;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
 /// The port that receivers listen on.
@@ -35,8 +36,8 @@ impl Proto {
 pub struct Flow<'a> {
     /// Where it starts.
     pub client: &'a Namespace,
-    /// The address to start from (UDP only); none leaves it to the routes.
-    pub source: Option<Ipv4Addr>,
+    /// The address to start from; none leaves it to the routes.
+    pub source: Option<IpAddr>,
     /// Where it goes.
     pub target: SocketAddr,
     /// Where the receiver is.
@@ -55,10 +56,6 @@ impl Flow<'_> {
     }
 
     fn tcp(&self, timeout: Duration) -> Result<SocketAddr> {
-        if self.source.is_some() {
-            // std cannot bind a TCP socket before it connects.
-            return Err(Error::new("a source can be chosen for udp only"));
-        }
         let listener = self.server.run(|| TcpListener::bind(self.listen))?;
         let listener = listener.with_context(|| format!("listen on tcp {}", self.listen))?;
         listener.set_nonblocking(true)?;
@@ -87,7 +84,10 @@ impl Flow<'_> {
     }
 
     fn connect(&self, timeout: Duration) -> Result<TcpStream> {
-        let stream = TcpStream::connect_timeout(&self.target, timeout);
+        let stream = match self.source {
+            None => TcpStream::connect_timeout(&self.target, timeout),
+            Some(source) => sys::connect_tcp_from(source, self.target, timeout).map(TcpStream::from),
+        };
         stream.with_context(|| format!("connect to tcp {}", self.target))
     }
 
@@ -95,7 +95,9 @@ impl Flow<'_> {
         let server = self.server.run(|| UdpSocket::bind(self.listen))?;
         let server = server.with_context(|| format!("listen on udp {}", self.listen))?;
         server.set_read_timeout(Some(timeout))?;
-        let near = SocketAddr::from((self.source.unwrap_or(Ipv4Addr::UNSPECIFIED), 0));
+        let any: IpAddr =
+            if self.target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        let near = SocketAddr::from((self.source.unwrap_or(any), 0));
         let client = self.client.run(|| UdpSocket::bind(near))?;
         let client = client.with_context(|| format!("bind udp {near}"))?;
         client.set_read_timeout(Some(timeout))?;

@@ -20,7 +20,7 @@ pub struct NodeLine {
     /// ENIs at the end.
     pub enis: usize,
     /// Addresses that pods may have, at the end.
-    pub addresses: usize,
+    pub addresses: u64,
 }
 
 /// One pod.

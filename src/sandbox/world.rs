@@ -7,12 +7,13 @@ use super::serve::{Cloud, Seat};
 use super::topology::{EC2, IMDS, KUBE, Node, Topology};
 use crate::clock;
 use crate::error::{Context, Error, Result};
+use crate::model::ec2::{Call, Count};
 use crate::model::ids::InstanceId;
 use crate::netlink::netns::Namespace;
 use crate::rpc::http1::Server;
 use crate::sim::vpc::{Vpc, Wire};
-use ipnet::Ipv4Net;
-use std::net::Ipv4Addr;
+use ipnet::{Ipv4Net, Ipv6Net};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -23,11 +24,20 @@ pub const REGION: &str = "eu-west-1";
 pub const VPC_CIDRS: [Ipv4Net; 2] =
     [Ipv4Net::new_assert(Ipv4Addr::new(10, 20, 0, 0), 16), Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 16)];
 
-/// Zones and their subnets for nodes; nodes take turns.
-const ZONES: [(&str, Ipv4Net); 2] = [
-    ("eu-west-1a", Ipv4Net::new_assert(Ipv4Addr::new(10, 20, 0, 0), 20)),
-    ("eu-west-1b", Ipv4Net::new_assert(Ipv4Addr::new(10, 20, 32, 0), 20)),
+/// Zones and their subnets for nodes, of both families; nodes take turns.
+const ZONES: [(&str, Ipv4Net, Ipv6Net); 2] = [
+    ("eu-west-1a", Ipv4Net::new_assert(Ipv4Addr::new(10, 20, 0, 0), 20), v6_subnet(0)),
+    ("eu-west-1b", Ipv4Net::new_assert(Ipv4Addr::new(10, 20, 32, 0), 20), v6_subnet(1)),
 ];
+
+// A subnet of the VPC's IPv6 CIDR, 2001:db8:20::/56.
+const fn v6_subnet(number: u16) -> Ipv6Net {
+    Ipv6Net::new_assert(Ipv6Addr::new(0x2001, 0xdb8, 0x20, number, 0, 0, 0, 0), 64)
+}
+
+const fn v6(third: u16, fourth: u16, last: u16) -> Ipv6Addr {
+    Ipv6Addr::new(0x2001, 0xdb8, third, fourth, 0, 0, 0, last)
+}
 
 /// A host that is no node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,16 +48,30 @@ pub struct Host {
     pub what: &'static str,
     /// Its address.
     pub address: Ipv4Addr,
+    /// Its IPv6 address.
+    pub address_v6: Ipv6Addr,
     /// Inside the VPC's CIDRs: pods are seen by their own address there.
     pub in_vpc: bool,
 }
 
+impl Host {
+    /// Its address of a family.
+    pub fn at(&self, v6: bool) -> IpAddr {
+        if v6 { self.address_v6.into() } else { self.address.into() }
+    }
+
+    const fn new(name: &'static str, what: &'static str, addresses: ([u8; 4], Ipv6Addr), in_vpc: bool) -> Host {
+        let [a, b, c, d] = addresses.0;
+        Host { name, what, address: Ipv4Addr::new(a, b, c, d), address_v6: addresses.1, in_vpc }
+    }
+}
+
 /// All hosts.
 pub const HOSTS: [Host; 4] = [
-    Host { name: "vpc-host", what: "host in the VPC", address: Ipv4Addr::new(10, 20, 30, 10), in_vpc: true },
-    Host { name: "second-cidr", what: "host in the second CIDR", address: Ipv4Addr::new(100, 64, 9, 9), in_vpc: true },
-    Host { name: "internet", what: "internet", address: Ipv4Addr::new(203, 0, 113, 10), in_vpc: false },
-    Host { name: "peered", what: "peered network", address: Ipv4Addr::new(198, 18, 7, 7), in_vpc: false },
+    Host::new("vpc-host", "host in the VPC", ([10, 20, 30, 10], v6(0x20, 0x30, 0x10)), true),
+    Host::new("second-cidr", "host in the second CIDR", ([100, 64, 9, 9], v6(0x64, 9, 9)), true),
+    Host::new("internet", "internet", ([203, 0, 113, 10], v6(0x113, 0, 0x10)), false),
+    Host::new("peered", "peered network", ([198, 18, 7, 7], v6(0x18, 7, 7)), false),
 ];
 
 /// A node of the world.
@@ -59,6 +83,15 @@ pub struct WorldNode {
     pub instance: InstanceId,
     /// Its primary address.
     pub address: Ipv4Addr,
+    /// Its IPv6 address.
+    pub address_v6: Ipv6Addr,
+}
+
+impl WorldNode {
+    /// Its address of a family.
+    pub fn at(&self, v6: bool) -> IpAddr {
+        if v6 { self.address_v6.into() } else { self.address.into() }
+    }
 }
 
 /// What to build.
@@ -89,10 +122,10 @@ impl World {
     /// Builds it. Needs root.
     pub fn create(plan: &Plan<'_>) -> Result<World> {
         let mut vpc = Vpc::new(REGION, VPC_CIDRS.to_vec(), plan.seed);
-        let subnets = ZONES.map(|(zone, cidr)| vpc.add_subnet(zone, cidr, None, &[]));
+        let subnets = ZONES.map(|(zone, cidr, v6)| vpc.add_subnet(zone, cidr, Some(v6), &[]));
         let mut topology = Topology::create(Run::start(plan.home)?)?;
         for host in HOSTS {
-            topology.add_host(host.name, host.address)?;
+            topology.add_host(host.name, host.address, host.address_v6)?;
         }
         let mut nodes = Vec::new();
         for number in 0..plan.nodes {
@@ -101,9 +134,10 @@ impl World {
                 .launch(clock::now(), plan.instance_type, &subnets[number % subnets.len()], &[])
                 .with_context(|| format!("launch {name}"))?;
             topology.add_node(&instance, &name)?;
-            let identity = vpc.identity(&instance).ok_or_else(|| Error::new("the instance is gone"))?;
-            nodes.push(WorldNode { name, instance, address: identity.local_ipv4 });
+            nodes.push(settled(&mut vpc, name, instance)?);
         }
+        // What launching took is no call of a daemon's.
+        vpc.forget_calls();
         let cloud = Cloud::new(vpc);
         let servers = vec![
             cloud.serve_imds(topology.listen(IMDS, 80)?, Seat::Peer)?,
@@ -151,6 +185,17 @@ impl World {
     pub fn topology(&self) -> MutexGuard<'_, Topology> {
         hold(&self.topology)
     }
+}
+
+// A fresh instance with an IPv6 address, as subnets give one at launch.
+fn settled(vpc: &mut Vpc, name: String, instance: InstanceId) -> Result<WorldNode> {
+    let gone = || Error::new("the instance is gone");
+    let eni = vpc.identity(&instance).ok_or_else(gone)?.primary_eni;
+    let outcome = vpc.execute(clock::now(), &Call::Assign { eni, count: Count::Ipv6Addresses(1) });
+    outcome.result.map_err(|failure| Error::new(failure.to_string()))?;
+    let identity = vpc.identity(&instance).ok_or_else(gone)?;
+    let address_v6 = identity.local_ipv6.ok_or_else(|| Error::new(format!("{name} has no IPv6 address")))?;
+    Ok(WorldNode { name, instance, address: identity.local_ipv4, address_v6 })
 }
 
 fn hold(topology: &Mutex<Topology>) -> MutexGuard<'_, Topology> {

@@ -101,7 +101,6 @@ const NO_PROFILES: Kind = Kind::Ignored("shared configuration files of the SDKs 
 /// Read and checked, and without effect in this version: the daemon refuses those that it would have to act on, the others
 /// are for parts that do not exist yet.
 pub(super) const NOT_YET: &[&str] = &[
-    "ENABLE_IPv6",
     "POD_MTU",
     "DISABLE_POD_V6",
     "ENABLE_BANDWIDTH_PLUGIN",

@@ -21,7 +21,7 @@ use crate::model::time::{Now, Wall};
 use crate::rpc::http1::{Limits, Method, Request, Response, Server, Verdict};
 use crate::sim::conditions::Lie;
 use crate::sim::vpc::{Outcome, Vpc, Wire};
-use std::net::{IpAddr, TcpListener};
+use std::net::TcpListener;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -180,10 +180,7 @@ impl Cloud {
             cloud.imds_requests.fetch_add(1, Ordering::Relaxed);
             let instance = match &seat {
                 Seat::Instance(instance) => Some(instance.clone()),
-                Seat::Peer => match request.peer.map(|peer| peer.ip()) {
-                    Some(IpAddr::V4(addr)) => cloud.vpc().owner(addr),
-                    _ => None,
-                },
+                Seat::Peer => request.peer.and_then(|peer| cloud.vpc().owner(peer.ip())),
             };
             match instance {
                 Some(instance) => imds::answer(&cloud, &instance, request),

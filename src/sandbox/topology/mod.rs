@@ -5,8 +5,13 @@
 //! address only to the ENI that has it: an address has a route to its ENI, `rp_filter` is strict, and there is no default
 //! route. So a wrong rule or route on a node shows as a lost packet. ARP is answered for everything (`proxy_arp`), and
 //! delivery goes to the MAC of the ENI without asking, as on EC2.
+//!
+//! IPv6 is the same with two differences that Linux forces: the source check is a rule of nf_tables, and nobody but the
+//! router is on the link, because a router cannot answer for every address of a subnet. So a node's subnet has no
+//! connected route, and everything goes through the gateway, which is `fe80:ec2::1` as on EC2.
 
 mod place;
+mod sources;
 
 pub use place::{Node, Place, Pod};
 
@@ -20,7 +25,7 @@ use crate::sandbox::runs::Run;
 use crate::sim::vpc::Wire;
 use ipnet::{IpNet, Ipv4Net};
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
 
 /// MTU inside a VPC, in bytes.
@@ -35,6 +40,9 @@ pub const EC2: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 /// Where the sandbox's API server is.
 pub const KUBE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
 
+/// The gateway of every IPv6 subnet (`spec/dataplane.md` 8.3).
+pub const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0xec2, 0, 0, 0, 0, 0, 1);
+
 // One ENI as it is wired now.
 #[derive(Debug)]
 struct Port {
@@ -43,7 +51,8 @@ struct Port {
     index: u32,    // of the router's end
     inner: String, // the node's end
     own: Ipv4Addr,
-    routed: BTreeSet<Ipv4Net>,
+    mac: Mac,
+    routed: BTreeSet<IpNet>,
 }
 
 /// Router, hosts and nodes. Everything ends when it is dropped.
@@ -70,8 +79,13 @@ impl Topology {
             // Redirects would teach nodes shortcuts that EC2 does not know.
             ("net/ipv4/conf/all/send_redirects", "0"),
             ("net/ipv4/conf/default/send_redirects", "0"),
-            ("net/ipv6/conf/default/disable_ipv6", "1"),
+            ("net/ipv6/conf/all/disable_ipv6", "0"),
+            ("net/ipv6/conf/default/disable_ipv6", "0"),
+            ("net/ipv6/conf/all/forwarding", "1"),
+            // It is the only one that could be asked.
+            ("net/ipv6/conf/default/accept_dad", "0"),
         ])?;
+        sources::check(&router.net)?;
         let socket = router.socket()?;
         let (gateways, ports) = (BTreeSet::new(), BTreeMap::new());
         let (nodes, hosts) = (BTreeMap::new(), BTreeMap::new());
@@ -107,14 +121,22 @@ impl Topology {
     }
 
     /// A host that is no instance of ours: the internet, a peered network, an instance of somebody else.
-    pub fn add_host(&mut self, name: &str, address: Ipv4Addr) -> Result<()> {
+    pub fn add_host(&mut self, name: &str, address: Ipv4Addr, address_v6: Ipv6Addr) -> Result<()> {
         let what = || format!("add host {name}");
         let host = Place::create(&self.run, name)?;
         let port = format!("h-{name}").chars().take(15).collect::<String>();
         let index = self.plug(&port, "eth0", None, &host)?;
-        let target = IpNet::from(IpAddr::V4(address));
-        self.socket.run(&[link::set_up(index), route::add(&direct(target, index))]).with_context(what)?;
+        let (target, target_v6) = (IpNet::from(IpAddr::V4(address)), IpNet::from(IpAddr::V6(address_v6)));
+        let requests = [
+            link::set_up(index),
+            route::add(&direct(target, index)),
+            addr::add(&gateway_on(index)),
+            route::add(&direct(target_v6, index)),
+        ];
+        self.socket.run(&requests).with_context(what)?;
+        host.sysctls(&[("net/ipv6/conf/eth0/accept_dad", "0")])?;
         host.configure("eth0", target, None).with_context(what)?;
+        host.configure("eth0", target_v6, Some(GATEWAY_V6.into())).with_context(what)?;
         self.hosts.insert(name.to_owned(), host);
         Ok(())
     }
@@ -229,25 +251,59 @@ impl Topology {
         let name = format!("eni-{}", &digits[digits.len().saturating_sub(11)..]);
         let index = self.plug(&name, &inner, Some(wire.mac), &node.place)?;
         let own = wire.own;
-        let neighbour = Neighbour { dev: index, addr: own.into(), mac: Some(wire.mac), permanent: true };
         let near = IpNet::from(IpAddr::V4(own));
-        self.socket.run(&[link::set_up(index), route::add(&direct(near, index)), neigh::replace(&neighbour)])?;
-        if wire.device == 0 {
+        let neighbour = |addr| Neighbour { dev: index, addr, mac: Some(wire.mac), permanent: true };
+        self.socket.run(&[
+            link::set_up(index),
+            route::add(&direct(near, index)),
+            neigh::replace(&neighbour(own.into())),
+            addr::add(&gateway_on(index)),
+            neigh::replace(&neighbour(link_local(wire.mac).into())),
+        ])?;
+        if (wire.card, wire.device) == (0, 0) {
             // What DHCP does on an instance; all others are left to the daemon.
             let address = IpNet::V4(Ipv4Net::new(own, wire.subnet.prefix_len())?);
-            node.place.configure(&inner, address, Some(gateway))?;
+            node.place.configure(&inner, address, Some(gateway.into()))?;
+            lead_v6(wire, node, &inner)?;
         }
-        let routed = std::iter::once(Ipv4Net::from(own)).gather();
-        Ok(Port { instance: wire.instance.clone(), name, index, inner, own, routed })
+        let (routed, mac) = (std::iter::once(near).gather(), wire.mac);
+        Ok(Port { instance: wire.instance.clone(), name, index, inner, own, mac, routed })
     }
+}
+
+// The primary ENI's IPv6 side, as on an instance that has been up for a while: the router's advertisement has been heard
+// (and will be, with forwarding on, which is the init container's doing), its link-local address is checked.
+fn lead_v6(wire: &Wire, node: &Node, inner: &str) -> Result<()> {
+    let Some(own) = wire.own_v6 else { return Ok(()) };
+    let sysctl = |name: &str| format!("net/ipv6/conf/{inner}/{name}");
+    node.place.sysctls(&[(&sysctl("accept_ra"), "2"), (&sysctl("accept_dad"), "0")])?;
+    node.place.configure(inner, IpNet::from(IpAddr::V6(own)), Some(GATEWAY_V6.into()))
 }
 
 fn direct(dst: IpNet, dev: u32) -> Route {
     Route { table: TABLE_MAIN, dst, gateway: None, dev, scope: Scope::Link, prefsrc: None, metric: 0 }
 }
 
-// To the ENI by its own address, whose neighbour entry is fixed: delivery asks nobody.
-fn via(net: Ipv4Net, port: &Port) -> Route {
-    let (dst, gateway) = (IpNet::V4(net), Some(IpAddr::V4(port.own)));
-    Route { table: TABLE_MAIN, dst, gateway, dev: port.index, scope: Scope::Universe, prefsrc: None, metric: 0 }
+// The gateway's address, which the router has on every link.
+fn gateway_on(dev: u32) -> Address {
+    Address { dev, addr: IpNet::from(IpAddr::V6(GATEWAY_V6)), no_prefix_route: true, no_dad: true }
+}
+
+// The address that a link has by itself (RFC 4291, appendix A).
+fn link_local(Mac(bytes): Mac) -> Ipv6Addr {
+    let mut address = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xfe, 0, 0, 0];
+    address[8..11].copy_from_slice(&bytes[..3]);
+    address[13..].copy_from_slice(&bytes[3..]);
+    address[8] ^= 2;
+    address.into()
+}
+
+// To the ENI by an address whose neighbour entry is fixed: delivery asks nobody.
+fn via(dst: IpNet, port: &Port) -> Route {
+    let gateway: IpAddr = match dst {
+        IpNet::V4(_) => port.own.into(),
+        IpNet::V6(_) => link_local(port.mac).into(),
+    };
+    let (gateway, dev) = (Some(gateway), port.index);
+    Route { table: TABLE_MAIN, dst, gateway, dev, scope: Scope::Universe, prefsrc: None, metric: 0 }
 }

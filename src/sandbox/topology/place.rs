@@ -3,6 +3,7 @@
 
 use crate::error::{Context, Result};
 use crate::model::net::{Address, Family, Link, Route, Scope, TABLE_MAIN};
+use crate::model::settings::Settings;
 use crate::netlink::netns::Namespace;
 use crate::netlink::socket::Socket;
 use crate::netlink::{addr, link, route, rule, sysctl};
@@ -10,7 +11,7 @@ use crate::sandbox::runs::Run;
 use crate::sys;
 use ipnet::IpNet;
 use std::fs::{self, File};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -43,11 +44,16 @@ impl Place {
         .with_context(what)?;
         run.name("netns", name, &net)?;
         let place = Place { name: name.to_owned(), net };
-        let mut socket = place.socket()?;
-        if let Some(lo) = link::by_name(&mut socket, "lo").with_context(what)? {
-            socket.run(&[link::set_up(lo.index)]).with_context(what)?;
-        }
+        place.set_lo_up().with_context(what)?;
         Ok(place)
+    }
+
+    fn set_lo_up(&self) -> Result<()> {
+        let mut socket = self.socket()?;
+        match link::by_name(&mut socket, "lo")? {
+            Some(lo) => socket.run(&[link::set_up(lo.index)]),
+            None => Ok(()),
+        }
     }
 
     /// A handle of one's own on the namespace.
@@ -86,18 +92,22 @@ impl Place {
 
     /// Gives a link that is there an address, sets it up, and makes it the default route (through `gateway`, or to
     /// everything as if it were on the link).
-    pub fn configure(&self, name: &str, address: IpNet, gateway: Option<Ipv4Addr>) -> Result<()> {
+    pub fn configure(&self, name: &str, address: IpNet, gateway: Option<IpAddr>) -> Result<()> {
         let what = || format!("configure {name} in {}", self.name);
         let mut socket = self.socket()?;
         let dev = link::by_name(&mut socket, name)
             .and_then(|found| found.ok_or_else(|| crate::error::Error::new("no such link")))
             .with_context(what)?
             .index;
-        let address = Address { dev, addr: address, no_prefix_route: false, no_dad: false };
+        let (dst, no_dad) = match address {
+            IpNet::V4(_) => (IpNet::V4(ipnet::Ipv4Net::default()), false),
+            IpNet::V6(_) => (IpNet::V6(ipnet::Ipv6Net::default()), true),
+        };
+        let address = Address { dev, addr: address, no_prefix_route: false, no_dad };
         let default = Route {
             table: TABLE_MAIN,
-            dst: IpNet::V4(ipnet::Ipv4Net::default()),
-            gateway: gateway.map(IpAddr::V4),
+            dst,
+            gateway,
             dev,
             scope: if gateway.is_some() { Scope::Universe } else { Scope::Link },
             prefsrc: None,
@@ -107,19 +117,21 @@ impl Place {
     }
 
     /// What the kernel still has about an address: links whose name starts with `prefix`, rules and routes.
-    pub fn traces(&self, prefix: &str, addresses: &[Ipv4Addr]) -> Result<Vec<String>> {
+    pub fn traces(&self, prefix: &str, addresses: &[impl Into<IpAddr> + Copy]) -> Result<Vec<String>> {
         let mut socket = self.socket()?;
         let ours = |net: &IpNet| {
-            net.prefix_len() == net.max_prefix_len() && addresses.iter().any(|addr| IpAddr::V4(*addr) == net.addr())
+            net.prefix_len() == net.max_prefix_len() && addresses.iter().any(|addr| (*addr).into() == net.addr())
         };
         let mut traces = Vec::new();
         let links = link::list(&mut socket)?.into_iter().filter(|link| link.name.starts_with(prefix));
         traces.extend(links.map(|link| format!("{}: link {}", self.name, link.name)));
-        let rules = rule::list(&mut socket, Family::V4)?.into_iter();
-        let rules = rules.filter(|rule| rule.src.iter().chain(&rule.dst).any(ours));
-        traces.extend(rules.map(|rule| format!("{}: rule {rule}", self.name)));
-        let routes = route::list(&mut socket, Family::V4, None)?.into_iter().filter(|route| ours(&route.dst));
-        traces.extend(routes.map(|route| format!("{}: route {route}", self.name)));
+        for family in [Family::V4, Family::V6] {
+            let rules = rule::list(&mut socket, family)?.into_iter();
+            let rules = rules.filter(|rule| rule.src.iter().chain(&rule.dst).any(ours));
+            traces.extend(rules.map(|rule| format!("{}: rule {rule}", self.name)));
+            let routes = route::list(&mut socket, family, None)?.into_iter().filter(|route| ours(&route.dst));
+            traces.extend(routes.map(|route| format!("{}: route {route}", self.name)));
+        }
         Ok(traces)
     }
 }
@@ -141,9 +153,21 @@ impl Node {
         let place = Place::create(run, name)?;
         let mounts = aside(|| private_run(run.path())).with_context(|| format!("mount /run of {name}"))?;
         run.name("mnt", name, &mounts)?;
-        // What the kubelet or kube-proxy sets on a node.
-        place.sysctls(&[("net/ipv4/ip_forward", "1")])?;
+        place.sysctls(&[
+            // What the kubelet or kube-proxy sets on a node.
+            ("net/ipv4/ip_forward", "1"),
+            // What the init container sets on a node with IPv6 pods (`spec/dataplane.md` 4), the daemon never.
+            ("net/ipv6/conf/all/disable_ipv6", "0"),
+            ("net/ipv6/conf/default/disable_ipv6", "0"),
+            ("net/ipv6/conf/all/forwarding", "1"),
+        ])?;
         Ok(Node { place, mounts })
+    }
+
+    /// What the init container sets for these settings besides (`spec/dataplane.md` 4).
+    pub fn prepare(&self, settings: &Settings) -> Result<()> {
+        let early_demux = if settings.tcp_early_demux_disabled { "0" } else { "1" };
+        self.place.sysctls(&[("net/ipv4/conf/eth0/rp_filter", "2"), ("net/ipv4/tcp_early_demux", early_demux)])
     }
 
     /// Runs `work` where the node's files are seen.
@@ -165,11 +189,14 @@ impl Node {
         Ok(command)
     }
 
-    /// Makes a pod's network namespace as a runtime does: named in the node's `/run/netns`, with nothing but `lo`.
+    /// Makes a pod's network namespace as a runtime does: named in the node's `/run/netns`, with nothing but `lo`, which the
+    /// loopback plugin has set up.
     pub fn create_pod(&self, name: &str) -> Result<Pod> {
         let path = Path::new(POD_NAMES).join(name);
         let net = self.inside(|| Namespace::create_named(Path::new(POD_NAMES), name))?;
-        Ok(Pod { path, place: Place { name: format!("{}/{name}", self.place.name), net } })
+        let place = Place { name: format!("{}/{name}", self.place.name), net };
+        place.set_lo_up()?;
+        Ok(Pod { path, place })
     }
 
     /// Removes a pod's namespace.

@@ -7,8 +7,8 @@ use crate::model::imds::{Eni, Identity};
 use crate::model::net::Mac;
 use crate::model::order;
 use crate::model::time::{Mono, Now};
-use ipnet::{IpNet, Ipv4Net};
-use std::net::{IpAddr, Ipv4Addr};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// An attached ENI as IMDS tells of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,15 +28,21 @@ pub struct Wire {
     pub instance: InstanceId,
     /// Device index.
     pub device: u32,
+    /// Network card.
+    pub card: u32,
     /// Hardware address of the instance's end.
     pub mac: Mac,
     /// CIDR of the subnet; its first address is the router's.
     pub subnet: Ipv4Net,
     /// The ENI's own address.
     pub own: Ipv4Addr,
-    /// Everything that the ENI may send from and that is delivered to it: addresses (/32, the own one included) and
-    /// prefixes.
-    pub assigned: Vec<Ipv4Net>,
+    /// IPv6 CIDR of the subnet, if it has one.
+    pub subnet_v6: Option<Ipv6Net>,
+    /// The ENI's own IPv6 address, if it has one.
+    pub own_v6: Option<Ipv6Addr>,
+    /// Everything that the ENI may send from and that is delivered to it, of both families: addresses (/32 and /128, the
+    /// own ones included) and prefixes.
+    pub assigned: Vec<IpNet>,
 }
 
 impl Vpc {
@@ -82,7 +88,8 @@ impl Vpc {
     }
 
     /// The instance that an address is delivered to.
-    pub fn owner(&self, addr: Ipv4Addr) -> Option<InstanceId> {
+    pub fn owner(&self, addr: impl Into<IpAddr>) -> Option<InstanceId> {
+        let addr = addr.into();
         self.wires().into_iter().find(|wire| wire.assigned.iter().any(|net| net.contains(&addr))).map(|w| w.instance)
     }
 
@@ -91,16 +98,18 @@ impl Vpc {
         let wired = self.enis.values().filter(|state| state.detached_at.is_none()).filter_map(|state| {
             let interface = &state.interface;
             let (at, own) = (interface.attachment.as_ref()?, interface.primary_ipv4?);
-            let single = |addr: &Ipv4Addr| Ipv4Net::from(*addr);
-            let assigned = std::iter::once(single(&own))
-                .chain(interface.secondary_ipv4s.iter().map(single))
-                .chain(interface.v4_prefixes.iter().copied())
-                .collect();
+            let v4 = std::iter::once(&own).chain(&interface.secondary_ipv4s).map(|addr| IpNet::from(IpAddr::V4(*addr)));
+            let v6 = interface.ipv6s.iter().map(|addr| IpNet::from(IpAddr::V6(*addr)));
+            let prefixes = interface.v4_prefixes.iter().copied().map(IpNet::V4);
+            let assigned = v4.chain(prefixes).chain(v6).chain(interface.v6_prefixes.iter().copied()).collect();
             Some(Wire {
                 eni: interface.id.clone(),
                 instance: at.instance.clone(),
                 device: at.device,
+                card: at.card,
                 mac: interface.mac?,
+                subnet_v6: self.subnets.get(&interface.subnet)?.v6,
+                own_v6: interface.ipv6s.first().copied(),
                 subnet: self.subnet_cidr(&interface.subnet)?,
                 own,
                 assigned,
