@@ -261,6 +261,8 @@ pub struct Core {
     listed: BTreeMap<EniId, BTreeSet<IpNet>>,
     // The device index of each ENI that EC2 listed as attached: IMDS may omit one.
     devices: BTreeMap<EniId, u32>,
+    // How often EC2 was asked again about ENIs among them that IMDS does not show.
+    looks: u32,
     // What EC2 had listed when the last run of this process ended.
     trusted: BTreeMap<EniId, BTreeSet<IpNet>>,
     conntrack: ConntrackTimeouts,
@@ -337,6 +339,7 @@ impl Core {
             described: None,
             listed: BTreeMap::new(),
             devices: BTreeMap::new(),
+            looks: 0,
             trusted: BTreeMap::new(),
             conntrack: ConntrackTimeouts::default(),
             vpc_cidrs: None,

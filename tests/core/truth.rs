@@ -190,3 +190,26 @@ fn a_repeated_add_gets_its_address_while_imds_is_behind_and_ec2_away() {
     let pool = world.core.as_ref().unwrap().pool();
     assert!(pool.allocations().all(|held| held.table.is_some()));
 }
+
+// The veth bears the pod's name, so that the first sandbox's allocation looks alive through the second's.
+#[test]
+fn an_address_of_an_earlier_sandbox_of_a_pod_is_released() {
+    let mut world = World::new("t3.small", DEFAULT);
+    world.pass(MINUTE);
+    assert!(world.add("pod"));
+    let first = world.pods["pod"];
+    world.pass(MINUTE * 5);
+    let mut again = super::world::key("pod");
+    again.container = "second".into();
+    world.ask_in("pod", again, false);
+    world.pass(second(5));
+    assert!(world.wired("pod"));
+    let now = world.pods["pod"];
+    assert_ne!(now, first);
+    let held = |world: &World| -> Vec<_> {
+        world.core.as_ref().unwrap().pool().allocations().map(|held| held.address).collect()
+    };
+    assert_eq!(held(&world).len(), 2);
+    world.pass(MINUTE * 10);
+    assert_eq!(held(&world), [now], "{:#?}", world.log);
+}

@@ -385,12 +385,17 @@ impl World {
 
     /// The same for a pod that wants an address on every network card.
     pub fn ask_for(&mut self, pod: &str, every_card: bool) {
+        self.ask_in(pod, key(pod), every_card);
+    }
+
+    /// The same for a given sandbox of the pod.
+    pub fn ask_in(&mut self, pod: &str, key: PodKey, every_card: bool) {
         if self.core.is_none() || !self.ready {
             self.answers.entry(pod.into()).or_default().push_back(Answer::Error("no daemon".into()));
             return;
         }
         self.serial += 1;
-        let (call, key) = (self.serial, key(pod));
+        let call = self.serial;
         self.spool.retain(|record| record.key != key); // as the plugin does
         self.asked.insert(call, pod.into());
         let request = AddNetworkRequest {

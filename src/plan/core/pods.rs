@@ -7,12 +7,12 @@ use crate::model::kube::Regarding;
 use crate::model::naming;
 use crate::model::order::Gather as _;
 use crate::model::spool::Record;
-use crate::model::time::Mono;
+use crate::model::time::{Mono, Wall};
 use crate::model::wire::{
     AddNetworkReply, AddNetworkRequest, DelNetworkReply, DelNetworkRequest, IpAllocation, UNKNOWN_POD,
 };
 use crate::plan::pool::{Owner, Place, Released};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -288,6 +288,20 @@ impl Core {
         Self::without_veth(owner, seen) && self.now.wall.since(owner.since) > VETH_GRACE_RESTART
     }
 
+    // A pod's veth bears its name, so that an allocation of an earlier sandbox looks alive through the later one's. It is
+    // told by its address: the way to the later one is there, its own is not.
+    fn superseded(&self, seen: &Seen) -> Vec<PodKey> {
+        let mut latest = BTreeMap::<&PodName, Wall>::new();
+        let named = || self.pool.allocations().filter(|held| !held.owner.pod.name.is_empty());
+        for held in named().filter(|held| seen.linked.contains(&held.address)) {
+            let since = latest.entry(&held.owner.pod).or_insert(held.owner.since);
+            *since = held.owner.since.max(*since);
+        }
+        let later = |owner: &Owner| latest.get(&owner.pod).is_some_and(|since| *since > owner.since);
+        let old = named().filter(|held| later(held.owner) && !seen.linked.contains(&held.address));
+        old.map(|held| held.owner.key.clone()).collect()
+    }
+
     /// Releases addresses of pods whose veth is missing in two scans in a row (B18), and those that were reserved without
     /// a known owner once the veth that led to them is gone (B19).
     pub(super) fn check_links(&mut self, seen: &Seen) {
@@ -298,6 +312,7 @@ impl Core {
             .allocations()
             .filter(|held| old(held.owner) && Self::without_veth(held.owner, seen))
             .map(|held| held.owner.key.clone())
+            .chain(self.superseded(seen))
             .gather();
         let mut dead: Vec<PodKey> = missing.intersection(&self.missing_veth).cloned().collect();
         self.missing_veth = missing;

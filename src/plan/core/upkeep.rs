@@ -21,6 +21,8 @@ use std::time::Duration;
 const OBSERVE_AGAIN: Duration = Duration::from_secs(30);
 /// IMDS does not show yet what EC2 lists: look again.
 const SCAN_AGAIN: Duration = Duration::from_secs(2);
+/// How often EC2 is asked again about an ENI that it lists and IMDS does not show: for some minutes, longer than either lags.
+const LOOKS_MAX: u32 = 5;
 
 impl Core {
     pub(super) fn describe(&mut self) {
@@ -40,7 +42,10 @@ impl Core {
         }
         self.described = Some(self.now.mono);
         let placed = |interface: &Interface| Some((interface.id.clone(), interface.attachment.as_ref()?.device));
-        self.devices = interfaces.iter().filter_map(placed).gather();
+        let devices = interfaces.iter().filter_map(placed).gather();
+        if devices != self.devices {
+            (self.devices, self.looks) = (devices, 0);
+        }
         self.listed = interfaces.iter().map(|interface| (interface.id.clone(), self.cidrs_of(interface))).gather();
         let before = self.facts.clone();
         for interface in interfaces {
@@ -323,8 +328,11 @@ impl Core {
             self.describe();
         } else if self.devices.keys().any(|id| !self.attached.contains_key(id) && !self.freeing.contains_key(id)) {
             // EC2 listed an ENI that IMDS does not show. If somebody has detached it, it takes no slot any more, which no
-            // difference would ever tell.
-            self.describe();
+            // difference would ever tell; if IMDS never shows it, asking for ever would be of no use.
+            if self.looks < LOOKS_MAX {
+                self.looks += 1;
+                self.describe();
+            }
         }
     }
 
