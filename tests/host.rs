@@ -439,3 +439,43 @@ fn an_ipv6_node_is_set_up_once() {
     assert_eq!(world.host(&wanted).steps, Vec::<String>::new());
     assert!(!world.observe().routes.iter().any(|route| route.dst == net("2001:db8:12::/64")));
 }
+
+#[test]
+fn the_local_rule_moves_behind_the_branches_and_back() {
+    let world = World::new();
+    let eni = HostEni { own: net("2001:db8:12::5/64"), gateway: ip("fe80:ec2::1"), ..intent().enis[0].clone() };
+    let six = Intent { v6: true, node_ip: ip("2001:db8:11::162"), vpc_cidrs: Vec::new(), enis: vec![eni], ..intent() };
+    let locals = |family: Family| {
+        let rules = world.observe().rules.into_iter().filter(|rule| rule.family == family && rule.priority <= 20);
+        rules.map(|rule| rule.to_string()).collect::<Vec<_>>()
+    };
+    for (family, plain) in [(Family::V4, intent()), (Family::V6, six)] {
+        let strict = Intent { strict_branches: true, ..plain.clone() };
+        let before = locals(family);
+        assert_eq!(before, ["0: from all lookup local"]);
+        well(&world.host(&strict));
+        let router = "0: from fe80:ec2::1 ipproto 58 lookup local";
+        let moved = "20: from all lookup local";
+        let wanted = if family == Family::V4 { vec![moved] } else { vec![router, moved] };
+        assert_eq!(locals(family), wanted);
+        assert_eq!(world.host(&strict).steps, Vec::<String>::new());
+        tcp(&world.node, &world.node, ip(NODE_IP)).unwrap();
+        // A pod made in strict mode keeps it as it is.
+        let rule = Rule { iif: Some("vlan0123456789a".into()), ..Rule::any(family, 10, 107) };
+        let stub = link::Veth {
+            end: link::End { name: "vlan0123456789a", mac: None, netns: None },
+            peer: link::End { name: "stub", mac: None, netns: None },
+            mtu: 1500,
+            up: false,
+        };
+        world.node.route().run(&[link::create_veth(&stub), rule::add(&rule)]).unwrap();
+        world.host(&plain);
+        assert!(locals(family).contains(&moved.to_owned()));
+        world.node.route().run(&[link::delete_by_name("stub")]).unwrap();
+        // Its veth is gone, so the rule goes as well; the next round finds nothing that keeps the local rule where it is.
+        world.host(&plain);
+        world.host(&plain);
+        assert_eq!(world.host(&plain).steps, Vec::<String>::new());
+        assert_eq!(locals(family), before);
+    }
+}

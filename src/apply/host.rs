@@ -150,6 +150,7 @@ fn request(action: &Action) -> Option<Request> {
     Some(match action {
         Action::SetMtu(index, mtu) => link::set_mtu(*index, *mtu),
         Action::SetUp(index) => link::set_up(*index),
+        Action::SetMac(index, mac) => link::set_mac(*index, *mac),
         Action::AddAddress(address) => addr::add(address),
         Action::DeleteAddress(address) => addr::delete(address),
         Action::ReplaceRoute(route) => route::replace(route),
@@ -165,6 +166,8 @@ fn tolerable(action: &Action, error: &crate::netlink::KernelError) -> bool {
     match action {
         Action::AddAddress(_) | Action::AddRule(_) => error.exists(),
         Action::DeleteAddress(_) | Action::DeleteRoute(_) | Action::DeleteRule(_) => error.not_found(),
-        Action::SetMtu(..) | Action::SetUp(_) | Action::ReplaceRoute(_) | Action::SetTables(_) => false,
+        Action::SetMtu(..) | Action::SetUp(_) | Action::SetMac(..) | Action::ReplaceRoute(_) | Action::SetTables(_) => {
+            false
+        }
     }
 }

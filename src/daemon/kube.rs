@@ -10,11 +10,12 @@ use crate::error::{Context, Error, Result};
 use crate::kube::config::SERVICE_ACCOUNT;
 use crate::kube::events::Writer;
 use crate::kube::{Client, Config, Seen, objects};
+use crate::model::ids::PodName;
 use crate::model::kube::{Call, Node, Reply};
 use crate::model::settings::Settings;
 use crate::plan::core::{Event, OpId};
 use crate::sys;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -206,39 +207,78 @@ fn watch_pods(client: &Client, events: &SyncSender<Event>) {
     let selector = format!("spec.nodeName={}", client.config().node);
     let mut pods = Pods::default();
     client.watch("/api/v1/pods", &selector).run(&mut |seen| {
-        pods.see(&seen).is_none_or(|count| {
+        let news = pods.see(&seen);
+        if let Some(count) = news.needing {
             log::debug!("{count} pods of our node need an address");
-            events.send(Event::PodsSeen(count)).is_ok()
-        })
+        }
+        let needing = news.needing.map(Event::PodsSeen);
+        let branches = news.branches.map(Event::BranchesSeen);
+        needing.into_iter().chain(branches).all(|event| events.send(event).is_ok())
     });
 }
 
-// The pods of our node that need an address, by uid; nothing else of them is kept.
+// What is kept of a pod: whether it needs an address, or its name and what is told of its branch ENI.
+#[derive(Clone, PartialEq, Eq)]
+enum Kept {
+    Needs,
+    Branch(PodName, String),
+}
+
+fn kept(pod: &serde_json::Value) -> Option<Kept> {
+    if objects::needs_address(pod) {
+        return Some(Kept::Needs);
+    }
+    let annotation = objects::branch(pod)?;
+    let name = PodName {
+        namespace: objects::text(pod, "/metadata/namespace").to_owned(),
+        name: objects::text(pod, "/metadata/name").to_owned(),
+    };
+    Some(Kept::Branch(name, annotation.to_owned()))
+}
+
+// The pods of our node that need an address or have a branch ENI, by uid.
 #[derive(Default)]
 struct Pods {
-    there: BTreeSet<String>,
-    listed: BTreeSet<String>, // of a list that is not whole yet
-    told: Option<usize>,
+    there: BTreeMap<String, Kept>,
+    listed: BTreeMap<String, Kept>, // of a list that is not whole yet
+    told: Option<(usize, Vec<(PodName, String)>)>,
+}
+
+// What has changed.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct News {
+    needing: Option<usize>,
+    branches: Option<Vec<(PodName, String)>>,
 }
 
 impl Pods {
-    // Their number, when it has changed.
-    fn see(&mut self, seen: &Seen) -> Option<usize> {
+    fn see(&mut self, seen: &Seen) -> News {
+        let put = |pods: &mut BTreeMap<String, Kept>, pod: &serde_json::Value| match kept(pod) {
+            Some(kept) => drop(pods.insert(uid(pod), kept)),
+            None => drop(pods.remove(&uid(pod))),
+        };
         match seen {
             Seen::List => self.listed.clear(),
-            Seen::Item(pod) if objects::needs_address(pod) => drop(self.listed.insert(uid(pod))),
-            Seen::Item(_) => {}
+            Seen::Item(pod) => put(&mut self.listed, pod),
             Seen::Listed => self.there = std::mem::take(&mut self.listed),
-            Seen::Set(pod) if objects::needs_address(pod) => drop(self.there.insert(uid(pod))),
-            Seen::Set(pod) | Seen::Gone(pod) => drop(self.there.remove(&uid(pod))),
+            Seen::Set(pod) => put(&mut self.there, pod),
+            Seen::Gone(pod) => drop(self.there.remove(&uid(pod))),
         }
-        let count = Some(self.there.len());
-        let whole = self.told.is_some() || matches!(seen, Seen::Listed);
-        if whole && count != self.told {
-            self.told = count;
-            return count;
+        if self.told.is_none() && !matches!(seen, Seen::Listed) {
+            return News::default();
         }
-        None
+        let needing = self.there.values().filter(|kept| **kept == Kept::Needs).count();
+        let branches = self.there.values().filter_map(|kept| match kept {
+            Kept::Branch(name, annotation) => Some((name.clone(), annotation.clone())),
+            Kept::Needs => None,
+        });
+        let branches = branches.collect::<Vec<_>>();
+        let told = self.told.replace((needing, branches.clone()));
+        let (was_needing, had) = told.map_or((None, Vec::new()), |(needing, branches)| (Some(needing), branches));
+        News {
+            needing: Some(needing).filter(|_| was_needing != Some(needing)),
+            branches: Some(branches).filter(|branches| *branches != had),
+        }
     }
 }
 
@@ -250,12 +290,15 @@ fn uid(pod: &serde_json::Value) -> String {
 mod tests {
     use super::*;
     use serde_json::json;
+    use std::collections::BTreeSet;
 
     #[test]
     fn pods_are_counted() {
         let pod = |uid: &str, phase: &str| json!({"metadata": {"uid": uid}, "status": {"phase": phase}});
         let mut pods = Pods::default();
-        let mut check = |seen: Seen, expect: Option<usize>| assert_eq!(pods.see(&seen), expect, "{seen:?}");
+        let mut check = |seen: Seen, needing: Option<usize>| {
+            assert_eq!(pods.see(&seen), News { needing, branches: None }, "{seen:?}");
+        };
         check(Seen::List, None);
         check(Seen::Item(pod("a", "Running")), None);
         check(Seen::Item(pod("b", "Succeeded")), None);
@@ -270,6 +313,32 @@ mod tests {
         check(Seen::Set(pod("d", "Running")), Some(2));
         check(Seen::List, None);
         check(Seen::Listed, Some(0));
+    }
+
+    #[test]
+    fn branch_enis_are_told_with_their_pods() {
+        let pod = |uid: &str, annotation: Option<&str>, phase: &str| {
+            let limits = json!({"limits": {"vpc.amazonaws.com/pod-eni": "1"}});
+            let annotations = annotation.map(|text| json!({"vpc.amazonaws.com/pod-eni": text}));
+            let metadata = json!({"uid": uid, "namespace": "a", "name": uid, "annotations": annotations});
+            let spec = json!({"containers": [{"resources": limits}]});
+            json!({"metadata": metadata, "spec": spec, "status": {"phase": phase}})
+        };
+        let mut pods = Pods::default();
+        let mut check = |seen: Seen, expect: Option<&[(&str, &str)]>| {
+            let told = pods.see(&seen).branches;
+            let told = told.map(|pods| pods.into_iter().map(|(pod, text)| (pod.to_string(), text)).collect::<Vec<_>>());
+            let expect = expect.map(|pods| pods.iter().map(|(pod, text)| (format!("a/{pod}"), (*text).to_owned())));
+            assert_eq!(told, expect.map(Iterator::collect), "{seen:?}");
+        };
+        check(Seen::List, None);
+        check(Seen::Item(pod("p", Some("[1]"), "Running")), None);
+        check(Seen::Item(pod("q", None, "Pending")), None);
+        check(Seen::Listed, Some(&[("p", "[1]")]));
+        check(Seen::Set(pod("q", Some("[2]"), "Pending")), Some(&[("p", "[1]"), ("q", "[2]")]));
+        check(Seen::Set(pod("q", Some("[2]"), "Running")), None);
+        check(Seen::Set(pod("p", Some("[1]"), "Succeeded")), Some(&[("q", "[2]")]));
+        check(Seen::Gone(pod("q", Some("[2]"), "Running")), Some(&[]));
     }
 
     fn settings(variables: &[(&str, &str)]) -> Settings {

@@ -79,6 +79,13 @@ pub fn needs_address(pod: &Value) -> bool {
         && !wants_branch(pod)
 }
 
+/// What is told of the branch ENI of a pod that has not ended.
+pub fn branch(pod: &Value) -> Option<&str> {
+    let ended = matches!(text(pod, "/status/phase"), "Succeeded" | "Failed");
+    let annotation = pod.pointer("/metadata/annotations").and_then(|all| all.get(POD_ENI)).and_then(Value::as_str);
+    annotation.filter(|_| !ended && wants_branch(pod))
+}
+
 /// An ENIConfig; `None` without a subnet.
 pub fn eni_config(object: &Value) -> Option<EniConfig> {
     let subnet = Some(text(object, "/spec/subnet")).filter(|subnet| !subnet.is_empty())?;

@@ -9,6 +9,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Longest interface name, in bytes (IFNAMSIZ without its NUL).
 pub const NAME_MAX: usize = 15;
+/// Length of [`suffix`], in bytes.
+pub const SUFFIX_LEN: usize = 11;
 /// Longest prefix of a host veth's name, in bytes: with the eleven digits it fills an interface name.
 pub const VETH_PREFIX_MAX: usize = 4;
 /// Prefix of host veths when none is configured.
@@ -50,7 +52,7 @@ pub mod priority {
 pub fn suffix(namespace: &str, pod: &str, index: usize) -> String {
     let text = if index == 0 { format!("{namespace}.{pod}") } else { format!("{namespace}.{pod}.{index}") };
     let mut digits = sha1_smol::Sha1::from(text).digest().to_string();
-    digits.truncate(11);
+    digits.truncate(SUFFIX_LEN);
     digits
 }
 
@@ -117,6 +119,11 @@ pub fn vlan_table(vlan: u32) -> Result<u32> {
         .ok_or_else(|| Error::new(format!("no route table for VLAN {vlan}")))
 }
 
+/// The VLAN whose table this number is, if it can be one.
+pub fn vlan_of_table(table: u32) -> Option<u32> {
+    table.checked_sub(100).filter(|vlan| vlan_table(*vlan).is_ok())
+}
+
 /// Whether a table number of a message or a cached result means an ENI's own table; 0, 1 and 254 stand for main
 /// (`spec/plugin.md` 13.2, 13.5).
 pub fn normal_table(number: i32) -> u32 {
@@ -181,6 +188,10 @@ mod tests {
         }
         for (vlan, table) in [(0, None), (1, Some(101)), (152, Some(252)), (153, None), (155, None), (156, Some(256))] {
             assert_eq!(vlan_table(vlan).ok(), table, "vlan {vlan}");
+            assert!(table.is_none_or(|table| vlan_of_table(table) == Some(vlan)), "vlan {vlan}");
+        }
+        for table in [0, 2, 100, 253, 254, 255, 4195, 10_101] {
+            assert_eq!(vlan_of_table(table), None, "{table}");
         }
         for (number, table) in [(-1, 254), (0, 254), (1, 254), (2, 2), (254, 254), (10_101, 10_101)] {
             assert_eq!(normal_table(number), table);

@@ -5,13 +5,14 @@ use crate::error::Result;
 use crate::model::naming::{self, priority};
 use crate::model::net::{Family, Link, Mac, Route, Rule, Scope};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 
 /// The kernel's metric for IPv6 routes that name none (IP6_RT_PRIO_USER).
-pub const IPV6_METRIC: u32 = 1024;
+const IPV6_METRIC: u32 = 1024;
 
 /// A branch ENI.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Branch {
     /// VLAN on the trunk, 1 to 4094.
     pub vlan: u16,

@@ -77,6 +77,7 @@ pub fn tunables(settings: &Settings, identity: &Identity) -> Tunables {
             snat_ports: settings.snat_ports,
             mark: settings.connmark,
             veth_prefix: settings.veth_prefix.clone(),
+            strict_branches: settings.pod_eni && settings.pod_security_groups_strict(),
             excluded_cidrs: nets(&settings.exclude_snat_cidrs),
             external_service_cidrs: nets(&settings.external_service_cidrs),
             ..Intent::default()

@@ -287,6 +287,8 @@ pub struct Core {
     ready: BTreeSet<EniId>,
     // Link indexes of trunk ENIs.
     trunks: BTreeMap<EniId, u32>,
+    // Pods with a branch ENI, as the API server told last.
+    branches: Vec<super::host::HostBranch>,
     gone: BTreeSet<IpAddr>,
     // Addresses that were given back lately: what is left of them on the host is swept.
     released: BTreeMap<IpAddr, Mono>,
@@ -356,6 +358,7 @@ impl Core {
             wanted: BTreeMap::new(),
             ready: BTreeSet::new(),
             trunks: BTreeMap::new(),
+            branches: Vec::new(),
             gone: BTreeSet::new(),
             released: BTreeMap::new(),
             host_dirty: false,
@@ -389,6 +392,7 @@ impl Core {
             Event::Ec2(op, result) => self.ec2_done(op, result),
             Event::Kernel(op, result) => self.kernel_done(op, result),
             Event::PodsSeen(bound) => self.bound = bound,
+            Event::BranchesSeen(pods) => self.branches_seen(&pods),
             Event::Retuned(tunables) => self.retune(*tunables),
             Event::Kube(op, result) => self.kube_done(op, result),
             Event::NodeSeen(node) => self.node_seen(*node),

@@ -5,11 +5,13 @@
 //! Order (`spec/dataplane.md` 29): what is missing is added before what is wrong is deleted; nothing is deleted and added
 //! again; only what is provably ours is touched.
 
+mod branches;
 mod enis;
 mod planner;
 mod pods;
 
 use self::planner::Planner;
+use super::branch::Branch;
 use super::ruleset;
 use crate::error::{Error, Result};
 use crate::model::ids::EniId;
@@ -54,6 +56,10 @@ pub struct Intent {
     pub enis: Vec<HostEni>,
     /// Every assigned pod address.
     pub pods: Vec<HostPod>,
+    /// Pods with a branch ENI of their own, as far as the API server has told of them.
+    pub branches: Vec<HostBranch>,
+    /// New pods with a branch ENI are wired in strict mode: the rule for local addresses stands behind theirs.
+    pub strict_branches: bool,
     /// Addresses of pods that are gone: their rules are leftovers.
     pub gone: Vec<IpAddr>,
     /// The other family's way out (`spec/dataplane.md` 22.3).
@@ -78,6 +84,8 @@ impl Default for Intent {
             external_service_cidrs: Vec::new(),
             enis: Vec::new(),
             pods: Vec::new(),
+            branches: Vec::new(),
+            strict_branches: false,
             gone: Vec::new(),
             egress: Egress::Off,
         }
@@ -131,6 +139,19 @@ pub struct HostPod {
     pub veth: String,
 }
 
+/// A pod with a branch ENI.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostBranch {
+    /// Its address.
+    pub address: IpAddr,
+    /// The branch ENI.
+    pub eni: Branch,
+    /// The pod, as `namespace/name`.
+    pub name: String,
+    /// The eleven digits that the name of its host veth ends in.
+    pub veth: String,
+}
+
 /// What the host's network is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observation {
@@ -153,6 +174,8 @@ pub enum Action {
     SetMtu(u32, u32),
     /// Sets the link with this index up.
     SetUp(u32),
+    /// Sets the hardware address of the link with this index.
+    SetMac(u32, Mac),
     /// Adds an address.
     AddAddress(Address),
     /// Deletes an address.
@@ -194,6 +217,14 @@ pub enum What {
     ToPodRule,
     /// The rule from a pod at 1536.
     FromPodRule,
+    /// The state of a branch ENI's VLAN device.
+    BranchLink,
+    /// A route in the table of a branch ENI.
+    BranchRoute,
+    /// A rule to the table of a branch ENI, at 10, or one that a former pod has left.
+    BranchRule,
+    /// The rule for the VPC's IPv6 router at 0.
+    GatewayRule,
     /// Rules of a pod that is gone.
     GonePod,
     /// Our nf_tables tables.
@@ -215,6 +246,10 @@ impl What {
             What::EniRule => "eni-rule",
             What::ToPodRule => "to-pod-rule",
             What::FromPodRule => "from-pod-rule",
+            What::BranchLink => "branch-link",
+            What::BranchRoute => "branch-route",
+            What::BranchRule => "branch-rule",
+            What::GatewayRule => "gateway-rule",
             What::GonePod => "gone-pod",
             What::Ruleset => "ruleset",
         }
@@ -283,7 +318,8 @@ pub fn diff(intent: &Intent, seen: &Observation) -> Result<Plan> {
     for eni in &intent.enis {
         planner.eni(eni);
     }
-    planner.pods();
+    let branches = planner.branches();
+    planner.pods(&branches);
     planner.gone();
     planner.external_services();
     planner.stale_eni_rules();

@@ -347,6 +347,10 @@ fn carry_out(seen: &mut Observation, step: &Step) {
             let at = by_index(&mut seen.links, *index);
             seen.links[at].up = true;
         }
+        Action::SetMac(index, mac) => {
+            let at = by_index(&mut seen.links, *index);
+            seen.links[at].mac = Some(*mac);
+        }
         Action::AddAddress(address) => seen.addresses.push(*address),
         Action::DeleteAddress(address) => seen.addresses.retain(|there| there != address),
         Action::ReplaceRoute(route) => {

@@ -2,7 +2,7 @@
 
 use super::world::{DEFAULT, TRUNK_LINK, World, key};
 use enibox::model::ec2::Call;
-use enibox::model::ids::EniId;
+use enibox::model::ids::{EniId, PodName};
 use enibox::model::kube::{EniConfig, Pod};
 use enibox::model::wire::{AddNetworkReply, DelNetworkRequest, UNKNOWN_POD};
 use enibox::plan::core::{Answer, Event};
@@ -205,6 +205,30 @@ fn a_branch_pod_gets_what_its_annotation_says() {
         assert!(!reply.success && reply.failure.contains(why), "{pod}: {}", reply.failure);
     }
     assert_eq!(world.core.as_ref().unwrap().pool().allocations().count(), 1, "a branch ENI is none of the pool's");
+}
+
+#[test]
+fn the_host_of_branch_pods_is_kept_right() {
+    let mut world = with_trunk();
+    let intent = |world: &World| world.core.as_ref().unwrap().intent().unwrap().branches;
+    assert_eq!(intent(&world), []);
+    let pod = |name: &str| PodName { namespace: "default".into(), name: name.into() };
+    let bad = BRANCH.replace(":3,", ":154,");
+    let told = vec![(pod("sample-pod"), BRANCH.to_owned()), (pod("bad"), bad), (pod("worse"), "[]".to_owned())];
+    world.happen(Event::BranchesSeen(told));
+    let branches = intent(&world);
+    let [branch] = branches.as_slice() else { panic!("{branches:?}") };
+    assert_eq!((branch.name.as_str(), branch.veth.as_str()), ("default/sample-pod", "cc21c2d7785"));
+    assert_eq!((branch.address.to_string().as_str(), branch.eni.table), ("10.20.9.7", 103));
+    assert_eq!((branch.eni.gateway.to_string().as_str(), branch.eni.vlan), ("10.20.8.1", 3));
+    for why in ["no route table for VLAN 154", "PodENIData is empty"] {
+        assert!(world.log.iter().any(|line| line.contains(why)), "{why}: {:#?}", world.log);
+    }
+    // The kernel is looked at again, not only with the next round.
+    world.pass(second(1));
+    assert_eq!(world.branches, 1);
+    world.happen(Event::BranchesSeen(Vec::new()));
+    assert_eq!(intent(&world), []);
 }
 
 #[test]

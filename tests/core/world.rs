@@ -61,6 +61,8 @@ pub struct World {
     /// What differs from the default configuration.
     pub configure: fn(&mut Config),
     pub log: Vec<String>,
+    /// Branch ENIs in the last host plan.
+    pub branches: usize,
 }
 
 pub fn key(pod: &str) -> PodKey {
@@ -135,6 +137,7 @@ impl World {
             api: None,
             configure: |_| {},
             log: Vec::new(),
+            branches: 0,
         }
     }
 
@@ -260,6 +263,7 @@ impl World {
             }
             Effect::Kernel(op, intent) => {
                 self.check_intent(&intent);
+                self.branches = intent.branches.len();
                 self.swept.extend(intent.gone.iter().copied());
                 let trunks = intent.enis.iter().filter(|eni| eni.trunk).map(|eni| (eni.id.clone(), TRUNK_LINK));
                 let applied = Applied { failed: BTreeMap::new(), trunks: trunks.collect() };

@@ -272,6 +272,7 @@ impl Core {
         let settled = |owner: &Owner| self.now.wall.since(owner.since) > PLUGIN_MAX;
         let pods = self.pool.allocations().filter(|held| settled(held.owner));
         intent.pods = pods.filter_map(|held| self.host_pod(held)).collect();
+        intent.branches.clone_from(&self.branches);
         Some(intent)
     }
 

@@ -3,9 +3,12 @@
 
 use super::saver::Undo;
 use super::{Answer, CallId, Core, Effect, Level, Op};
-use crate::model::ids::PodKey;
+use crate::model::ids::{PodKey, PodName};
 use crate::model::kube::{self, BranchEni, Call, POD_ENI, POD_IPS, Pod, Reply};
+use crate::model::naming;
 use crate::model::wire::{AddNetworkReply, DelNetworkReply, DelNetworkRequest, IpAllocation, UNKNOWN_POD};
+use crate::plan::branch::Branch;
+use crate::plan::host::HostBranch;
 use crate::plan::pool::{Kind, Owner, Released};
 use std::net::IpAddr;
 
@@ -126,6 +129,27 @@ impl Core {
         reply.pod_eni_subnet_gw = branch.gateway.to_string();
         reply.parent_if_index = i32::try_from(parent).unwrap_or(i32::MAX);
         self.confirm(call, &owner, reply, Undo::Nothing);
+    }
+
+    /// What the host has for these pods is kept right from now on. What the API server does not tell any more, or not yet
+    /// again, stays as it was known.
+    pub(super) fn branches_seen(&mut self, pods: &[(PodName, String)]) {
+        let mut branches = Vec::new();
+        for (pod, annotation) in pods {
+            let read = BranchEni::parse(annotation, self.config.v6).and_then(|branch| {
+                let eni = Branch::new(branch.vlan, branch.mac, branch.gateway).map_err(|error| error.to_string())?;
+                let veth = naming::suffix(&pod.namespace, &pod.name, 0);
+                Ok(HostBranch { address: branch.address, eni, name: pod.to_string(), veth })
+            });
+            match read {
+                Ok(branch) => branches.push(branch),
+                Err(why) => self.log(Level::Warn, format!("annotation {POD_ENI} of {pod}: {why}")),
+            }
+        }
+        if branches != self.branches {
+            self.branches = branches;
+            self.host_dirty = true;
+        }
     }
 
     fn branch_deleted(&self, uid: &str, pod: &Pod) -> Result<DelNetworkReply, String> {

@@ -2,7 +2,7 @@
 
 use super::Tunables;
 use crate::model::ec2::{Call, Failure, Reply};
-use crate::model::ids::EniId;
+use crate::model::ids::{EniId, PodName};
 use crate::model::imds::{self, Query};
 use crate::model::kube;
 use crate::model::naming::priority;
@@ -78,6 +78,9 @@ pub enum Event {
     NodeSeen(Box<kube::Node>),
     /// Number of pods bound to this node that need an address: not on the host's network, not ended.
     PodsSeen(usize),
+    /// The pods of this node that have a branch ENI, each with its annotation [`kube::POD_ENI`]; all of them, whenever that
+    /// changes.
+    BranchesSeen(Vec<(PodName, String)>),
     /// Settings that may change while we run have changed.
     Retuned(Box<Tunables>),
     /// The host's network was applied, or could not be.

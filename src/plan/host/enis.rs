@@ -4,6 +4,7 @@ use super::planner::Planner;
 use super::{Action, HostEni, What, link_of, missing, single};
 use crate::model::naming::{self, priority};
 use crate::model::net::{Address, Link, Route, Rule, Scope, TABLE_LOCAL, TABLE_MAIN};
+use crate::plan::branch::link_route;
 use ipnet::IpNet;
 use std::net::IpAddr;
 
@@ -52,15 +53,7 @@ impl Planner<'_> {
     fn eni_routes(&mut self, eni: &HostEni, link: &Link) {
         let seen = self.seen;
         let v6 = eni.own.addr().is_ipv6();
-        let gateway = Route {
-            table: eni.table,
-            dst: IpNet::from(eni.gateway),
-            gateway: None,
-            dev: link.index,
-            scope: if v6 { Scope::Universe } else { Scope::Link },
-            prefsrc: None,
-            metric: if v6 { IPV6_METRIC } else { 0 },
-        };
+        let gateway = link_route(eni.table, eni.gateway, link.index);
         let default = Route {
             dst: if v6 { IpNet::V6(ipnet::Ipv6Net::default()) } else { IpNet::V4(ipnet::Ipv4Net::default()) },
             gateway: Some(eni.gateway),
@@ -107,9 +100,6 @@ impl Planner<'_> {
         });
     }
 }
-
-/// The kernel's metric for IPv6 routes that name none (IP6_RT_PRIO_USER).
-const IPV6_METRIC: u32 = 1024;
 
 fn route_text(route: &Route, link: &Link) -> String {
     route.to_string().replace(&format!("dev if{}", link.index), &format!("dev {}", link.name))

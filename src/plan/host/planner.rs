@@ -1,10 +1,10 @@
 //! What the entries of a host plan have in common, and those that concern the node as a whole: the rules for marked
-//! packets, for local addresses and for external services.
+//! packets and for external services.
 
 use super::{Action, Intent, Observation, Step, What};
 use crate::model::ids::EniId;
 use crate::model::naming::priority;
-use crate::model::net::{Family, Rule, TABLE_LOCAL, TABLE_MAIN};
+use crate::model::net::{Family, Rule, TABLE_MAIN};
 use crate::model::order::Gather as _;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -61,17 +61,6 @@ impl Planner<'_> {
             });
             ours && Some(rule) != wanted.as_ref()
         });
-    }
-
-    /// A node that once ran pod ENIs in strict mode has its local rule at 20; without any branch rule it goes back to 0.
-    pub(super) fn local_rule(&mut self) {
-        let family = self.family();
-        let moved = Rule::any(family, priority::LOCAL_MOVED, TABLE_LOCAL);
-        let branch = |rule: &Rule| rule.family == family && rule.priority == priority::BRANCH;
-        if self.seen.rules.contains(&moved) && !self.seen.rules.iter().any(branch) {
-            self.want_rule(What::LocalRule, None, Rule::any(family, priority::LOCAL, TABLE_LOCAL));
-            self.drop_rules(What::LocalRule, |rule| *rule == moved);
-        }
     }
 
     pub(super) fn external_services(&mut self) {

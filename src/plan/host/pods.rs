@@ -12,10 +12,10 @@ use std::net::IpAddr;
 impl Planner<'_> {
     /// Every pod address that is wired up has its way in and exactly the rule of its ENI's table. One that is not may be in
     /// the middle of an ADD, which makes them itself, or of a DEL, after which they would be left over.
-    pub(super) fn pods(&mut self) {
+    pub(super) fn pods(&mut self, branches: &[HostPod]) {
         let seen = self.seen;
         let index = PodEntries::new(seen);
-        for HostPod { address, table, .. } in &self.intent.pods {
+        for HostPod { address, table, .. } in self.intent.pods.iter().chain(branches) {
             let host = IpNet::from(*address);
             let from = (*table != TABLE_MAIN).then(|| Rule::from(host, priority::FROM_POD, *table));
             if index.wired.contains(address) {
@@ -36,7 +36,8 @@ impl Planner<'_> {
     }
 
     pub(super) fn gone(&mut self) {
-        let alive = self.intent.pods.iter().map(|pod| pod.address).gather::<BTreeSet<_>>();
+        let pods = self.intent.pods.iter().map(|pod| pod.address);
+        let alive = pods.chain(self.intent.branches.iter().map(|pod| pod.address)).gather::<BTreeSet<_>>();
         let gone = self.intent.gone.iter().filter(|address| !alive.contains(address)).copied().gather::<BTreeSet<_>>();
         self.drop_rules(What::GonePod, |rule| {
             let to = rule.dst.filter(|dst| *rule == Rule::to(*dst, priority::TO_POD, TABLE_MAIN));

@@ -1,0 +1,383 @@
+//! Pods with a branch ENI of their own (`spec/dataplane.md` 9.3): what the plugin has made for them is put back when somebody
+//! takes it away. The names of the links tell whether a pod was made in strict or in standard mode; the setting counts for
+//! new pods only. A VLAN device whose pod is not known, or that two pods claim, is nobody's to touch.
+
+use super::planner::Planner;
+use super::{Action, HostBranch, HostPod, Observation, What, single};
+use crate::model::naming::{self, priority};
+use crate::model::net::{Family, Link, Mac, Route, Rule, TABLE_LOCAL};
+use crate::model::order::Gather as _;
+use crate::plan::branch::is_vlan;
+use ipnet::IpNet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv6Addr};
+
+/// The router of every IPv6 subnet of a VPC, and the protocol of its neighbour discovery.
+const ROUTER_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0xec2, 0, 0, 0, 0, 0, 1);
+const ICMPV6: u8 = 58;
+
+/// What the host has of a branch pod.
+struct Wired<'a> {
+    pod: &'a HostBranch,
+    device: &'a Link,
+    veth: &'a Link,
+}
+
+impl Wired<'_> {
+    fn strict(&self) -> bool {
+        self.veth.name.starts_with(naming::VLAN_PREFIX)
+    }
+}
+
+/// Pods whose VLAN device and veth are both there. Whatever has but one of them is being made or on its way out.
+fn wired<'a>(branches: &'a [HostBranch], seen: &'a Observation) -> Vec<Wired<'a>> {
+    let mut claims = BTreeMap::<u16, usize>::new();
+    for pod in branches {
+        *claims.entry(pod.eni.vlan).or_default() += 1;
+    }
+    let (mut devices, mut veths) = (BTreeMap::new(), BTreeMap::new());
+    for link in &seen.links {
+        if is_vlan(link) {
+            devices.insert(link.name.as_str(), link);
+        } else if link.kind.as_deref() == Some("veth")
+            && let Some((_, suffix)) =
+                link.name.len().checked_sub(naming::SUFFIX_LEN).and_then(|at| link.name.split_at_checked(at))
+        {
+            veths.insert(suffix, link);
+        }
+    }
+    let sole = branches.iter().filter(|pod| claims.get(&pod.eni.vlan) == Some(&1));
+    let both = sole.filter_map(|pod| {
+        let device = devices.get(pod.eni.device().as_str()).copied()?;
+        Some(Wired { pod, device, veth: veths.get(pod.veth.as_str()).copied()? })
+    });
+    both.collect()
+}
+
+impl Planner<'_> {
+    /// Strict mode: neither the pod's traffic nor its ENI's may be taken for the node's own before the table of the ENI had its
+    /// say. Without that mode, and without any pod of it, the node goes back to what the kernel makes.
+    pub(super) fn local_rule(&mut self) {
+        let family = self.family();
+        let own = Rule::any(family, priority::LOCAL, TABLE_LOCAL);
+        let moved = Rule::any(family, priority::LOCAL_MOVED, TABLE_LOCAL);
+        // Answers of the router to the host's own questions would be taken for the pod's traffic.
+        let gateway = Rule {
+            ipproto: Some(ICMPV6),
+            ..Rule::from(IpNet::from(IpAddr::V6(ROUTER_V6)), priority::LOCAL, TABLE_LOCAL)
+        };
+        if self.intent.strict_branches {
+            self.want_rule(What::LocalRule, None, moved);
+            if self.intent.v6 {
+                self.want_rule(What::GatewayRule, None, gateway);
+            }
+            return self.drop_rules(What::LocalRule, |rule| *rule == own);
+        }
+        let branch = |rule: &Rule| rule.family == family && rule.priority == priority::BRANCH;
+        if self.seen.rules.iter().any(branch) {
+            return;
+        }
+        if self.seen.rules.contains(&moved) {
+            self.want_rule(What::LocalRule, None, own);
+            self.drop_rules(What::LocalRule, |rule| *rule == moved);
+        }
+        if family == Family::V6 {
+            self.drop_rules(What::GatewayRule, |rule| *rule == gateway);
+        }
+    }
+
+    /// Puts back devices, routes and rules. Pods in standard mode are given as ordinary ones whose table is that of their ENI.
+    pub(super) fn branches(&mut self) -> Vec<HostPod> {
+        let (intent, seen) = (self.intent, self.seen);
+        let mut ordinary = Vec::new();
+        for wired in wired(&intent.branches, seen) {
+            let Wired { pod, device, veth } = &wired;
+            if !device.up {
+                self.add(What::BranchLink, None, Action::SetUp(device.index), format!("set {} up", device.name));
+            }
+            if device.mac != Some(pod.eni.mac) && pod.eni.mac != Mac::default() {
+                let text = format!("set address {} on {}", pod.eni.mac, device.name);
+                self.add(What::BranchLink, None, Action::SetMac(device.index, pod.eni.mac), text);
+            }
+            for route in pod.eni.routes(device.index) {
+                self.want_branch_route(route, device);
+            }
+            if wired.strict() {
+                self.want_branch_route(pod.eni.pod_route(pod.address, veth.index), veth);
+                for rule in pod.eni.rules(&veth.name) {
+                    self.want_rule(What::BranchRule, None, rule);
+                }
+            } else {
+                let (address, table) = (pod.address, pod.eni.table);
+                ordinary.push(HostPod { address, table, name: pod.name.clone(), veth: pod.veth.clone() });
+            }
+        }
+        self.stale_branch_rules();
+        ordinary
+    }
+
+    fn want_branch_route(&mut self, route: Route, link: &Link) {
+        if !self.seen.routes.contains(&route) {
+            let text = route.to_string().replace(&format!("dev if{}", link.index), &format!("dev {}", link.name));
+            self.add(What::BranchRoute, None, Action::ReplaceRoute(route), format!("replace route {text}"));
+        }
+    }
+
+    /// Rules that lead to the table of a VLAN device that is gone, and that no link and no known pod needs: what a pod has left
+    /// that was not deleted in order.
+    fn stale_branch_rules(&mut self) {
+        let (intent, seen) = (self.intent, self.seen);
+        let family = self.family();
+        let links = seen.links.iter().map(|link| link.name.as_str()).gather::<BTreeSet<_>>();
+        let pods = intent.branches.iter().map(|pod| pod.address).chain(intent.pods.iter().map(|pod| pod.address));
+        let pods = pods.gather::<BTreeSet<_>>();
+        self.drop_rules(What::BranchRule, |rule| {
+            let Some(vlan) = naming::vlan_of_table(rule.table).filter(|_| rule.family == family) else { return false };
+            let device = naming::vlan_device(vlan);
+            if links.contains(device.as_str()) {
+                return false;
+            }
+            if let Some(source) = rule.src.and_then(single) {
+                return *rule == Rule::from(IpNet::from(source), priority::FROM_POD, rule.table)
+                    && !pods.contains(&source);
+            }
+            let Some(iif) = &rule.iif else { return false };
+            let ours = *iif == device || (iif.starts_with(naming::VLAN_PREFIX) && iif.len() == naming::NAME_MAX);
+            let shape = Rule { iif: Some(iif.clone()), ..Rule::any(family, priority::BRANCH, rule.table) };
+            ours && *rule == shape && !links.contains(iif.as_str())
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::*;
+    use super::*;
+    use crate::model::net::{Scope, TABLE_MAIN};
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    fn link(index: u32, name: &str, kind: &str) -> Link {
+        let mac = Some(Mac([2, 0, 0, 0, 0, u8::try_from(index).unwrap()]));
+        let kind = Some(kind.to_owned()).filter(|kind| !kind.is_empty());
+        Link { index, name: name.into(), mac, mtu: 9001, up: true, kind, ..Link::default() }
+    }
+
+    fn branch(vlan: u16, pod: &str, address: &str, v6: bool) -> HostBranch {
+        let gateway = ip(if v6 { "fe80:ec2::1" } else { "10.20.13.1" });
+        let eni = Branch::new(vlan, Mac([2, 0, 0, 0, 0, 10]), gateway).unwrap();
+        HostBranch {
+            address: ip(address),
+            eni,
+            name: format!("default/{pod}"),
+            veth: naming::suffix("default", pod, 0),
+        }
+    }
+
+    /// A node with one branch pod in strict mode, and nothing missing.
+    fn node(v6: bool) -> (Intent, Observation) {
+        let address = if v6 { "2001:db8::7" } else { "10.20.13.70" };
+        let intent = Intent {
+            v6,
+            node_ip: ip(if v6 { "2001:db8::1" } else { "10.20.11.162" }),
+            primary_mac: Mac([2, 0, 0, 0, 0, 2]),
+            external_snat: true,
+            node_port: false,
+            branches: vec![branch(7, "sample-pod", address, v6)],
+            strict_branches: true,
+            ..Intent::default()
+        };
+        let pod = &intent.branches[0];
+        let mut routes = pod.eni.routes(10).to_vec();
+        routes.push(pod.eni.pod_route(pod.address, 11));
+        let family = if v6 { Family::V6 } else { Family::V4 };
+        let other = if v6 { Family::V4 } else { Family::V6 };
+        let mut rules = vec![
+            Rule::any(other, 0, TABLE_LOCAL),
+            Rule::any(family, 20, TABLE_LOCAL),
+            Rule::any(family, 32766, TABLE_MAIN),
+        ];
+        rules.extend(pod.eni.rules("vlancc21c2d7785"));
+        if v6 {
+            let router = "fe80:ec2::1/128".parse().unwrap();
+            rules.push(Rule { ipproto: Some(58), ..Rule::from(router, 0, TABLE_LOCAL) });
+        }
+        let links = vec![link(2, "eth0", ""), link(10, "vlan.eth.7", "vlan"), link(11, "vlancc21c2d7785", "veth")];
+        let tables = ruleset::tables(&intent, "eth0").unwrap();
+        (intent, Observation { links, routes, rules, tables, ..Observation::default() })
+    }
+
+    fn check(v6: bool, fault: impl Fn(&mut Intent, &mut Observation), steps: &[&str]) {
+        let (mut intent, mut seen) = node(v6);
+        fault(&mut intent, &mut seen);
+        let plan = diff(&intent, &seen).unwrap();
+        assert_eq!(plan.steps.iter().map(|step| step.text.as_str()).collect::<Vec<_>>(), steps);
+    }
+
+    #[test]
+    fn what_is_missing_of_a_strict_pod_is_put_back() {
+        for v6 in [false, true] {
+            check(v6, |_, _| {}, &[]);
+        }
+        check(false, |_, seen| seen.links[1].up = false, &["set vlan.eth.7 up"]);
+        check(false, |_, seen| seen.links[1].mac = None, &["set address 02:00:00:00:00:0a on vlan.eth.7"]);
+        check(
+            false,
+            |_, seen| seen.routes.clear(),
+            &[
+                "replace route 10.20.13.1 dev vlan.eth.7 table 107 scope link",
+                "replace route default via 10.20.13.1 dev vlan.eth.7 table 107",
+                "replace route 10.20.13.70 dev vlancc21c2d7785 table 107 scope link",
+            ],
+        );
+        check(
+            true,
+            |_, seen| seen.routes.clear(),
+            &[
+                "replace route fe80:ec2::1 dev vlan.eth.7 table 107 metric 1024",
+                "replace route default via fe80:ec2::1 dev vlan.eth.7 table 107 metric 1024",
+                "replace route 2001:db8::7 dev vlancc21c2d7785 table 107 metric 1024",
+            ],
+        );
+        for v6 in [false, true] {
+            check(
+                v6,
+                |_, seen| seen.rules.retain(|rule| rule.priority != 10),
+                &[
+                    "add rule 10: from all iif vlan.eth.7 lookup 107",
+                    "add rule 10: from all iif vlancc21c2d7785 lookup 107",
+                ],
+            );
+        }
+    }
+
+    #[test]
+    fn a_pod_in_standard_mode_has_the_rules_of_an_ordinary_one() {
+        let standard = |_: &mut Intent, seen: &mut Observation| {
+            seen.links[2].name = "enicc21c2d7785".into();
+            seen.routes.truncate(2);
+            seen.rules.retain(|rule| rule.priority != 10);
+            let dst = "10.20.13.70/32".parse().unwrap();
+            let scope = Scope::Link;
+            let route = Route { table: TABLE_MAIN, dst, gateway: None, dev: 11, scope, prefsrc: None, metric: 0 };
+            seen.routes.push(route);
+        };
+        let rules = ["add rule 1536: from 10.20.13.70 lookup 107", "add rule 512: from all to 10.20.13.70 lookup main"];
+        check(false, standard, &rules);
+        check(
+            false,
+            |intent, seen| {
+                standard(intent, seen);
+                seen.routes.remove(1);
+                seen.rules.push(Rule::from("10.20.13.70/32".parse().unwrap(), 1536, 3));
+            },
+            &[
+                "replace route default via 10.20.13.1 dev vlan.eth.7 table 107",
+                rules[0],
+                rules[1],
+                "delete rule 1536: from 10.20.13.70 lookup 3",
+            ],
+        );
+    }
+
+    #[test]
+    fn what_is_not_known_for_sure_is_left_alone() {
+        let bare = |seen: &mut Observation| {
+            seen.routes.clear();
+            seen.rules.retain(|rule| rule.priority != 10);
+        };
+        // Not known, not yet or no longer wired, or claimed by two.
+        check(
+            false,
+            |intent, seen| {
+                bare(seen);
+                intent.branches.clear();
+            },
+            &[],
+        );
+        for gone in [1, 2] {
+            check(
+                false,
+                |_, seen| {
+                    bare(seen);
+                    seen.links.remove(gone);
+                },
+                &[],
+            );
+        }
+        check(
+            false,
+            |_, seen| {
+                bare(seen);
+                seen.links[1].kind = Some("dummy".into());
+            },
+            &[],
+        );
+        check(
+            false,
+            |intent, seen| {
+                bare(seen);
+                intent.branches.push(branch(7, "other", "10.20.13.71", false));
+            },
+            &[],
+        );
+        // Of a pod that nobody knows.
+        check(false, |intent, _| intent.branches.clear(), &[]);
+    }
+
+    #[test]
+    fn rules_without_any_link_are_leftovers() {
+        let stray = |iif: &str, table: u32| Rule { iif: Some(iif.into()), ..Rule::any(Family::V4, 10, table) };
+        check(
+            false,
+            |_, seen| {
+                let from = |address: &str, table: u32| Rule::from(address.parse().unwrap(), 1536, table);
+                seen.rules.extend([
+                    stray("vlan.eth.9", 109),
+                    stray("vlan0123456789a", 109),
+                    from("10.20.13.9/32", 109),
+                ]);
+                // Others': another device, another shape, a table that is not a VLAN's, a rule of a pod that is known.
+                seen.rules.extend([stray("eth9", 109), stray("vlan.eth.9", 110), stray("vlan.eth.9", 5000)]);
+                seen.rules.extend([from("10.20.13.0/24", 109), from("10.20.13.70/32", 107), from("10.20.13.9/32", 2)]);
+                seen.rules.push(Rule { fwmark: Some((1, 1)), ..stray("vlan.eth.9", 109) });
+            },
+            &[
+                "delete rule 10: from all iif vlan.eth.9 lookup 109",
+                "delete rule 10: from all iif vlan0123456789a lookup 109",
+                "delete rule 1536: from 10.20.13.9 lookup 109",
+            ],
+        );
+    }
+
+    #[test]
+    fn the_local_rule_stands_behind_the_branches() {
+        let fresh = |seen: &mut Observation, v6: bool| {
+            seen.rules.retain(|rule| (rule.family == Family::V6) != v6 || rule.priority > 20);
+            seen.rules.push(Rule::any(if v6 { Family::V6 } else { Family::V4 }, 0, TABLE_LOCAL));
+            seen.links.truncate(1);
+            seen.routes.clear();
+        };
+        let moved = "add rule 20: from all lookup local";
+        let own = "delete rule 0: from all lookup local";
+        check(false, |_, seen| fresh(seen, false), &[moved, own]);
+        let router = "add rule 0: from fe80:ec2::1 ipproto 58 lookup local";
+        check(true, |_, seen| fresh(seen, true), &[moved, router, own]);
+        // Both are there: an earlier attempt ended between the two.
+        check(false, |_, seen| seen.rules.push(Rule::any(Family::V4, 0, TABLE_LOCAL)), &[own]);
+        // The mode was left: nothing changes before the last pod of it has gone.
+        for v6 in [false, true] {
+            check(v6, |intent, _| intent.strict_branches = false, &[]);
+        }
+        let left = |intent: &mut Intent, seen: &mut Observation| {
+            intent.strict_branches = false;
+            intent.branches.clear();
+            seen.rules.retain(|rule| rule.priority != 10);
+        };
+        let back = ["add rule 0: from all lookup local", "delete rule 20: from all lookup local"];
+        check(false, left, &back);
+        check(true, left, &[back[0], back[1], "delete rule 0: from fe80:ec2::1 ipproto 58 lookup local"]);
+    }
+}
