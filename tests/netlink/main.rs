@@ -137,7 +137,11 @@ fn links_are_changed_moved_and_deleted() {
 fn unsupported(outcome: &enibox::netlink::Outcome, kind: &str) -> bool {
     let lacking = matches!(outcome, Err(error) if error.errno == libc::EOPNOTSUPP);
     if lacking {
-        println!("SKIP {kind}: this kernel has no {kind} links");
+        // Straight to the descriptor: a captured line would be a silent skip. tests/vm has a kernel that must not say it.
+        _ = std::io::Write::write_all(
+            &mut std::io::stderr(),
+            format!("SKIP {kind}: this kernel has no {kind} links\n").as_bytes(),
+        );
     }
     lacking
 }
