@@ -428,6 +428,7 @@ fn an_ipv6_node_is_set_up_once() {
             "set mtu 1400 on eth0",
             "add rule 1024: from all fwmark 0x80/0x80 lookup main",
             "set mtu 1400 on eth1",
+            "add address fe80::ff:fe00:c05/64 to eth1",
             "set eth1 up",
             "add address 2001:db8:12::5/64 to eth1",
             "replace route fe80:ec2::1 dev eth1 table 2 metric 1024",

@@ -18,7 +18,7 @@ pub struct Identity {
     pub instance_type: String,
     /// The node's IPv4 address: primary address of the primary ENI.
     pub local_ipv4: Ipv4Addr,
-    /// First IPv6 address of the primary ENI; only read in IPv6 mode.
+    /// First IPv6 address of the primary ENI; only read where it is used: in IPv6 mode, and for IPv6 egress.
     pub local_ipv6: Option<Ipv6Addr>,
     /// MAC of the primary ENI.
     pub mac: Mac,

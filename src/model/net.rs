@@ -4,7 +4,7 @@
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::str::FromStr;
 
 /// Route table `main`.
@@ -16,6 +16,17 @@ pub const TABLE_LOCAL: u32 = 255;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Mac(pub [u8; 6]);
+
+impl Mac {
+    /// The IPv6 address that a link with this MAC gives itself (RFC 4291, appendix A).
+    pub fn link_local(self) -> Ipv6Addr {
+        let mut address = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xfe, 0, 0, 0];
+        address[8..11].copy_from_slice(&self.0[..3]);
+        address[13..].copy_from_slice(&self.0[3..]);
+        address[8] ^= 2;
+        address.into()
+    }
+}
 
 impl fmt::Display for Mac {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -2,7 +2,7 @@
 //! the planner, so that what is simulated is what will run.
 
 use super::core::{Config, Tunables};
-use super::host::Intent;
+use super::host::{Egress, Intent};
 use super::sizing::Targets;
 use crate::model::imds::Identity;
 use crate::model::limits::{self, Limits};
@@ -80,8 +80,59 @@ pub fn tunables(settings: &Settings, identity: &Identity) -> Tunables {
             strict_branches: settings.pod_eni && settings.pod_security_groups_strict(),
             excluded_cidrs: nets(&settings.exclude_snat_cidrs),
             external_service_cidrs: nets(&settings.external_service_cidrs),
+            egress: egress(settings, identity, v6),
             ..Intent::default()
         },
+    }
+}
+
+/// The way out of the other family. In IPv6 mode the guard is always there, as upstream has it: egress addresses of pods from
+/// before the setting was changed live on (`spec/dataplane.md` 11.1, 21).
+fn egress(settings: &Settings, identity: &Identity, v6: bool) -> Egress {
+    match (v6, identity.local_ipv6) {
+        (true, _) if settings.v4_egress => Egress::Snat(identity.local_ipv4.into()),
+        (true, _) => Egress::Guard,
+        (false, Some(own)) if settings.v6_egress => Egress::Snat(own.into()),
+        (false, None) if settings.v6_egress => Egress::Guard,
+        (false, _) => Egress::Off,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::net::Mac;
+
+    #[test]
+    fn the_other_family_has_its_way_out() {
+        const V6: &str = "2001:db8::5";
+        let check = |pairs: &[(&str, &str)], own: Option<&str>, expected: Egress| {
+            let lookup = |name: &str| pairs.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
+            let (settings, _) = Settings::parse(lookup);
+            let identity = Identity {
+                region: "eu-west-1".into(),
+                zone: "eu-west-1a".into(),
+                instance: "i-1".into(),
+                instance_type: "m5.large".into(),
+                local_ipv4: "10.0.0.5".parse().unwrap(),
+                local_ipv6: own.map(|text| text.parse().unwrap()),
+                mac: Mac::default(),
+                primary_eni: "eni-1".into(),
+                subnet: "subnet-1".into(),
+                vpc: "vpc-1".into(),
+            };
+            let host = tunables(&settings, &identity).host;
+            assert_eq!((host.egress, host.node_ip.is_ipv6()), (expected, host.v6), "{pairs:?}");
+        };
+        let snat = |text: &str| Egress::Snat(text.parse().unwrap());
+        let v6 = ("ENABLE_IPv6", "true");
+        check(&[], None, Egress::Off);
+        check(&[v6], Some(V6), snat("10.0.0.5"));
+        check(&[v6, ("ENABLE_V4_EGRESS", "false")], Some(V6), Egress::Guard);
+        check(&[("ENABLE_V4_EGRESS", "true")], None, Egress::Off);
+        check(&[("ENABLE_V6_EGRESS", "true")], Some(V6), snat(V6));
+        check(&[("ENABLE_V6_EGRESS", "true")], None, Egress::Guard);
+        check(&[v6, ("ENABLE_V6_EGRESS", "true"), ("ENABLE_V4_EGRESS", "false")], Some(V6), Egress::Guard);
     }
 }
 

@@ -317,6 +317,89 @@ fn an_eni_without_a_link_does_not_hold_up_the_rest() {
     assert_eq!(plan.failed[&"eni-4".into()], "route table 254 is not one of an ENI's own");
 }
 
+/// The node in IPv6 mode with nothing missing.
+fn right_v6() -> (Intent, Observation) {
+    let wanted = Intent {
+        v6: true,
+        node_ip: ip("2001:db8::162"),
+        vpc_cidrs: Vec::new(),
+        external_service_cidrs: Vec::new(),
+        enis: vec![HostEni { own: net("2001:db8::5/64"), gateway: ip("fe80:ec2::1"), ..intent().enis[0].clone() }],
+        pods: vec![pod("2001:db8::1:50", TABLE_MAIN), pod("2001:db8::2:60", 2)],
+        egress: Egress::Guard,
+        ..intent()
+    };
+    let route =
+        |table, dst, gateway, dev| Route { scope: Scope::Universe, metric: 1024, ..route(table, dst, gateway, dev) };
+    let marked = Rule { family: Family::V6, ..marked(0x80) };
+    let seen = Observation {
+        links: right().links,
+        addresses: vec![
+            Address { dev: 4, addr: net("fe80::ff:fe00:2/64"), no_prefix_route: false, no_dad: true },
+            Address { dev: 4, addr: net("2001:db8::5/64"), no_prefix_route: true, no_dad: true },
+        ],
+        routes: vec![
+            route(254, "2001:db8::1:50/128", None, 10),
+            route(254, "2001:db8::2:60/128", None, 11),
+            route(2, "fe80:ec2::1/128", None, 4),
+            route(2, "::/0", Some("fe80:ec2::1"), 4),
+        ],
+        rules: vec![
+            Rule::any(Family::V6, 0, TABLE_LOCAL),
+            Rule::to(net("2001:db8::1:50/128"), 512, TABLE_MAIN),
+            Rule::to(net("2001:db8::2:60/128"), 512, TABLE_MAIN),
+            marked,
+            Rule::from(net("2001:db8::2:60/128"), 1536, 2),
+            Rule::from(net("2001:db8::5/128"), 32765, 2),
+        ],
+        tables: ruleset::tables(&wanted, "eth0").unwrap(),
+    };
+    (wanted, seen)
+}
+
+#[test]
+fn an_ipv6_node_is_repaired() {
+    let check = |fault: &dyn Fn(&mut Observation), steps: &[&str]| {
+        let (wanted, mut seen) = right_v6();
+        fault(&mut seen);
+        assert_eq!(texts(&diff(&wanted, &seen).unwrap()), steps);
+    };
+    check(&|_| {}, &[]);
+    // What DHCP gives is the same address with another length.
+    check(&|seen| seen.addresses[1].addr = net("2001:db8::5/128"), &[]);
+    check(
+        &|seen| {
+            // A link that is down has no address of its own, and keeps none.
+            seen.links[3].up = false;
+            seen.addresses.clear();
+        },
+        &["add address fe80::ff:fe00:2/64 to eth1", "set eth1 up", "add address 2001:db8::5/64 to eth1"],
+    );
+    check(
+        &|seen| seen.addresses.push(Address { addr: net("2001:db8::77/64"), ..seen.addresses[1] }),
+        &["delete address 2001:db8::77/64 from eth1"],
+    );
+    check(
+        &|seen| seen.routes.push(Route { metric: 256, ..route(254, "2001:db8::/64", None, 4) }),
+        &["delete route 2001:db8::/64 dev eth1 scope link metric 256"],
+    );
+    check(
+        &|seen| seen.rules.truncate(1),
+        &[
+            "add rule 1024: from all fwmark 0x80/0x80 lookup main",
+            "add rule 32765: from 2001:db8::5 lookup 2",
+            "add rule 512: from all to 2001:db8::1:50 lookup main",
+            "add rule 1536: from 2001:db8::2:60 lookup 2",
+            "add rule 512: from all to 2001:db8::2:60 lookup main",
+        ],
+    );
+    check(
+        &|seen| seen.rules.push(Rule::from(net("2001:db8::2:60/128"), 1536, 3)),
+        &["delete rule 1536: from 2001:db8::2:60 lookup 3"],
+    );
+    check(&|seen| seen.tables.clear(), &["set nf_tables rules: table ip aws-cni is missing"]);
+}
+
 #[test]
 fn a_trunk_has_no_rule_of_its_own() {
     let mut wanted = intent();

@@ -165,7 +165,8 @@ impl Core {
         cidrs.dedup();
         self.succeeded(Timer::VpcCidrs);
         self.set_timer(Timer::VpcCidrs, super::WATCH);
-        if cidrs.is_empty() {
+        if cidrs.is_empty() && !self.config.v6 {
+            // IPv6 pods are never translated, so that nothing depends on their VPC's.
             self.log(Level::Warn, "IMDS lists no CIDR of the VPC: ignored".into());
         } else if self.vpc_cidrs.as_ref() != Some(&cidrs) {
             self.log(Level::Info, format!("the VPC has {cidrs:?}"));

@@ -24,6 +24,7 @@ impl Planner<'_> {
             let text = format!("set mtu {} on {}", self.intent.eni_mtu, link.name);
             self.add(What::EniMtu, id, Action::SetMtu(link.index, self.intent.eni_mtu), text);
         }
+        self.eni_link_local(eni, link);
         if !link.up {
             self.add(What::EniLink, id, Action::SetUp(link.index), format!("set {} up", link.name));
         }
@@ -34,17 +35,35 @@ impl Planner<'_> {
         }
     }
 
+    /// The gateway is asked for its MAC from the link's own address (RFC 4861, 7.2.2), which a link that comes up has only
+    /// after two seconds of duplicate detection: pods' packets would wait so long. Given before, it is there at once.
+    fn eni_link_local(&mut self, eni: &HostEni, link: &Link) {
+        let own = IpAddr::V6(eni.mac.link_local());
+        let there = |address: &Address| address.dev == link.index && address.addr.addr() == own;
+        if link.up || eni.own.addr().is_ipv4() || self.seen.addresses.iter().any(there) {
+            return;
+        }
+        let Ok(addr) = IpNet::new(own, 64) else { return };
+        let address = Address { dev: link.index, addr, no_prefix_route: false, no_dad: true };
+        let text = format!("add address {addr} to {}", link.name);
+        self.add(What::EniAddress, Some(&eni.id), Action::AddAddress(address), text);
+    }
+
     fn eni_addresses(&mut self, eni: &HostEni, link: &Link) {
         let seen = self.seen;
+        let v6 = eni.own.addr().is_ipv6();
         let here = seen.addresses.iter().filter(|address| address.dev == link.index);
-        let here = here.filter(|address| address.addr.addr().is_ipv4() == eni.own.addr().is_ipv4()).collect::<Vec<_>>();
-        if !here.iter().any(|address| address.addr == eni.own) {
-            // Without a connected route in main: where both ENIs share a subnet it would win over the primary's own.
-            let address = Address { dev: link.index, addr: eni.own, no_prefix_route: true, no_dad: false };
+        let here = here.filter(|address| address.addr.addr().is_ipv6() == v6).collect::<Vec<_>>();
+        // An IPv6 address is there once, with whatever length: DHCP gives a /128.
+        let own = |address: &Address| address.addr == eni.own || (v6 && address.addr.addr() == eni.own.addr());
+        if !here.iter().any(|address| own(address)) {
+            // Without a connected route in main: where both ENIs share a subnet it would win over the primary's own. EC2 has
+            // given the address to this ENI alone, so nobody else needs to be asked.
+            let address = Address { dev: link.index, addr: eni.own, no_prefix_route: true, no_dad: v6 };
             let text = format!("add address {} to {}", eni.own, link.name);
             self.add(What::EniAddress, Some(&eni.id), Action::AddAddress(address), text);
         }
-        for address in here.into_iter().filter(|address| address.addr != eni.own && global(address.addr.addr())) {
+        for address in here.into_iter().filter(|address| !own(address) && global(address.addr.addr())) {
             let text = format!("delete address {} from {}", address.addr, link.name);
             self.delete(What::EniAddress, Some(&eni.id), Action::DeleteAddress(*address), text);
         }

@@ -258,7 +258,7 @@ impl Topology {
             route::add(&direct(near, index)),
             neigh::replace(&neighbour(own.into())),
             addr::add(&gateway_on(index)),
-            neigh::replace(&neighbour(link_local(wire.mac).into())),
+            neigh::replace(&neighbour(wire.mac.link_local().into())),
         ])?;
         if (wire.card, wire.device) == (0, 0) {
             // What DHCP does on an instance; all others are left to the daemon.
@@ -289,20 +289,11 @@ fn gateway_on(dev: u32) -> Address {
     Address { dev, addr: IpNet::from(IpAddr::V6(GATEWAY_V6)), no_prefix_route: true, no_dad: true }
 }
 
-// The address that a link has by itself (RFC 4291, appendix A).
-fn link_local(Mac(bytes): Mac) -> Ipv6Addr {
-    let mut address = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xfe, 0, 0, 0];
-    address[8..11].copy_from_slice(&bytes[..3]);
-    address[13..].copy_from_slice(&bytes[3..]);
-    address[8] ^= 2;
-    address.into()
-}
-
 // To the ENI by an address whose neighbour entry is fixed: delivery asks nobody.
 fn via(dst: IpNet, port: &Port) -> Route {
     let gateway: IpAddr = match dst {
         IpNet::V4(_) => port.own.into(),
-        IpNet::V6(_) => link_local(port.mac).into(),
+        IpNet::V6(_) => port.mac.link_local().into(),
     };
     let (gateway, dev) = (Some(gateway), port.index);
     Route { table: TABLE_MAIN, dst, gateway, dev, scope: Scope::Universe, prefsrc: None, metric: 0 }
