@@ -257,6 +257,25 @@ pub fn set_int_option(socket: impl AsFd, level: i32, option: i32, value: i32) ->
     .map(drop)
 }
 
+/// Reads a socket option of any form. `buffer` holds what the option wants to be asked with, and afterwards the answer, whose
+/// length is returned.
+pub fn get_option(socket: impl AsFd, level: i32, option: i32, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut length = libc::socklen_t::try_from(buffer.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: pointer and length are those of one live, writable slice; the kernel writes at most so many bytes.
+    check(unsafe {
+        libc::getsockopt(socket.as_fd().as_raw_fd(), level, option, buffer.as_mut_ptr().cast(), &raw mut length)
+    })?;
+    usize::try_from(length).map(|length| length.min(buffer.len())).map_err(|_| io::ErrorKind::InvalidData.into())
+}
+
+/// A raw IPv4 socket, which is how `iptables-legacy` asks the kernel for its tables; needs CAP_NET_RAW.
+pub fn raw_ipv4_socket() -> io::Result<OwnedFd> {
+    // SAFETY: socket takes numbers only.
+    let fd = check(unsafe { libc::socket(libc::AF_INET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::IPPROTO_RAW) })?;
+    // SAFETY: the descriptor was just made and has no other owner.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// Waits until one of the descriptors can be read or is broken, at most `timeout` (rounded up to a millisecond); tells for
 /// each whether it is. All false: the time is over.
 pub fn poll_readable(fds: &[std::os::fd::BorrowedFd<'_>], timeout: std::time::Duration) -> io::Result<Vec<bool>> {

@@ -4,6 +4,7 @@
 //! A [`Host`] acts in the network namespace of the thread that opened it, whichever thread calls it; it never switches a
 //! caller's namespace. Pods are reached through sockets that are opened inside for one call.
 
+mod former;
 mod host;
 mod pod;
 
@@ -30,6 +31,8 @@ pub struct Host {
     netfilter: Option<Socket>,
     /// Our tables as last read, and the kernel's generation then.
     known: Option<(u32, Vec<Table>)>,
+    /// How often a former installation may still be looked for.
+    looks: u32,
     /// Tables that the kernel took but shows differently, and when that was seen.
     stuck: Option<(Vec<Table>, Instant)>,
 }
@@ -39,7 +42,7 @@ impl Host {
     pub fn open() -> Result<Host> {
         let thread = std::thread::current().id();
         let (namespace, route) = (Namespace::own()?, Socket::route()?);
-        Ok(Host { namespace, thread, route, netfilter: None, known: None, stuck: None })
+        Ok(Host { namespace, thread, route, netfilter: None, known: None, looks: former::LOOKS_MAX, stuck: None })
     }
 
     /// What the namespace holds: six dumps, and our nf_tables tables unless the kernel says that no table has changed.

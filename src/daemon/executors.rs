@@ -1,5 +1,6 @@
 //! The threads that carry out effects. Each owns what it talks to and sends the outcome back as an event.
 
+use super::former::Watch;
 use super::metrics::Metrics;
 use super::{End, files, spawn};
 use crate::apply;
@@ -157,10 +158,13 @@ fn imds_loop(
 
 fn kernel_loop(work: &Receiver<Host>, events: &SyncSender<Event>, metrics: &Metrics) -> Result<()> {
     let mut host = apply::Host::open().context("open the host's netlink sockets")?;
+    let mut former = Watch::default();
     while let Ok(work) = work.recv() {
         let event = match work {
             Host::Apply(op, intent) => {
+                let mut primary = String::new();
                 let result = host.host(&intent).and_then(|report| {
+                    primary = report.primary;
                     for step in &report.steps {
                         log::info!("{step}");
                     }
@@ -174,6 +178,9 @@ fn kernel_loop(work: &Receiver<Host>, events: &SyncSender<Event>, metrics: &Metr
                         failed.filter_map(|(id, result)| result.err().map(|error| (id, error.to_string()))).gather();
                     Ok(Applied { failed, trunks: report.trunks })
                 });
+                if result.is_ok() {
+                    former.look(&mut host, &intent, &primary, metrics);
+                }
                 let result = result.map_err(|error| error.to_string());
                 metrics.rules(result.as_ref().err().map(String::as_str));
                 Event::Kernel(op, result)

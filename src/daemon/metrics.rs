@@ -84,6 +84,7 @@ struct Kept {
     histograms: BTreeMap<(&'static str, Labels), Histogram>,
     troubles: BTreeMap<String, Trouble>,
     initialising: Option<Mono>,
+    legacy: bool,
 }
 
 /// What the daemon has counted since its start.
@@ -180,6 +181,11 @@ impl Metrics {
         }
     }
 
+    /// Whether rules of a former installation are in `iptables-legacy`.
+    pub(super) fn legacy(&self, present: bool) {
+        self.kept().legacy = present;
+    }
+
     /// A call to EC2 has ended.
     pub(super) fn ec2(&self, seen: &ec2::Observed<'_>) {
         let action = || vec![("fn", seen.action.to_owned())];
@@ -254,6 +260,9 @@ impl Metrics {
                 line(&mut page, "awscni_aws_api_latency_ms_sum", labels, sum);
                 line(&mut page, "awscni_aws_api_latency_ms_count", labels, count);
             }
+            let name = "awscni_legacy_rules_present";
+            head(&mut page, name, "gauge", "rules of a former installation are in iptables-legacy");
+            line(&mut page, name, &[], &u8::from(kept.legacy));
             for (name, help) in HISTOGRAMS {
                 head(&mut page, name, "histogram", help);
                 for ((_, labels), histogram) in kept.histograms.iter().filter(|((kind, _), _)| kind == name) {

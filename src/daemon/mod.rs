@@ -6,6 +6,7 @@
 
 mod executors;
 mod files;
+mod former;
 mod instance;
 mod introspect;
 mod kube;

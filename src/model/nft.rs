@@ -71,6 +71,45 @@ pub struct Rule {
     pub comment: Option<String>,
 }
 
+/// A table of somebody else's, as far as it shows whose its parts are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outline {
+    /// `ip` or `ip6`.
+    pub family: Family,
+    /// Name.
+    pub table: String,
+    /// Names of its chains.
+    pub chains: Vec<String>,
+    /// Its rules in order.
+    pub rules: Vec<RuleOutline>,
+}
+
+/// A rule of somebody else's, in outline.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RuleOutline {
+    /// The chain that it stands in.
+    pub chain: String,
+    /// The kernel's number for it, unique in its table.
+    pub handle: u64,
+    /// Chains that it jumps or goes to by its verdict.
+    pub leads_to: Vec<String>,
+    /// Comment, of nft or of iptables.
+    pub comment: Option<String>,
+}
+
+/// What is to go from a table, which itself stays.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Removal {
+    /// `ip` or `ip6`.
+    pub family: Family,
+    /// Name.
+    pub table: String,
+    /// Rules: chain and handle.
+    pub rules: Vec<(String, u64)>,
+    /// Chains, with all that is in them.
+    pub chains: Vec<String>,
+}
+
 /// How a SNAT picks the source port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SnatPorts {

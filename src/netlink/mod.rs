@@ -16,10 +16,12 @@ pub mod neigh;
 pub mod netns;
 pub mod nft;
 pub mod nft_expr;
+pub mod nft_outline;
 pub mod route;
 pub mod rule;
 pub mod socket;
 pub mod sysctl;
+pub mod xtables;
 
 pub use socket::{KernelError, Message, Outcome, Request, Socket};
 

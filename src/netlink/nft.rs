@@ -17,9 +17,9 @@ const NEW_TABLE: u16 = SUBSYSTEM;
 const GET_TABLE: u16 = SUBSYSTEM | 1;
 const DEL_TABLE: u16 = SUBSYSTEM | 2;
 const NEW_CHAIN: u16 = SUBSYSTEM | 3;
-const GET_CHAIN: u16 = SUBSYSTEM | 4;
+pub(super) const GET_CHAIN: u16 = SUBSYSTEM | 4;
 const NEW_RULE: u16 = SUBSYSTEM | 6;
-const GET_RULE: u16 = SUBSYSTEM | 7;
+pub(super) const GET_RULE: u16 = SUBSYSTEM | 7;
 pub(super) const NEW_GEN: u16 = SUBSYSTEM | 15;
 const GET_GEN: u16 = SUBSYSTEM | 16;
 const BATCH_BEGIN: u16 = 0x10;
@@ -39,12 +39,12 @@ const ERESTART: i32 = 85;
 const MODULES: &str = "needs the kernel modules nf_tables, nft_ct, nft_fib with nft_fib_ipv4 and nft_fib_ipv6, nft_nat, \
                        nft_chain_nat, nft_reject_ipv4 and nft_reject_ipv6";
 
-fn header(family: u8, resource: u16) -> [u8; HEADER] {
+pub(super) fn header(family: u8, resource: u16) -> [u8; HEADER] {
     let [high, low] = resource.to_be_bytes();
     [family, 0, high, low]
 }
 
-fn word(family: Family) -> &'static str {
+pub(super) fn word(family: Family) -> &'static str {
     match family {
         Family::V4 => "ip",
         Family::V6 => "ip6",
@@ -60,7 +60,7 @@ fn comment(writer: &mut Writer, kind: u16, text: Option<&String>) -> Result<()> 
     Ok(())
 }
 
-fn read_comment(attr: &Attr<'_>) -> Option<String> {
+pub(super) fn read_comment(attr: &Attr<'_>) -> Option<String> {
     let mut rest = attr.value;
     while let [kind, length, tail @ ..] = rest {
         let (value, later) = tail.split_at_checked(usize::from(*length))?;
@@ -169,10 +169,31 @@ pub fn delete(socket: &mut Socket, family: Family, name: &str) -> Result<()> {
     transaction(socket, requests, &format!("commit the end of table {} {name}", word(family)))
 }
 
+/// Messages between those that begin and end a transaction; with a generation, one that only goes through if nothing has
+/// changed since (`NFNL_BATCH_GENID`, which old kernels ignore).
+fn framed(messages: Vec<Request>, generation: Option<u32>, what: &str) -> Vec<Request> {
+    let frame = |kind, generation: Option<u32>| {
+        let mut writer = Writer::new(&header(0, SUBSYSTEM >> 8));
+        if let Some(generation) = generation {
+            writer.u32_be(1u16, generation);
+        }
+        Request::new(kind, 0, writer.finish(), what.to_owned())
+    };
+    [vec![frame(BATCH_BEGIN, generation)], messages, vec![frame(BATCH_END, None)]].concat()
+}
+
+/// Carries out messages as one transaction unless the rule set is no longer that of `generation`, which is an error, as is
+/// every refusal: nothing has changed then.
+pub(super) fn transaction_at(socket: &mut Socket, messages: Vec<Request>, generation: u32, what: &str) -> Result<()> {
+    match transact(socket, &framed(messages, Some(generation), what))? {
+        None => Ok(()),
+        Some(error) => Err(error.into()),
+    }
+}
+
 /// Carries out messages as one transaction, repeated when the kernel asks for it; `what` names the whole.
 pub fn transaction(socket: &mut Socket, messages: Vec<Request>, what: &str) -> Result<()> {
-    let frame = |kind| Request::new(kind, 0, header(0, SUBSYSTEM >> 8).to_vec(), what.to_owned());
-    let requests = [vec![frame(BATCH_BEGIN)], messages, vec![frame(BATCH_END)]].concat();
+    let requests = framed(messages, None, what);
     for attempt in 1.. {
         match transact(socket, &requests)? {
             None => return Ok(()),

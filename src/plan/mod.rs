@@ -4,6 +4,7 @@ pub mod backoff;
 pub mod branch;
 pub mod configure;
 pub mod core;
+pub mod former;
 pub mod host;
 pub mod pace;
 pub mod pod;

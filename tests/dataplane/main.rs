@@ -4,5 +4,7 @@ mod matrix;
 mod proxy;
 #[path = "../support/mod.rs"]
 mod support;
+mod takeover;
 mod talk;
+mod upstream;
 mod world;

@@ -93,3 +93,33 @@ impl Flow<'_> {
         Err(format!("no answer, {seen}"))
     }
 }
+
+/// A TCP connection that stays open.
+pub struct Connection {
+    near: TcpStream,
+    far: TcpStream,
+}
+
+impl Connection {
+    pub fn open(client: &Netns, target: SocketAddr, server: &Netns, listen: SocketAddr) -> Connection {
+        let listener = server.run(|| TcpListener::bind(listen)).unwrap();
+        let near = client.run(|| TcpStream::connect_timeout(&target, PATIENCE)).unwrap();
+        let (far, _) = listener.accept().unwrap();
+        for stream in [&near, &far] {
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        }
+        let connection = Connection { near, far };
+        connection.talk();
+        connection
+    }
+
+    /// There and back, which must succeed.
+    pub fn talk(&self) {
+        let mut buffer = [0; 4];
+        for (mut from, mut to) in [(&self.near, &self.far), (&self.far, &self.near)] {
+            from.write_all(b"ping").unwrap();
+            to.read_exact(&mut buffer).unwrap();
+        }
+        assert_eq!(&buffer, b"ping");
+    }
+}
