@@ -284,6 +284,8 @@ pub struct Core {
 
     // The host's network: what it should hold, and what it holds.
     wanted: BTreeMap<EniId, imds::Eni>,
+    // Since when the host could not be set up for some of them.
+    refused: BTreeMap<EniId, Mono>,
     ready: BTreeSet<EniId>,
     // Link indexes of trunk ENIs.
     trunks: BTreeMap<EniId, u32>,
@@ -356,6 +358,7 @@ impl Core {
             unassigned: BTreeMap::new(),
             arrived: BTreeMap::new(),
             wanted: BTreeMap::new(),
+            refused: BTreeMap::new(),
             ready: BTreeSet::new(),
             trunks: BTreeMap::new(),
             branches: Vec::new(),

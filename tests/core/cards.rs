@@ -457,6 +457,23 @@ fn a_card_with_nothing_but_an_efa_without_addresses_is_left_alone() {
     world.check_at_rest();
 }
 
+// Somebody moved it into a container's namespace, say.
+#[test]
+fn an_eni_whose_link_never_appears_takes_a_slot_and_holds_nobody_up() {
+    let mut world = node("m5.large", |_| {});
+    world.settle();
+    let stuck = attach(&mut world, 0, 1, &[]);
+    world.linkless = Some(stuck.clone());
+    world.foreign.insert(stuck.clone());
+    world.pass(Duration::from_mins(5));
+    for n in 0..18 {
+        assert!(world.add(&format!("pod-{n}")), "pod-{n}: {:#?}", world.log);
+    }
+    assert!(!world.add("one-too-many"), "the stuck ENI takes a slot");
+    world.settle();
+    assert_eq!((world.calls("AttachNetworkInterface"), world.calls("DetachNetworkInterface")), (2, 0));
+}
+
 #[test]
 fn an_efa_without_addresses_that_comes_later_takes_a_slot_and_nothing_else() {
     let mut world = node(TWO_CARDS, several);

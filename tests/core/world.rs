@@ -56,6 +56,8 @@ pub struct World {
     pub effects: u64,
     pub crash_at: Option<u64>,
     pub ec2_down: bool,
+    /// An ENI whose link never appears on the host.
+    pub linkless: Option<EniId>,
     /// The API server; without it every request fails at once.
     pub api: Option<Api>,
     /// What differs from the default configuration.
@@ -134,6 +136,7 @@ impl World {
             effects: 0,
             crash_at: None,
             ec2_down: false,
+            linkless: None,
             api: None,
             configure: |_| {},
             log: Vec::new(),
@@ -266,7 +269,9 @@ impl World {
                 self.branches = intent.branches.len();
                 self.swept.extend(intent.gone.iter().copied());
                 let trunks = intent.enis.iter().filter(|eni| eni.trunk).map(|eni| (eni.id.clone(), TRUNK_LINK));
-                let applied = Applied { failed: BTreeMap::new(), trunks: trunks.collect() };
+                let failed = intent.enis.iter().filter(|eni| Some(&eni.id) == self.linkless.as_ref());
+                let failed = failed.map(|eni| (eni.id.clone(), "no link has its MAC".to_owned())).collect();
+                let applied = Applied { failed, trunks: trunks.collect() };
                 self.later(LATENCY, Event::Kernel(op, Ok(applied)));
             }
             Effect::Save(generation, content) => {

@@ -312,7 +312,9 @@ impl Core {
             Ok(Applied { failed, trunks }) => {
                 self.trunks = trunks;
                 self.gone.retain(|ip| !gone.contains(ip));
+                self.refused.retain(|id, _| failed.contains_key(id));
                 for (eni, why) in &failed {
+                    self.refused.entry(eni.clone()).or_insert(self.now.mono);
                     self.log(Level::Warn, format!("set up eni {eni}: {why}"));
                 }
                 for id in enis {

@@ -31,6 +31,8 @@ pub(super) const AFTER_FAILURE: Backoff =
 const LOOK: Backoff = Backoff { first: Duration::from_millis(100), cap: Duration::from_secs(2), jitter_percent: 15 };
 /// Pauses between attempts to set delete-on-termination.
 const MODIFY: Backoff = Backoff { first: Duration::from_secs(1), cap: Duration::from_secs(30), jitter_percent: 20 };
+/// How long an attached ENI whose link does not appear holds up growth.
+const ADOPT_MAX: Duration = Duration::from_secs(10);
 /// A new ENI that IMDS or the kernel does not show for so long is left to the reconciliation.
 const SETTLE_MAX: Duration = Duration::from_secs(162);
 /// The pause after a refusal that only people can mend.
@@ -207,10 +209,12 @@ impl Core {
         cidrs
     }
 
-    // ENIs that are attached but not yet in the pool, besides those that a growth is waiting for.
+    // ENIs that are attached but not yet in the pool, besides those that a growth is waiting for. One whose link does not
+    // appear (it may have been moved into a container) is not waited for long.
     fn adopting(&self) -> bool {
         let growing = |id: &EniId| self.growths.values().any(|g| g.eni().is_some_and(|(new, _)| new == *id));
-        self.wanted.keys().any(|id| self.pool.eni(id).is_none() && !growing(id))
+        let hopeful = |id: &EniId| self.refused.get(id).is_none_or(|at| self.now.mono.since(*at) < ADOPT_MAX);
+        self.wanted.keys().any(|id| self.pool.eni(id).is_none() && hopeful(id) && !growing(id))
     }
 
     pub(super) fn begin_growth(&mut self, card: u32, creating: Option<Creating>) -> GrowthId {
