@@ -6,6 +6,7 @@ use super::{End, files, spawn};
 use crate::apply;
 use crate::aws::{ec2, imds};
 use crate::error::{Context, List, Result};
+use crate::model::checkpoint::Checkpoint;
 use crate::model::ec2::{Call, Failure};
 use crate::model::imds::Query;
 use crate::model::kube;
@@ -31,7 +32,7 @@ enum Host {
 }
 
 enum Disk {
-    Save(u64, Vec<(u32, String)>),
+    Save(u64, Vec<(u32, Checkpoint)>),
     SetAside(u32),
     SpoolDone(Vec<Record>),
 }
@@ -197,8 +198,9 @@ fn disk_loop(store: &Path, work: &Receiver<Disk>, events: &SyncSender<Event>) ->
         match work.recv_timeout(SPOOL_EVERY) {
             Ok(Disk::Save(generation, content)) => {
                 let mut files = content.into_iter();
-                let written =
-                    files.try_for_each(|(card, text)| files::write(&files::store_of(store, card), text.as_bytes()));
+                let written = files.try_for_each(|(card, file)| {
+                    files::write(&files::store_of(store, card), file.to_text().as_bytes())
+                });
                 let result = written.map_err(|error| error.to_string());
                 events.send(Event::Saved(generation, result)).context("tell the core")?;
             }

@@ -11,14 +11,22 @@ pub fn sort<T: Ord>(items: &mut [T]) {
     sort_by(items, T::cmp);
 }
 
-/// Sorts by a key; items with equal keys keep their places. The key is made anew for each comparison.
+/// Sorts by a key, which is made once for each item; items with equal keys keep their places.
 pub fn sort_by_key<T, K: Ord>(items: &mut [T], key: impl Fn(&T) -> K) {
-    sort_by(items, |a, b| key(a).cmp(&key(b)));
+    if items.len() < 2 {
+        return;
+    }
+    let keys: Vec<K> = items.iter().map(key).collect();
+    arrange(items, ranked(keys.len(), &|a, b| keys[a].cmp(&keys[b])));
 }
 
 /// Sorts by a comparison, which must be a total order; equal items keep their places.
 pub fn sort_by<T>(items: &mut [T], compare: impl Fn(&T, &T) -> Ordering) {
-    let mut from = ranked(items.len(), &|a, b| compare(&items[a], &items[b]));
+    let from = ranked(items.len(), &|a, b| compare(&items[a], &items[b]));
+    arrange(items, from);
+}
+
+fn arrange<T>(items: &mut [T], mut from: Vec<usize>) {
     // Place `i` gets what stood at `from[i]`: every cycle of that permutation is walked once.
     for start in 0..from.len() {
         let mut place = start;

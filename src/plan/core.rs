@@ -309,6 +309,7 @@ pub struct Core {
     last_action: Mono,
     last_reconcile: Mono,
     last_shrink: Option<Mono>,
+    enough: Option<freeing::Enough>,
 }
 
 impl Core {
@@ -376,6 +377,7 @@ impl Core {
             last_action: Mono::default(),
             last_reconcile: Mono::default(),
             last_shrink: None,
+            enough: None,
         }
     }
 
@@ -525,23 +527,23 @@ impl Core {
         self.pacer.submit(id, call);
     }
 
-    // What pods wait for goes first, what gives back last.
-    fn rank(&self, op: OpId) -> u8 {
+    // What pods wait for goes first, what gives back last. A node that cannot serve yet will have pods wait.
+    fn rank(&self, pressing: bool, op: OpId) -> u8 {
         match self.ops.get(&op) {
-            Some(Op::Describe | Op::Subnets | Op::Growth(_) | Op::Modify(_)) if !self.waiting.is_empty() => 0,
-            Some(Op::Describe | Op::Subnets | Op::Growth(_) | Op::Modify(_)) => 1,
+            Some(Op::Describe | Op::Subnets | Op::Growth(_) | Op::Modify(_)) => u8::from(!pressing),
             _ => 2,
         }
     }
 
     // Lets out the calls whose turn it is.
     fn send_paced(&mut self) {
+        let pressing = !self.waiting.is_empty() || self.phase == Phase::Booting;
         let mut pacer = std::mem::take(&mut self.pacer);
-        while let Some((op, call)) = pacer.next(self.now.mono, |op| self.rank(op)) {
+        while let Some((op, call)) = pacer.next(self.now.mono, |op| self.rank(pressing, op)) {
             self.out.push(Effect::Ec2(op, call));
         }
         self.pacer = pacer;
-        match self.pacer.wake_at(self.now.mono) {
+        match self.pacer.wake_at(self.now.mono, |op| self.rank(pressing, op)) {
             Some(at) => drop(self.timers.insert(Timer::Pace, at)),
             None => drop(self.timers.remove(&Timer::Pace)),
         }

@@ -2,7 +2,9 @@
 //!
 //! EC2's limits are shared by all nodes of the account (`spec/aws.md` 11.3), so a node that retries at once takes from
 //! the others. Calls wait here until their action may be called again; whoever asks for the next one says which matter
-//! most. A throttled call was not carried out: it is sent again after a pause that grows with each refusal.
+//! most. A throttled call was not carried out: it is sent again later. EC2 does not say how many nodes call it, so each
+//! finds out by its refusals how long the pauses between its calls must be, and keeps to them after a success too: a
+//! hundred nodes or more that want ENIs at one time then take turns, with little more calls than are needed.
 
 use super::backoff::Random;
 use crate::model::ec2::{Call, Failure, Reply};
@@ -15,11 +17,18 @@ const BURST: u32 = 10;
 /// One token comes back in this time, for calls that only look and for those that change something.
 const REFILL_READ: Duration = Duration::from_secs(1);
 const REFILL_WRITE: Duration = Duration::from_secs(2);
-/// After a refusal tokens come back half as fast for so long.
-const SLOW: Duration = Duration::from_mins(1);
-/// The pause after a refusal is a random part of this, which doubles with each further one.
-const PAUSE_FIRST: Duration = Duration::from_secs(1);
-const PAUSE_MAX: Duration = Duration::from_mins(2);
+/// The pause between calls of a crowded account doubles with each two levels of crowding, from this on.
+const PAUSE: Duration = Duration::from_secs(2);
+/// A refusal raises the level by so much: nobody knows how many nodes there are, and a pause that grows too slowly costs
+/// every one of them many refusals. A success lowers it by one, so that three calls of four succeed in the long run.
+const STEP: u32 = 3;
+/// Pauses of 17 minutes on average: so long must each of 5,000 nodes wait between two calls of an account that may call
+/// five times a second.
+const LEVEL_MAX: u32 = 18;
+/// Without a call the level falls by two in this time, and at least in the time of a pause.
+const FORGET: Duration = Duration::from_secs(30);
+/// Pods that wait do so for this part of a pause.
+const URGENT_PART: u32 = 8;
 /// A call that was refused so often is given up, and its sender decides what then.
 const REFUSALS_MAX: u32 = 8;
 
@@ -30,47 +39,48 @@ struct Bucket {
     // The moment at which the bucket would have been empty, had it been filled ever since: a token is there for each
     // refill time that has passed since then, at most `BURST`.
     empty_at: Mono,
-    paused_until: Mono,
-    slow_until: Mono,
-    refusals: u32,
+    // How crowded the account is, as far as EC2's answers tell: 0 as long as it has not refused anything.
+    level: u32,
+    // The last answer that counted, and the pause after it.
+    heard: Mono,
+    pause: Duration,
 }
 
 impl Bucket {
     fn new(call: &Call, now: Mono) -> Bucket {
         let refill = if call.action().starts_with("Describe") { REFILL_READ } else { REFILL_WRITE };
-        let (paused_until, slow_until) = (Mono::default(), Mono::default());
-        Bucket { refill, empty_at: now.minus(refill * BURST), paused_until, slow_until, refusals: 0 }
-    }
-
-    fn refill(&self, now: Mono) -> Duration {
-        if now < self.slow_until { self.refill * 2 } else { self.refill }
+        Bucket { refill, empty_at: now.minus(refill * BURST), level: 0, heard: Mono::default(), pause: Duration::ZERO }
     }
 
     // When the next call may leave. One that pods wait for needs no token as long as EC2 does not complain.
-    fn ready_at(&self, now: Mono, urgent: bool) -> Mono {
-        if urgent && now >= self.slow_until {
-            return self.paused_until;
+    fn ready_at(&self, urgent: bool) -> Mono {
+        match (urgent, self.level) {
+            (true, 0) => Mono::default(),
+            (true, _) => self.heard.plus(self.pause / URGENT_PART),
+            (false, _) => self.empty_at.plus(self.refill).max(self.heard.plus(self.pause)),
         }
-        self.empty_at.plus(self.refill(now)).max(self.paused_until)
     }
 
     fn take(&mut self, now: Mono) {
-        let refill = self.refill(now);
-        self.empty_at = self.empty_at.max(now.minus(refill * BURST)).plus(refill);
+        self.empty_at = self.empty_at.max(now.minus(self.refill * BURST)).plus(self.refill);
+        let idle = now.since(self.heard.plus(self.pause));
+        let forgotten = idle.as_millis() / FORGET.max(mean_pause(self.level)).as_millis();
+        self.level = self.level.saturating_sub(u32::try_from(forgotten).unwrap_or(u32::MAX).saturating_mul(2));
     }
 
-    fn refused(&mut self, now: Mono, random: &mut Random) {
-        if now < self.paused_until {
-            return; // calls that left together are refused together: that is one refusal
-        }
-        let most = PAUSE_FIRST.saturating_mul(1 << self.refusals.min(16)).min(PAUSE_MAX);
-        // Never less than a tenth: a pause of nothing is none.
-        let part = random.below(u64::try_from(most.as_millis() * 9 / 10).unwrap_or(u64::MAX));
-        let pause = most / 10 + Duration::from_millis(part);
-        self.paused_until = self.paused_until.max(now.plus(pause));
-        self.slow_until = now.plus(SLOW);
-        self.refusals += 1;
+    fn hear(&mut self, now: Mono, level: u32, random: &mut Random) {
+        self.level = level.min(LEVEL_MAX);
+        let mean = mean_pause(self.level);
+        // From a half to one and a half of it, so that nodes which were refused together do not come back together.
+        let part = random.below(u64::try_from(mean.as_millis()).unwrap_or(u64::MAX));
+        self.pause = if self.level == 0 { Duration::ZERO } else { mean / 2 + Duration::from_millis(part) };
+        self.heard = now;
     }
+}
+
+fn mean_pause(level: u32) -> Duration {
+    let whole = PAUSE.saturating_mul(1 << (level / 2));
+    if level % 2 == 0 { whole } else { whole * 3 / 2 }
 }
 
 /// A call and how often EC2 has refused it for its rate.
@@ -103,7 +113,7 @@ impl<N: Copy + Ord> Pacer<N> {
     // After a refusal calls of an action go one by one until one succeeds: more would be refused together.
     fn held_back(&self, paced: &Paced) -> bool {
         let action = paced.call.action();
-        self.buckets.get(action).is_some_and(|bucket| bucket.refusals > 0)
+        self.buckets.get(action).is_some_and(|bucket| bucket.level > 0)
             && self.out.values().any(|out| out.call.action() == action)
     }
 
@@ -115,7 +125,7 @@ impl<N: Copy + Ord> Pacer<N> {
             .iter()
             .filter(|(number, paced)| {
                 let bucket = buckets.get(paced.call.action());
-                bucket.is_none_or(|bucket| bucket.ready_at(now, rank(**number) == 0) <= now)
+                bucket.is_none_or(|bucket| bucket.ready_at(rank(**number) == 0) <= now)
             })
             .filter(|(_, paced)| !self.held_back(paced));
         let number = ready.min_by_key(|(number, _)| (rank(**number), **number)).map(|(number, _)| *number)?;
@@ -128,22 +138,32 @@ impl<N: Copy + Ord> Pacer<N> {
     }
 
     /// When [`Pacer::next`] should be asked again, if calls wait for a time and not for the answer to another one.
-    pub fn wake_at(&self, now: Mono) -> Option<Mono> {
-        let ready =
-            |paced: &Paced| self.buckets.get(paced.call.action()).map_or(now, |bucket| bucket.ready_at(now, false));
-        self.waiting.values().filter(|paced| !self.held_back(paced)).map(ready).min()
+    pub fn wake_at(&self, now: Mono, rank: impl Fn(N) -> u8) -> Option<Mono> {
+        let waiting = self.waiting.iter().filter(|(_, paced)| !self.held_back(paced));
+        let ready = waiting.map(|(number, paced)| {
+            let bucket = self.buckets.get(paced.call.action());
+            bucket.map_or(now, |bucket| bucket.ready_at(rank(*number) == 0))
+        });
+        ready.min()
     }
 
     /// Hears the answer to a call; true if the call waits again and its sender need not know.
     pub fn answered(&mut self, now: Mono, number: N, result: &Result<Reply, Failure>, random: &mut Random) -> bool {
         let Some(mut paced) = self.out.remove(&number) else { return false };
+        // What the other actions have met is a hint: all nodes of a fleet call them one after the other.
+        let known = self.buckets.values().map(|bucket| bucket.level).max().unwrap_or(0);
         let Some(bucket) = self.buckets.get_mut(paced.call.action()) else { return false };
         let throttled = result.as_ref().is_err_and(|failure| failure.throttled() && !failure.maybe_applied);
         if !throttled {
-            bucket.refusals /= 2; // one success does not mean that everybody may rush
+            if bucket.level > 0 {
+                bucket.hear(now, bucket.level - 1, random); // one success does not mean that everybody may rush
+            }
             return false;
         }
-        bucket.refused(now, random);
+        // Calls that left together are refused together: that is one refusal.
+        if bucket.level == 0 || now >= bucket.heard.plus(bucket.pause / URGENT_PART) {
+            bucket.hear(now, (bucket.level + STEP).max(known.saturating_sub(1)), random);
+        }
         paced.refusals += 1;
         let again = paced.refusals < REFUSALS_MAX;
         if again {
@@ -154,8 +174,8 @@ impl<N: Copy + Ord> Pacer<N> {
 
     /// Until when EC2 wants to be left alone, by action.
     pub fn paused(&self, now: Mono) -> impl Iterator<Item = (&'static str, Mono)> {
-        let paused = self.buckets.iter().filter(move |(_, bucket)| bucket.paused_until > now);
-        paused.map(|(action, bucket)| (*action, bucket.paused_until))
+        let until = self.buckets.iter().map(|(action, bucket)| (*action, bucket.heard.plus(bucket.pause)));
+        until.filter(move |(_, until)| *until > now)
     }
 }
 
@@ -202,7 +222,7 @@ mod tests {
         let sent = drain(&mut pacer, 6000);
         assert!(sent[..10].iter().all(|(millis, _)| *millis == 0), "{sent:?}");
         assert_eq!(sent[10..], [(2000, 10), (4000, 11), (6000, 12)]);
-        assert_eq!(pacer.wake_at(at(6000)), None);
+        assert_eq!(pacer.wake_at(at(6000), |_| 1), None);
     }
 
     #[test]
@@ -237,13 +257,14 @@ mod tests {
             assert_eq!(pacer.next(at(now), |_| 1).map(|(n, _)| n), Some(1));
             let again = pacer.answered(at(now), 1, &throttled(), &mut random);
             assert_eq!(again, refusal < REFUSALS_MAX);
-            if let Some(wake) = pacer.wake_at(at(now)) {
+            if let Some(wake) = pacer.wake_at(at(now), |_| 1) {
                 assert!(wake > at(now), "{wake:?}");
                 pauses.push(wake.since(at(now)));
                 now += u64::try_from(wake.since(at(now)).as_millis()).unwrap() + 1;
             }
         }
-        assert!(pauses.iter().all(|pause| *pause >= Duration::from_millis(100) && *pause <= PAUSE_MAX), "{pauses:?}");
+        let most = mean_pause(LEVEL_MAX) * 2;
+        assert!(pauses.iter().all(|pause| *pause >= PAUSE / 2 && *pause <= most), "{pauses:?}");
         assert!(pauses.last() > pauses.first(), "{pauses:?}");
         // Others of the action wait too; other actions do not.
         pacer.submit(2, call(2));
@@ -253,14 +274,45 @@ mod tests {
     }
 
     #[test]
-    fn success_ends_the_patience() {
+    fn success_shortens_the_pause_and_time_ends_it() {
         let (mut pacer, mut random) = (Pacer::default(), Random::new(3));
         for n in 1..3 {
             pacer.submit(n, call(n));
             pacer.next(at(0), |_| 1);
         }
         assert!(pacer.answered(at(0), 1, &throttled(), &mut random));
+        let level = pacer.buckets["DeleteNetworkInterface"].level;
+        assert_eq!(level, STEP);
         assert!(!pacer.answered(at(10), 2, &Ok(Reply::Done), &mut random));
-        assert_eq!(pacer.buckets["DeleteNetworkInterface"].refusals, 0);
+        assert_eq!(pacer.buckets["DeleteNetworkInterface"].level, level - 1);
+        assert!(pacer.wake_at(at(10), |_| 1).is_some_and(|wake| wake > at(10)));
+        let later = 10 + 120_000;
+        assert_eq!(pacer.next(at(later), |_| 1).map(|(n, _)| n), Some(1));
+        assert_eq!(pacer.buckets["DeleteNetworkInterface"].level, 0);
+    }
+
+    #[test]
+    fn pods_that_wait_do_so_for_a_part_of_the_pause() {
+        let (mut pacer, mut random) = (Pacer::default(), Random::new(5));
+        pacer.submit(1, call(1));
+        pacer.next(at(0), |_| 0);
+        assert!(pacer.answered(at(0), 1, &throttled(), &mut random));
+        let wake = |rank: u8| pacer.wake_at(at(0), |_| rank).unwrap().since(at(0));
+        assert_eq!(wake(0), wake(1) / URGENT_PART);
+    }
+
+    #[test]
+    fn what_one_action_has_met_the_others_begin_with() {
+        let (mut pacer, mut random) = (Pacer::default(), Random::new(7));
+        pacer.submit(1, call(1));
+        for n in 0..4 {
+            pacer.next(at(n * 1_000_000), |_| 1);
+            assert!(pacer.answered(at(n * 1_000_000), 1, &throttled(), &mut random));
+        }
+        let known = pacer.buckets["DeleteNetworkInterface"].level;
+        pacer.submit(2, Call::Detach("eni-attach-1".into()));
+        assert_eq!(pacer.next(at(3_000_000), |_| 1).map(|(n, _)| n), Some(2));
+        assert!(pacer.answered(at(3_000_000), 2, &throttled(), &mut random));
+        assert_eq!(pacer.buckets["DetachNetworkInterface"].level, STEP.max(known - 1));
     }
 }

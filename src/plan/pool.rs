@@ -262,9 +262,9 @@ pub struct Pool {
 }
 
 /// The figures that were asked for last, by card, and until when they hold if nothing changes: most steps of the core ask
-/// several times and change nothing.
+/// several times and change nothing. And how often the pool was changed.
 #[derive(Debug, Default)]
-struct Memo(Mutex<BTreeMap<u32, (Mono, Mono, Stats)>>);
+struct Memo(Mutex<BTreeMap<u32, (Mono, Mono, Stats)>>, u64);
 
 impl Clone for Memo {
     fn clone(&self) -> Memo {
@@ -310,7 +310,13 @@ impl Pool {
 
     fn touch(&mut self) {
         self.touched = true;
+        self.memo.1 += 1;
         self.memo.0.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// Grows with every change: what was derived from the pool at the same value, and time, still holds.
+    pub fn version(&self) -> u64 {
+        self.memo.1
     }
 
     /// ENIs by id.
@@ -501,12 +507,10 @@ impl Pool {
         if let Some(place) = self.find(&owner.key, card) {
             return Ok((place, false));
         }
-        let stats = self.stats(now.mono, card);
-        let none = NoAddress { total: stats.total, cooling: stats.cooling };
-        if stats.available() <= stats.cooling {
-            return Err(none);
-        }
-        let (eni_id, net, address) = self.choose(now.mono, card).ok_or(none)?;
+        let Some((eni_id, net, address)) = self.choose(now.mono, card) else {
+            let stats = self.stats(now.mono, card);
+            return Err(NoAddress { total: stats.total, cooling: stats.cooling });
+        };
         self.touch();
         let place = self.place(&eni_id, net, address);
         self.index.insert((owner.key.clone(), card), (eni_id.clone(), net, address));
@@ -660,6 +664,9 @@ impl Pool {
 
     /// Number of addresses that pods have on a card.
     pub fn held_on(&self, card: u32) -> usize {
+        if self.orphans.is_empty() && self.enis.values().all(|eni| eni.card == card) {
+            return self.index.len();
+        }
         self.index.keys().chain(self.orphans.keys()).filter(|(_, on)| *on == card).count()
     }
 
@@ -747,15 +754,17 @@ impl Pool {
         if !std::mem::take(&mut self.touched) {
             return;
         }
-        let mut seen = BTreeSet::new();
-        for Held { address, owner, card, table } in self.allocations() {
-            assert!(seen.insert(address), "{address} has two owners, one is {}", owner.key);
-            if table.is_some() {
-                let at = self.index.get(&(owner.key.clone(), card)).map(|(_, _, ip)| *ip);
-                assert_eq!(at, Some(address), "the index has lost {}", owner.key);
-            }
+        let mut held: Vec<IpAddr> = self.allocations().map(|held| held.address).collect();
+        order::sort(&mut held);
+        let twice = held.windows(2).find(|pair| pair[0] == pair[1]);
+        assert_eq!(twice, None, "an address has two owners");
+        // As many entries as owners, and each leads to another owner: so none is missing.
+        assert_eq!(held.len(), self.index.len() + self.orphans.len(), "the index and the owners differ");
+        for ((key, card), (eni, net, address)) in &self.index {
+            let eni = self.enis.get(eni).filter(|eni| eni.card == *card);
+            let owner = eni.and_then(|eni| eni.cidrs.get(net)?.slots.get(address)?.owner.as_ref());
+            assert!(owner.is_some_and(|owner| owner.key == *key), "the index leads {key} to {address} of another");
         }
-        assert_eq!(seen.len(), self.index.len() + self.orphans.len(), "the index names addresses without an owner");
     }
 }
 

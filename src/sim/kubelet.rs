@@ -5,7 +5,7 @@
 //! deleted like every other.
 
 use super::fleet::Sky;
-use super::node::{Happening, Item, Node, addresses};
+use super::node::{File, Happening, Item, Node, addresses};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::ids::{PodKey, PodName};
 use crate::model::kube;
@@ -247,8 +247,14 @@ impl Node {
 
     fn given_on_disk(&self, address: IpAddr, id: u64) -> bool {
         let Some(sandbox) = self.kubelet.sandboxes.get(&id) else { return true };
-        let Some(Ok(checkpoint)) = self.disk.files.get(&0).map(|text| Checkpoint::parse(text)) else { return true };
-        checkpoint.allocations.iter().any(|a| a.address() == Some(address) && a.container != sandbox.key.container)
+        let to_another = |checkpoint: &Checkpoint| {
+            checkpoint.allocations.iter().any(|a| a.address() == Some(address) && a.container != sandbox.key.container)
+        };
+        match self.disk.files.get(&0) {
+            Some(File::Whole(checkpoint)) => to_another(checkpoint),
+            Some(File::Text(text)) => Checkpoint::parse(text).map_or(true, |checkpoint| to_another(&checkpoint)),
+            None => true,
+        }
     }
 
     fn handed(&mut self, sky: &mut Sky, id: u64, given: &[IpAllocation]) {

@@ -10,12 +10,13 @@ use super::fleet::Sky;
 use super::kubelet::{Asked, Kubelet};
 use super::original::Original;
 use super::vpc::ImdsEni;
+use crate::model::checkpoint::Checkpoint;
 use crate::model::ec2::{Call, Failure, Interface, Reply};
 use crate::model::ids::{GroupId, InstanceId, PodKey};
 use crate::model::imds::{self, Query};
 use crate::model::kube;
 use crate::model::limits::{self, Limits};
-use crate::model::order;
+use crate::model::order::{self, Gather as _};
 use crate::model::settings::{Mode, Settings};
 use crate::model::spool::Record;
 use crate::model::time::{Mono, Now, Wall};
@@ -106,16 +107,35 @@ pub(super) enum Item {
     Wired(u64, IpAddr),
 }
 
+/// A checkpoint on disk.
+#[derive(Clone, Debug)]
+pub enum File {
+    /// As it was written; most are never read, and so need no text.
+    Whole(Box<Checkpoint>),
+    /// As somebody else has left it.
+    Text(String),
+}
+
+impl File {
+    /// What a reader finds.
+    pub fn text(&self) -> String {
+        match self {
+            File::Whole(checkpoint) => checkpoint.to_text(),
+            File::Text(text) => text.clone(),
+        }
+    }
+}
+
 /// What survives the process, but not the host.
 #[derive(Clone, Debug, Default)]
 pub struct Disk {
     /// Checkpoints by network card.
-    pub files: BTreeMap<u32, String>,
+    pub files: BTreeMap<u32, File>,
     /// Checkpoints that were put aside as unreadable.
     pub aside: usize,
     /// Records of DELs that no daemon took.
     pub spool: Vec<Record>,
-    writing: Option<(u64, Vec<(u32, String)>)>,
+    writing: Option<(u64, Vec<(u32, Checkpoint)>)>,
 }
 
 /// What the kernel has of pods.
@@ -271,7 +291,8 @@ impl Node {
         } else {
             Brain::Core(Box::new(Core::new(config)))
         });
-        let (checkpoints, seen, spool) = (self.disk.files.clone(), self.seen(), self.disk.spool.clone());
+        let checkpoints = self.disk.files.iter().map(|(card, file)| (*card, file.text())).gather();
+        let (seen, spool) = (self.seen(), self.disk.spool.clone());
         self.note(|| "START".into(), sky.nanos);
         self.feed(sky, Event::Started { checkpoints, seen, spool });
         let api = self.setup.latencies.api;
@@ -291,17 +312,17 @@ impl Node {
         self.ready = false;
         self.crash_at = None;
         if let Some((_, files)) = self.disk.writing.take() {
-            for (card, text) in files {
-                match self.write_fate {
-                    WriteFate::Lost => {}
-                    WriteFate::Done => {
-                        self.disk.files.insert(card, text);
-                    }
+            for (card, checkpoint) in files {
+                let file = match self.write_fate {
+                    WriteFate::Lost => continue,
+                    WriteFate::Done => File::Whole(Box::new(checkpoint)),
                     WriteFate::Torn => {
+                        let text = checkpoint.to_text();
                         let half = text.len() / 2; // checkpoints are ASCII
-                        self.disk.files.insert(card, text.get(..half).unwrap_or_default().to_owned());
+                        File::Text(text.get(..half).unwrap_or_default().to_owned())
                     }
-                }
+                };
+                self.disk.files.insert(card, file);
             }
         }
         sky.tell(self.index, Happening::Crashed);
@@ -545,7 +566,7 @@ impl Node {
         if self.faults.disk_full {
             return self.feed(sky, Event::Saved(generation, Err("no space left on device".into())));
         }
-        self.disk.files.extend(files);
+        self.disk.files.extend(files.into_iter().map(|(card, file)| (card, File::Whole(Box::new(file)))));
         sky.tell(self.index, Happening::Saved);
         self.feed(sky, Event::Saved(generation, Ok(())));
     }

@@ -278,7 +278,8 @@ impl World {
                 if self.disk_full {
                     return self.later(LATENCY, Event::Saved(generation, Err("no space left on device".into())));
                 }
-                for (card, text) in content {
+                for (card, file) in content {
+                    let text = file.to_text();
                     match card {
                         0 => self.disk = Some(text),
                         card => drop(self.disks.insert(card, text)),

@@ -8,7 +8,7 @@ use enibox::plan::core::Core;
 use enibox::plan::host::Intent;
 use enibox::sim::fleet::Fleet;
 use enibox::sim::kubelet::Stage;
-use enibox::sim::node::{Happening, Node, carried};
+use enibox::sim::node::{File, Happening, Node, carried};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -194,8 +194,8 @@ impl Judge {
             }
             assert_eq!(held, truth, "the pool (left) and EC2");
             assert!(node.disk.spool.is_empty(), "records are left in the spool");
-            let text = node.disk.files.get(&0).map(String::as_str).unwrap_or_default();
-            let own = Checkpoint::parse(text).unwrap().enibox.unwrap_or_default();
+            let text = node.disk.files.get(&0).map(File::text).unwrap_or_default();
+            let own = Checkpoint::parse(&text).unwrap().enibox.unwrap_or_default();
             assert!(own.creating.is_empty() && own.freeing.is_empty(), "an intent is left: {own:?}");
         }
         // What others detached, and what an intent was lost for, is left to the clean-up, which comes round every hour or so.
@@ -262,8 +262,8 @@ fn tabled(fleet: &Fleet, node: &Node, address: IpAddr, table: u32) {
 // Addresses and their owners in the checkpoint files.
 fn on_disk(node: &Node) -> BTreeMap<IpAddr, PodKey> {
     let mut all = BTreeMap::new();
-    for text in node.disk.files.values() {
-        let Ok(checkpoint) = Checkpoint::parse(text) else { continue };
+    for file in node.disk.files.values() {
+        let Ok(checkpoint) = Checkpoint::parse(&file.text()) else { continue };
         for entry in checkpoint.allocations {
             let Some(address) = entry.address() else { continue };
             let key = PodKey { network: entry.network, container: entry.container, ifname: entry.ifname };

@@ -7,7 +7,7 @@ use enibox::model::settings::Settings;
 use enibox::plan::backoff::Random;
 use enibox::sim::conditions::{Latencies, Lie, WriteFate};
 use enibox::sim::fleet::Fleet;
-use enibox::sim::node::{Setup, carried};
+use enibox::sim::node::{File, Setup, carried};
 use enibox::sim::vpc::{Planned, Vpc};
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -326,14 +326,15 @@ impl Life {
                 "is missing"
             }
             1 => {
-                for text in files.values_mut() {
-                    *text = text.chars().take(text.len() / 2).collect();
+                for file in files.values_mut() {
+                    let text = file.text();
+                    *file = File::Text(text.chars().take(text.len() / 2).collect());
                 }
                 "is torn"
             }
             _ => {
-                for text in files.values_mut() {
-                    *text = text.replace("vpc-cni-ipam/1", "vpc-cni-ipam/9");
+                for file in files.values_mut() {
+                    *file = File::Text(file.text().replace("vpc-cni-ipam/1", "vpc-cni-ipam/9"));
                 }
                 "is of the future"
             }

@@ -1,6 +1,7 @@
 //! What the core is told and what it wants done.
 
 use super::Tunables;
+use crate::model::checkpoint::Checkpoint;
 use crate::model::ec2::{Call, Failure, Reply};
 use crate::model::ids::{EniId, PodName};
 use crate::model::imds::{self, Query};
@@ -149,8 +150,8 @@ pub enum Effect {
     Kube(OpId, kube::Call),
     /// Make the host's network so.
     Kernel(OpId, Box<Intent>),
-    /// Write the checkpoints: generation, and the content by network card of those that changed.
-    Save(u64, Vec<(u32, String)>),
+    /// Write the checkpoints: generation, and those that changed by network card.
+    Save(u64, Vec<(u32, Checkpoint)>),
     /// The checkpoint of this card that was read cannot be used, for this reason: keep it under another name.
     SetAside(u32, String),
     /// Look at the host's links and rules.

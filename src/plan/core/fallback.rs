@@ -201,8 +201,13 @@ impl Sizing {
     /// CIDRs to give back because they are of the other kind than the mode's, or their ENI is excluded (`spec/ipamd.md`
     /// 4.5, 7.6, B15, B16, B49). What a pod uses or has just used stays.
     pub(super) fn strays(&self, pool: &Pool, now: Mono) -> Vec<(EniId, Vec<IpNet>)> {
+        let stray = |eni: &Eni| eni.excluded || eni.cidrs().any(|(_, cidr)| cidr.prefix != pool.prefix_mode());
+        let mut enis: Vec<(&EniId, &Eni)> =
+            pool.enis().filter(|(_, eni)| eni.card == self.card && stray(eni)).collect();
+        if enis.is_empty() {
+            return Vec::new();
+        }
         let mut over = if pool.prefix_mode() { self.spare_singles(pool, now) } else { usize::MAX };
-        let mut enis: Vec<(&EniId, &Eni)> = pool.enis().filter(|(_, eni)| eni.card == self.card).collect();
         order::sort_by_key(&mut enis, |(_, eni)| (eni.assigned(), Reverse(eni.device)));
         let mut strays = Vec::new();
         for (id, eni) in enis {

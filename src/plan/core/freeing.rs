@@ -10,6 +10,7 @@ use crate::model::ids::{AttachmentId, EniId};
 use crate::model::time::Mono;
 use crate::plan::backoff::Backoff;
 use crate::plan::pool::Eni;
+use crate::plan::sizing::{ENI_AGE_MIN, Sizing};
 use ipnet::IpNet;
 use std::time::Duration;
 
@@ -31,6 +32,18 @@ pub(super) struct Free {
     pub(super) attachment: Option<AttachmentId>,
     stage: Stage,
     tries: u32,
+}
+
+/// Nothing was found that could be given back, and that holds as long as nothing of this changes. Most steps of a node
+/// change nothing.
+#[derive(Debug)]
+pub(super) struct Enough {
+    version: u64,
+    cordoned: bool,
+    sizings: Vec<Sizing>,
+    from: Mono,
+    until: Mono,
+    wake: Option<Mono>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -63,23 +76,34 @@ impl Core {
         if !idle || !allowed || !self.waiting.is_empty() || self.ops.values().any(|op| matches!(op, Op::Unassign(..))) {
             return;
         }
-        let rested = self.last_shrink.is_none_or(|last| self.now.mono.since(last) > SHRINK_EVERY);
-        let cards: Vec<u32> = self.config.cards.keys().copied().collect();
-        for card in cards.iter().filter(|_| rested) {
-            let sizing = self.sizing(*card);
-            let surplus = sizing.surplus(&self.pool, self.now.mono);
-            for (eni, nets) in surplus.into_iter().chain(sizing.strays(&self.pool, self.now.mono)) {
+        let now = self.now.mono;
+        let (cordoned, version) = (self.cordoned(), self.pool.version());
+        let sizings: Vec<Sizing> = self.config.cards.keys().map(|card| self.sizing(*card)).collect();
+        if let Some(enough) = &self.enough
+            && (enough.from..enough.until).contains(&now)
+            && (enough.version, enough.cordoned, &enough.sizings) == (version, cordoned, &sizings)
+        {
+            // An earlier wake-up for something else may have taken the place of this one.
+            return enough.wake.into_iter().for_each(|at| self.wake_for(Timer::Shrink, at));
+        }
+        let rested = self.last_shrink.is_none_or(|last| now.since(last) > SHRINK_EVERY);
+        for sizing in sizings.iter().filter(|_| rested) {
+            let surplus = sizing.surplus(&self.pool, now);
+            for (eni, nets) in surplus.into_iter().chain(sizing.strays(&self.pool, now)) {
                 self.unassign(&eni, &nets);
             }
         }
-        let spare = cards
-            .iter()
-            .filter(|_| !self.cordoned())
-            .find_map(|card| self.sizing(*card).spare_eni(&self.pool, self.now.mono));
+        let spare = sizings.iter().filter(|_| !cordoned).find_map(|sizing| sizing.spare_eni(&self.pool, now));
         if let Some(eni) = spare {
-            self.free_eni(&eni);
-        } else if self.may_shrink() {
-            self.wake_to_shrink();
+            return self.free_eni(&eni);
+        }
+        let until = self.next_surplus();
+        // One millisecond later, so that "more than" holds.
+        let wake = until.filter(|_| self.may_shrink()).map(|at| at.plus(Duration::from_millis(1)));
+        wake.into_iter().for_each(|at| self.wake_for(Timer::Shrink, at));
+        if version == self.pool.version() {
+            let until = until.unwrap_or(Mono::from_nanos(u64::MAX));
+            self.enough = Some(Enough { version, cordoned, sizings, from: now, until, wake });
         }
     }
 
@@ -92,16 +116,13 @@ impl Core {
             || self.pool.enis().any(|(_, eni)| odd(eni))
     }
 
-    // Ages and cooldowns end without an event: look again at the end of the next one.
-    fn wake_to_shrink(&mut self) {
+    // Ages and cooldowns end without an event: when the next one does.
+    fn next_surplus(&self) -> Option<Mono> {
         let cooldown = self.pool.cooldown();
         let rested = self.pool.cooling(self.now.mono).map(|(_, freed)| freed.plus(cooldown));
-        let aged = self.pool.enis().map(|(_, eni)| eni.added.plus(crate::plan::sizing::ENI_AGE_MIN));
+        let aged = self.pool.enis().map(|(_, eni)| eni.added.plus(ENI_AGE_MIN));
         let next = rested.chain(aged).chain(self.last_shrink.map(|at| at.plus(SHRINK_EVERY)));
-        if let Some(at) = next.filter(|at| *at > self.now.mono).min() {
-            // One millisecond later, so that "more than" holds.
-            self.wake_for(Timer::Shrink, at.plus(Duration::from_millis(1)));
-        }
+        next.filter(|at| *at >= self.now.mono).min()
     }
 
     fn unassign(&mut self, eni: &EniId, nets: &[IpNet]) {

@@ -23,7 +23,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 /// Growths at one time; what they will bring counts for the next.
-const GROWTHS_MAX: usize = 8;
+const GROWTHS_MAX: usize = 16;
 /// Pauses after a growth that failed for another reason than an exhausted subnet.
 pub(super) const AFTER_FAILURE: Backoff =
     Backoff { first: Duration::from_secs(5), cap: Duration::from_mins(2), jitter_percent: 20 };
@@ -137,7 +137,8 @@ impl Core {
         if self.config.v6 {
             return self.grow_card_v6(card);
         }
-        let patient = self.sizing(card).demand == 0;
+        let sizing = self.sizing(card);
+        let patient = sizing.demand == 0;
         if patient && self.unassigning(card) {
             return false; // EC2 might still count what is leaving
         }
@@ -145,7 +146,7 @@ impl Core {
         let closed = |subnet: &SubnetId| prefixes && self.fragmented.closed(subnet, self.now.mono);
         let skip = |id: &EniId| self.skipped(id) || self.pool.eni(id).is_some_and(|eni| closed(&eni.subnet));
         let outlook = self.outlook(card);
-        match self.sizing(card).growth(&self.pool, self.now.mono, &outlook, skip) {
+        match sizing.growth(&self.pool, self.now.mono, &outlook, skip) {
             Some(sizing::Growth::Assign { eni, count }) => {
                 let subnet = self.pool.eni(&eni).map(|eni| &eni.subnet);
                 let count = subnet.map_or(count, |subnet| self.fragmented.at_most(subnet, count));

@@ -34,7 +34,7 @@ pub(super) struct Saver {
     written: u64,
     in_flight: bool,
     // What was last written for the cards above 0. Only what differs is written: a node may have 32 of them.
-    cards: BTreeMap<u32, String>,
+    cards: BTreeMap<u32, Checkpoint>,
     pending: Vec<Pending>,
 }
 
@@ -92,9 +92,9 @@ impl Core {
         let paused = self.timers.contains_key(&Timer::Save);
         if !self.saver.in_flight && !paused && self.saver.written < self.saver.current {
             self.saver.in_flight = true;
-            let texts = self.config.cards.keys().map(|card| (*card, self.checkpoint(*card).to_text()));
-            let mut content: Vec<(u32, String)> = texts.collect();
-            content.retain(|(card, text)| *card == 0 || self.saver.cards.get(card) != Some(text));
+            let cards = self.config.cards.keys().map(|card| (*card, self.checkpoint(*card)));
+            let mut content: Vec<(u32, Checkpoint)> = cards.collect();
+            content.retain(|(card, file)| *card == 0 || self.saver.cards.get(card) != Some(file));
             self.saver.cards.extend(content.iter().filter(|(card, _)| *card > 0).cloned());
             self.out.push(Effect::Save(self.saver.current, content));
         }
