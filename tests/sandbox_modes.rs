@@ -97,3 +97,45 @@ fn pods_do_not_need_the_api_server() {
         assert_eq!(run.pods().len(), 3, "{state}");
     }
 }
+
+#[test]
+fn ipv6_pods_are_seen_as_themselves() {
+    let run = run(&["--nodes", "2", "--pods", "12", "--family", "ipv6"], &[]);
+    let calls = BTreeSet::from(["AssignIpv6Addresses", "CreateTags", "DescribeNetworkInterfaces"]);
+    assert_eq!((run.calls(), run.node("enis"), run.enis().len()), (calls, 1, 2));
+    assert!(run.pods().iter().all(|pod| pod["ip"].as_str().unwrap().starts_with("2001:db8:20:")));
+    for flow in run.report["flows"].as_array().unwrap() {
+        let from_pod = run.pods().iter().find(|pod| flow["from"] == format!("{}/{}", pod["node"], pod["name"]));
+        assert!(from_pod.is_none_or(|pod| pod["ip"] == flow["seen"]), "{flow}");
+    }
+}
+
+#[test]
+fn pods_have_an_interface_on_every_network_card() {
+    let pods = ["--nodes", "2", "--pods", "4", "--instance-type", "p4d.24xlarge"];
+    for (more, setting) in [
+        (&[][..], "WARM_ENI_TARGET=1"),
+        (&[][..], "AWS_VPC_K8S_CNI_EXTERNALSNAT=true"),
+        (&["--family", "ipv6"][..], "WARM_ENI_TARGET=1"),
+    ] {
+        let run = run(&[&pods[..], more].concat(), &["ENABLE_MULTI_NIC=true", setting]);
+        assert!(run.node("enis") >= 4, "one on each card: {}", run.report["nodes"]);
+        let flows = run.report["flows"].as_array().unwrap();
+        let further = flows.iter().filter(|flow| flow["from"].as_str().unwrap().contains("mNicIf3"));
+        assert!(further.count() > 20, "{more:?} {setting}");
+    }
+}
+
+#[test]
+fn further_cards_serve_prefixes() {
+    let words = ["--nodes", "1", "--pods", "3", "--instance-type", "c6in.32xlarge"];
+    let settings = ["ENABLE_MULTI_NIC=true", "ENABLE_PREFIX_DELEGATION=true", "WARM_PREFIX_TARGET=1"];
+    assert!(run(&words, &settings).node("enis") >= 2);
+}
+
+#[test]
+fn names_marks_and_sizes_are_those_of_the_settings() {
+    let settings = ["AWS_VPC_K8S_CNI_VETHPREFIX=abc", "AWS_VPC_K8S_CNI_CONNMARK=0x10100", "AWS_VPC_ENI_MTU=1500"];
+    run(&["--nodes", "2", "--pods", "11"], &settings);
+    run(&["--nodes", "2", "--pods", "3", "--family", "ipv6"], &settings);
+}

@@ -56,8 +56,7 @@ impl Flow<'_> {
     }
 
     fn tcp(&self, timeout: Duration) -> Result<SocketAddr> {
-        let listener = self.server.run(|| TcpListener::bind(self.listen))?;
-        let listener = listener.with_context(|| format!("listen on tcp {}", self.listen))?;
+        let listener = self.bind("tcp", timeout, |at| TcpListener::bind(at))?;
         listener.set_nonblocking(true)?;
         let mut near = self.client.run(|| self.connect(timeout))??;
         let deadline = clock::instant() + timeout;
@@ -83,6 +82,24 @@ impl Flow<'_> {
         if buffer == QUESTION { Ok(seen) } else { Err(Error::new("another answer came over tcp")) }
     }
 
+    // A process that is being started on another thread holds the last flow's socket until its exec.
+    fn bind<T: Send>(
+        &self,
+        what: &str,
+        timeout: Duration,
+        bind: impl Fn(SocketAddr) -> std::io::Result<T> + Sync,
+    ) -> Result<T> {
+        let deadline = clock::instant() + timeout;
+        loop {
+            match self.server.run(|| bind(self.listen))? {
+                Err(error) if error.kind() == ErrorKind::AddrInUse && clock::instant() < deadline => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                outcome => return outcome.with_context(|| format!("listen on {what} {}", self.listen)),
+            }
+        }
+    }
+
     fn connect(&self, timeout: Duration) -> Result<TcpStream> {
         let stream = match self.source {
             None => TcpStream::connect_timeout(&self.target, timeout),
@@ -92,8 +109,7 @@ impl Flow<'_> {
     }
 
     fn udp(&self, timeout: Duration) -> Result<SocketAddr> {
-        let server = self.server.run(|| UdpSocket::bind(self.listen))?;
-        let server = server.with_context(|| format!("listen on udp {}", self.listen))?;
+        let server = self.bind("udp", timeout, |at| UdpSocket::bind(at))?;
         server.set_read_timeout(Some(timeout))?;
         let any: IpAddr =
             if self.target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
