@@ -6,9 +6,11 @@
 
 mod former;
 mod host;
+mod mend;
 mod pod;
 
 pub use host::HostReport;
+pub use mend::{mend, side};
 
 use crate::error::Result;
 use crate::model::naming::NFT_TABLE;

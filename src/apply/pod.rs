@@ -5,14 +5,14 @@
 
 mod branch;
 
-use super::Host;
+use super::{Host, side};
 use crate::clock;
 use crate::error::{Context, Error, List, Result};
 use crate::model::naming::priority;
 use crate::model::net::{Link, Rule, TABLE_MAIN};
 use crate::netlink::netns::Namespace;
 use crate::netlink::{KernelError, Request, Socket, addr, conntrack, link, neigh, route, rule, sysctl};
-use crate::plan::pod::{Pod, PodInterface, Removal, RemovedAddress, Side, check, link_route, pair};
+use crate::plan::pod::{Pod, PodInterface, Removal, RemovedAddress, check, link_route, pair};
 use ipnet::IpNet;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
@@ -253,17 +253,6 @@ impl Host {
         let inside = side(&mut inside).with_context(|| format!("look at {}", netns.path().display()))?;
         Ok(check(pod, &host, &inside))
     }
-}
-
-fn side(socket: &mut Socket) -> Result<Side> {
-    let (routes, rules) = super::routes_and_rules(socket)?;
-    Ok(Side {
-        links: link::list(socket)?,
-        addresses: addr::list(socket, None)?,
-        routes,
-        rules,
-        neighbours: neigh::list(socket, None)?,
-    })
 }
 
 /// The pod's side in order: link, way to the gateway, default route, address, gateway's MAC.

@@ -261,7 +261,7 @@ impl Hands {
             mode: self.mode,
             eni_limit,
             slots,
-            intent: core.intent(),
+            intent: core.intent(Duration::ZERO),
         });
     }
 }

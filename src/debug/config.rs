@@ -22,6 +22,12 @@ pub fn run(args: &Asking) -> u8 {
 }
 
 fn without_daemon(settings: &Settings) -> Value {
+    let (layered, wrong) = layered(settings);
+    layered.document(&[], &wrong)
+}
+
+// The settings of a daemon that would start now, and what was not understood.
+pub(super) fn layered(settings: &Settings) -> (Layered, Vec<String>) {
     let file = Path::new(&settings.settings_file);
     let (texts, mut wrong) = match read(file, FILE_BYTES_MAX) {
         Ok(text) => read_file(&text),
@@ -32,7 +38,7 @@ fn without_daemon(settings: &Settings) -> Value {
     let said = said.ok().and_then(|text| Overlay::from_memory(&text)).unwrap_or_default();
     let layered = Layered::read(|name| std::env::var(name).ok(), &Overlay { file: texts, ..said });
     wrong.extend(layered.complaints.iter().map(ToString::to_string));
-    layered.document(&[], &wrong)
+    (layered, wrong)
 }
 
 fn page(document: &Value) -> String {

@@ -4,6 +4,7 @@
 
 mod ask;
 pub mod config;
+pub mod doctor;
 pub mod plan;
 pub mod simulate;
 pub mod status;

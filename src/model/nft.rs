@@ -62,6 +62,21 @@ pub enum Hook {
     Postrouting,
 }
 
+/// A chain of any table, as far as it matters to those who only look at what others have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AnyChain {
+    /// `ip`, `ip6`, `inet` or another family's number.
+    pub family: String,
+    /// Name of the table.
+    pub table: String,
+    /// Name of the chain.
+    pub name: String,
+    /// Where it is hooked in, if it is a base chain of a hook that we know.
+    pub hook: Option<Hook>,
+    /// Its policy is drop.
+    pub drops: bool,
+}
+
 /// A rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {

@@ -8,7 +8,7 @@ use super::socket::{DUMP_ATTEMPTS, DUMP_PAUSE, KernelError, Message, Request, So
 use super::{family_byte, nft_expr};
 use crate::error::{Context, Error, Result};
 use crate::model::net::Family;
-use crate::model::nft::{Base, Chain, ChainKind, Expr, Hook, Rule, Table};
+use crate::model::nft::{AnyChain, Base, Chain, ChainKind, Expr, Hook, Rule, Table};
 use neli::consts::nl::NlmF;
 
 /// NFNL_SUBSYS_NFTABLES in the upper byte of the message type.
@@ -296,6 +296,32 @@ fn read_table(socket: &mut Socket, family: Family, name: &str) -> Result<Option<
     Ok(Some(table))
 }
 
+/// The chains of all tables of all families.
+pub fn chains(socket: &mut Socket) -> Result<Vec<AnyChain>> {
+    let request = Request::new(GET_CHAIN, 0, header(0, 0).to_vec(), "list chains".into());
+    socket.dump(&request, |message: &Message<'_>| any_chain(message.body))
+}
+
+fn any_chain(body: &[u8]) -> Option<AnyChain> {
+    let attrs = Attrs::after(body, HEADER);
+    let text = |kind: u16| attrs.clone().find(kind).map(|attr| attr.text());
+    let hook = attrs.clone().find(4u16);
+    let hook = hook.and_then(|hook| hook.nested().find(1u16)?.u32_be()).and_then(hook_of);
+    let policy = attrs.clone().find(5u16).and_then(|attr| attr.u32_be());
+    Some(AnyChain {
+        family: match *body.first()? {
+            1 => "inet".into(),
+            2 => "ip".into(),
+            10 => "ip6".into(),
+            other => other.to_string(),
+        },
+        table: text(1)?,
+        name: text(3)?,
+        hook,
+        drops: policy.is_some_and(|policy| policy != POLICY_ACCEPT),
+    })
+}
+
 fn foreign_rule(what: &str) -> Rule {
     Rule { exprs: vec![Expr::Foreign(what.to_owned())], comment: None }
 }
@@ -376,6 +402,7 @@ mod tests {
                 decode_chain(&bytes, family, "");
                 decode_rule(&bytes, family, "");
             }
+            any_chain(&bytes);
             read_comment(&Attr { kind: 7, value: &bytes });
         }
     }

@@ -4,6 +4,7 @@ pub mod backoff;
 pub mod branch;
 pub mod configure;
 pub mod core;
+pub mod doctor;
 pub mod former;
 pub mod host;
 pub mod pace;

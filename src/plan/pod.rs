@@ -4,6 +4,8 @@
 //! A pod has addresses of the node's ENIs, or one branch ENI of its own. The latter is wired in one of two ways: in strict
 //! mode all its traffic passes the ENI, in standard mode the traffic of its own node does not.
 
+pub mod inside;
+
 use crate::error::{Context, Error, Result};
 use crate::model::cni::{EnforcingMode, IpConfig, Output};
 use crate::model::naming::{self, normal_table, priority};
@@ -491,40 +493,7 @@ fn check_inside(
     inside: &Side,
     lines: &mut Vec<String>,
 ) {
-    let name = &interface.ifname;
-    let Some(link) = inside.links.iter().find(|link| link.name == *name) else {
-        lines.push(format!("interface {name:?} is missing in {netns}"));
-        return;
-    };
-    if !link.up {
-        lines.push(format!("interface {name:?} is down"));
-    }
-    if outer.is_some_and(|outer| !pair(outer, link)) {
-        lines.push(format!("interface {name:?} is not the other end of {:?}", interface.host_veth));
-    }
-    let here = |address: &Address| address.dev == link.index && address.addr == interface.host_net();
-    if !inside.addresses.iter().any(here) {
-        lines.push(format!("address {} is missing on {name:?}", interface.host_net()));
-    }
-    for route in interface.pod_routes(number, link.index) {
-        if !has_route(inside, &route) {
-            let text = route.to_string().replace(&format!("dev if{}", link.index), &format!("dev {name}"));
-            lines.push(format!("route {text} is missing in the pod"));
-        }
-    }
-    if let Some(rule) = interface.pod_rule(number)
-        && !inside.rules.contains(&rule)
-    {
-        lines.push(format!("rule \"{rule}\" is missing in the pod"));
-    }
-    let neighbour = inside.neighbours.iter().find(|entry| entry.dev == link.index && entry.addr == interface.gateway);
-    match (neighbour.filter(|entry| entry.permanent).and_then(|entry| entry.mac), outer.and_then(|outer| outer.mac)) {
-        (None, _) => lines.push(format!("neighbour {} is missing on {name:?}", interface.gateway)),
-        (Some(mac), Some(wanted)) if mac != wanted => {
-            lines.push(format!("neighbour {} is {mac} instead of {wanted}", interface.gateway));
-        }
-        _ => {}
-    }
+    lines.extend(inside::flaws(number, interface, outer, netns, inside).into_iter().map(|flaw| flaw.text));
 }
 
 /// Whether two links, one of the host's and one of the pod's namespace, name each other as their other end.
@@ -533,7 +502,7 @@ pub fn pair(outer: &Link, inner: &Link) -> bool {
     veth(outer) && veth(inner) && outer.parent == Some(inner.index) && inner.parent == Some(outer.index)
 }
 
-fn has_route(side: &Side, wanted: &Route) -> bool {
+pub(super) fn has_route(side: &Side, wanted: &Route) -> bool {
     // Scope and metric are left out: for IPv6 the kernel keeps no scope and sets a metric of its own.
     side.routes.iter().any(|route| {
         (route.table, route.dst, route.gateway, route.dev) == (wanted.table, wanted.dst, wanted.gateway, wanted.dev)

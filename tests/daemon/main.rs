@@ -2,6 +2,7 @@
 
 #![cfg(feature = "sandbox")]
 
+mod doctor;
 mod footprint;
 mod kills;
 mod kube;

@@ -16,6 +16,7 @@ use crate::plan::pool::{Eni, Held, Kind, Owner, Refused};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::Duration;
 
 // The key of a living pod of which only the address is known.
 fn nameless(address: IpAddr) -> PodKey {
@@ -236,7 +237,8 @@ impl Core {
         if busy || paused || !self.host_dirty {
             return;
         }
-        let Some(mut intent) = self.intent() else { return };
+        // What a plugin may still be working on is its own.
+        let Some(mut intent) = self.intent(PLUGIN_MAX) else { return };
         self.host_dirty = false;
         let included = self.wanted.keys().cloned().gather();
         let swept = self.sweepable();
@@ -247,8 +249,8 @@ impl Core {
     }
 
     /// What the host's network should be now, without the leftovers of former pods. None as long as IMDS has not told the
-    /// VPC's CIDRs and the primary ENI.
-    pub fn intent(&self) -> Option<Intent> {
+    /// VPC's CIDRs and the primary ENI. Pods that were added within `settling` are left out.
+    pub fn intent(&self, settling: Duration) -> Option<Intent> {
         self.wanted.get(&self.config.identity.primary_eni)?;
         let mut intent = self.config.tunables.host.clone();
         intent.vpc_cidrs = self.vpc_cidrs.clone()?;
@@ -269,8 +271,7 @@ impl Core {
                 trunk: self.kind(&eni.id) == Kind::Trunk,
             });
         }
-        // What a plugin may still be working on is its own.
-        let settled = |owner: &Owner| self.now.wall.since(owner.since) > PLUGIN_MAX;
+        let settled = |owner: &Owner| self.now.wall.since(owner.since) >= settling;
         let pods = self.pool.allocations().filter(|held| settled(held.owner));
         intent.pods = pods.filter_map(|held| self.host_pod(held)).collect();
         intent.branches.clone_from(&self.branches);

@@ -1,0 +1,116 @@
+//! Looks at the node: files, namespaces of pods, chains of others. Changes nothing.
+
+use crate::apply;
+use crate::error::Result;
+use crate::model::order;
+use crate::netlink::netns::Namespace;
+use crate::netlink::{Socket, nft};
+use crate::plan::doctor::environment::{DIRECTORIES, FILES, Facts, MARKS};
+use crate::plan::doctor::pods::Inside;
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// Settings files and the like; a longer one is cut.
+const FILE_BYTES_MAX: usize = 1 << 20;
+/// Files of one directory.
+const NAMES_MAX: usize = 1000;
+/// Namespaces of one node: more than the largest instance has pods.
+const NAMESPACES_MAX: usize = 4096;
+
+/// A path of the host as it is seen from here. `/var/run` is `/run` on every host that has both.
+pub(super) fn under(root: &Path, path: &str) -> PathBuf {
+    let found = root.join(path.trim_start_matches('/'));
+    // Inside a scratch root or a container's mount of the host only one of the two may be there.
+    match path.strip_prefix("/var/run/") {
+        Some(rest) if !found.exists() && root != Path::new("/") => root.join("run").join(rest),
+        _ => found,
+    }
+}
+
+// What the kernel shows is the same everywhere; a root may have its own.
+fn file(root: &Path, path: &str) -> Option<String> {
+    let mut found = under(root, path);
+    if path.starts_with("/proc/") && !found.exists() {
+        found = PathBuf::from(path);
+    }
+    super::super::read(&found, FILE_BYTES_MAX).ok()
+}
+
+pub(super) fn facts(root: &Path, store: &Path) -> Facts {
+    let mut facts = Facts::default();
+    for path in FILES {
+        facts.files.extend(file(root, path).map(|text| ((*path).to_owned(), text)));
+    }
+    for (directory, end) in DIRECTORIES {
+        for entry in fs::read_dir(under(root, directory)).into_iter().flatten().flatten().take(NAMES_MAX) {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.ends_with(end) {
+                let text = super::super::read(&entry.path(), FILE_BYTES_MAX).unwrap_or_default();
+                facts.files.insert(format!("{directory}/{name}"), text);
+            }
+        }
+    }
+    facts.there = MARKS.iter().filter(|path| under(root, path).exists()).map(|path| (*path).to_owned()).collect();
+    facts.checkpoint = fs::metadata(store).ok().map(|metadata| metadata.mtime());
+    facts.modules = modules(root, &facts).unwrap_or_default();
+    facts
+}
+
+// What this kernel has as modules or built in; none if its lists are not seen.
+fn modules(root: &Path, facts: &Facts) -> Option<BTreeSet<String>> {
+    let release = facts.files.get("/proc/sys/kernel/osrelease")?.trim();
+    let list = |name: &str| {
+        super::super::read(&under(root, &format!("/lib/modules/{release}/{name}")), 16 * FILE_BYTES_MAX).ok()
+    };
+    let mut names = BTreeSet::new();
+    for text in [list("modules.dep")?, list("modules.builtin")?] {
+        for line in text.lines() {
+            let path = line.split(':').next().unwrap_or_default();
+            let name = path.rsplit('/').next().unwrap_or_default().split(".ko").next().unwrap_or_default();
+            names.insert(name.replace('-', "_"));
+        }
+    }
+    let loaded = facts.files.get("/proc/modules").map(String::as_str).unwrap_or_default();
+    names.extend(loaded.lines().filter_map(|line| line.split(' ').next()).map(str::to_owned));
+    Some(names)
+}
+
+/// Chains of all tables.
+pub(super) fn chains() -> Result<Vec<crate::model::nft::AnyChain>> {
+    nft::chains(&mut Socket::netfilter()?)
+}
+
+/// All namespaces that can be reached, without our own. Names first: they are what runtimes give pods.
+pub(super) fn namespaces(root: &Path) -> Vec<Inside> {
+    let mut paths = Vec::new();
+    for directory in ["/run/netns", "/var/run/netns"] {
+        let entries = fs::read_dir(under(root, directory)).into_iter().flatten().flatten();
+        paths.extend(entries.map(|entry| entry.path()));
+    }
+    order::sort(&mut paths);
+    let proc = under(root, "/proc");
+    let proc = if proc.join("1").exists() { proc } else { PathBuf::from("/proc") };
+    let processes = fs::read_dir(proc).into_iter().flatten().flatten();
+    let processes = processes.filter(|entry| entry.file_name().to_string_lossy().bytes().all(|b| b.is_ascii_digit()));
+    paths.extend(processes.map(|entry| entry.path().join("ns/net")));
+    let id = |path: &Path| fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
+    let mut known: BTreeSet<_> = id(Path::new("/proc/thread-self/ns/net")).into_iter().collect();
+    let mut found = Vec::new();
+    for path in paths {
+        if found.len() == NAMESPACES_MAX {
+            break;
+        }
+        if id(&path).is_some_and(|id| known.insert(id)) {
+            // One that ends meanwhile belongs to nobody any more.
+            found.extend(look(&path));
+        }
+    }
+    found
+}
+
+fn look(path: &Path) -> Result<Inside> {
+    let mut socket = Socket::route_in(&Namespace::open(path)?)?;
+    Ok(Inside { path: path.display().to_string(), side: apply::side(&mut socket)? })
+}

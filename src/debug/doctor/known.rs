@@ -1,0 +1,146 @@
+//! What the node's network should be, and what IMDS and EC2 say: from the daemon, or, when it is away, from the very core
+//! that the daemon runs, started on the checkpoint and IMDS as at a restart. EC2 is only read.
+
+use crate::aws::{creds, ec2, imds};
+use crate::clock;
+use crate::error::{Context, Error, Result};
+use crate::model::ec2::{Call, Failure, Interface, Reply};
+use crate::model::imds::{Answer, Eni, Identity, Query};
+use crate::model::limits;
+use crate::model::settings::Settings;
+use crate::plan::configure;
+use crate::plan::core::{Applied, Core, Effect, Event, Seen};
+use crate::plan::doctor::{Finding, cloud};
+use crate::plan::host::{Intent, Observation};
+use std::collections::{BTreeMap, VecDeque};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Waiting for IMDS, all attempts of one question.
+const IMDS_MAX: Duration = Duration::from_secs(1);
+/// Waiting for EC2's one answer.
+const EC2_MAX: Duration = Duration::from_secs(5);
+/// Events that the core is given until it must know what it wants; a start takes about ten.
+const EVENTS_MAX: usize = 200;
+/// A larger checkpoint is none: 737 pods take 200 KiB.
+const CHECKPOINT_BYTES_MAX: usize = 64 << 20;
+
+/// IMDS, and EC2 if it is to be asked.
+pub(super) struct Cloud {
+    imds: imds::Client,
+    ec2: Option<ec2::Client>,
+    /// Who we are.
+    pub(super) identity: Identity,
+    /// What IMDS lists.
+    enis: Vec<Eni>,
+    /// What EC2 lists, or why it does not tell.
+    listed: Option<std::result::Result<Vec<Interface>, Failure>>,
+}
+
+fn env(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+fn client() -> Result<imds::Client> {
+    let mut config = imds::Config::from_env(env);
+    config.limits.operation = IMDS_MAX;
+    config.limits.pause = IMDS_MAX / 5;
+    imds::Client::new(config)
+}
+
+impl Cloud {
+    pub(super) fn ask(settings: &Settings, with_ec2: bool) -> Result<Cloud> {
+        let imds = client()?;
+        let identity = imds.identity(settings.enable_ipv6)?;
+        let enis = match imds.query(&Query::Scan)? {
+            Answer::Enis(enis) => enis,
+            other => return Err(Error::new(format!("IMDS answered {other:?}"))),
+        };
+        let mut cloud = Cloud { imds, ec2: None, identity, enis, listed: None };
+        if with_ec2 && !settings.imds_only {
+            let chain = Arc::new(creds::Chain::from_env(env, Arc::new(client()?))?);
+            let config = ec2::Config::from_env(env, &cloud.identity.region);
+            let config = ec2::Config { http_timeout: EC2_MAX, max_attempts: 1, ..config };
+            let client = ec2::Client::new(config, chain)?;
+            let call = Call::DescribeAttached(cloud.identity.instance.clone());
+            cloud.listed = Some(client.execute(&call).map(|reply| match reply {
+                Reply::Interfaces(interfaces) => interfaces,
+                _ => Vec::new(),
+            }));
+            cloud.ec2 = Some(client);
+        }
+        Ok(cloud)
+    }
+
+    /// What differs.
+    pub(super) fn findings(&self, intent: &Intent) -> Vec<Finding> {
+        let listed = self.listed.as_ref().and_then(|listed| listed.as_ref().ok());
+        let listed = listed.filter(|listed| listed.iter().any(|eni| eni.id == self.identity.primary_eni));
+        let mut found = cloud::findings(intent, &self.identity, &self.enis, listed.map(Vec::as_slice));
+        if let Some(Err(failure)) = &self.listed {
+            let name = if failure.code == "UnauthorizedOperation" { "ec2-refused" } else { "ec2-unasked" };
+            found.push(Finding::new(name, "", format!("{}: {} {}", failure.action, failure.code, failure.message)));
+        }
+        found
+    }
+
+    // What the daemon would want, were it started now.
+    fn intent(&self, settings: &Settings, root: &Path, seen: &Observation) -> Result<Intent> {
+        let kind = self.identity.instance_type.as_str();
+        let limits = limits::of(kind).unwrap_or_else(|| limits::unknown(kind));
+        let valid = settings.validate(&limits).map_err(Error::new).context("settings")?;
+        let config = configure::config(settings, &valid, &limits, &self.identity, 0);
+        let mut checkpoints = BTreeMap::new();
+        for card in config.cards.keys() {
+            let path = store_of(root, &settings.backing_store, *card);
+            match super::super::read(&path, CHECKPOINT_BYTES_MAX) {
+                Ok(text) => drop(checkpoints.insert(*card, text)),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error).with_context(|| format!("read checkpoint {}", path.display())),
+            }
+        }
+        let seen = Seen::of(&seen.links, &seen.routes, &seen.rules);
+        let mut core = Core::new(config);
+        let mut events = VecDeque::from([Event::Started { checkpoints, seen, spool: Vec::new() }]);
+        for _ in 0..EVENTS_MAX {
+            let Some(event) = events.pop_front() else { break };
+            for effect in core.step(clock::now(), event) {
+                events.extend(self.answer(effect));
+            }
+        }
+        core.intent(Duration::ZERO).ok_or_else(|| Error::new("IMDS does not tell the VPC's CIDRs or the primary ENI"))
+    }
+
+    // Questions are answered; nothing is done.
+    fn answer(&self, effect: Effect) -> Option<Event> {
+        match effect {
+            Effect::Imds(op, Query::Scan) => Some(Event::Imds(op, Ok(Answer::Enis(self.enis.clone())))),
+            Effect::Imds(op, query) => {
+                Some(Event::Imds(op, self.imds.query(&query).map_err(|error| error.to_string())))
+            }
+            Effect::Ec2(op, Call::DescribeAttached(_)) if self.ec2.is_some() => {
+                Some(Event::Ec2(op, self.listed.clone()?.map(Reply::Interfaces)))
+            }
+            // The host is as wanted, so that the core goes on and knows every pod's place.
+            Effect::Kernel(op, _) => Some(Event::Kernel(op, Ok(Applied::default()))),
+            _ => None,
+        }
+    }
+}
+
+/// The checkpoint of a network card.
+pub(super) fn store_of(root: &Path, store: &str, card: u32) -> PathBuf {
+    let store = super::gather::under(root, store);
+    if card == 0 {
+        return store;
+    }
+    let name = store.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let stem = name.strip_suffix(".json").unwrap_or(&name);
+    store.with_file_name(format!("{stem}-nic-{card}.json"))
+}
+
+/// The intent of a daemon that is away.
+pub(super) fn without_daemon(cloud: &Cloud, settings: &Settings, root: &Path, seen: &Observation) -> Result<Intent> {
+    cloud.intent(settings, root, seen).context("work out what the daemon wants")
+}

@@ -1,0 +1,170 @@
+//! What is wrong with a node: findings from what its network should be, what it is, and what surrounds it. Pure: whoever
+//! looks hands everything in, and the same look always finds the same.
+//!
+//! What is ours on the host is judged by the steps of `plan::host` alone, those that the daemon takes too, so that doctor
+//! and repair never disagree.
+
+pub mod cloud;
+pub mod environment;
+pub mod pods;
+pub mod reasons;
+mod texts;
+
+use super::host::{Action, Intent, Observation, What, diff, link_of};
+use super::ruleset;
+use crate::model::naming::priority;
+use crate::model::net::{Rule, TABLE_MAIN};
+use crate::model::order::{self, Gather as _};
+use ipnet::IpNet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+/// Differences of the rule set that are told one by one; a table that is gone has dozens.
+const RULESET_MAX: usize = 8;
+
+/// How bad it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Severity {
+    /// Something has no network or a wrong one.
+    Fail,
+    /// Something will go wrong, or may.
+    Warn,
+    /// Worth knowing; nothing is wrong.
+    Note,
+}
+
+impl Severity {
+    /// In capitals.
+    pub fn word(self) -> &'static str {
+        match self {
+            Severity::Fail => "FAIL",
+            Severity::Warn => "WARN",
+            Severity::Note => "NOTE",
+        }
+    }
+}
+
+/// Something that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// Its name, which never changes: lower case with hyphens.
+    pub name: &'static str,
+    /// How bad it is.
+    pub severity: Severity,
+    /// Whom it concerns: a pod as `namespace/name`, an ENI's id, or empty for the node.
+    pub subject: String,
+    /// What was seen.
+    pub seen: String,
+    /// What does not work because of it.
+    pub breaks: &'static str,
+    /// How to mend it.
+    pub remedy: String,
+    /// `doctor --fix` mends it.
+    pub mendable: bool,
+}
+
+impl Finding {
+    /// A finding with the texts of its name.
+    pub fn new(name: &'static str, subject: impl Into<String>, seen: impl Into<String>) -> Finding {
+        let (severity, breaks, remedy) = texts::of(name);
+        let mendable = remedy.is_empty();
+        let remedy = if mendable { "enibox doctor --fix" } else { remedy };
+        Finding { name, severity, subject: subject.into(), seen: seen.into(), breaks, remedy: remedy.into(), mendable }
+    }
+
+    /// With the very command that mends it.
+    #[must_use]
+    pub fn mended_by(self, remedy: impl Into<String>) -> Finding {
+        Finding { remedy: remedy.into(), ..self }
+    }
+}
+
+/// The worst first, then by name and subject.
+pub fn rank(findings: &mut [Finding]) {
+    order::sort_by(findings, |a, b| (a.severity, a.name, &a.subject).cmp(&(b.severity, b.name, &b.subject)));
+}
+
+/// What the steps of the host's plan are for.
+pub fn host(intent: &Intent, seen: &Observation) -> Vec<Finding> {
+    let plan = match diff(intent, seen) {
+        Ok(plan) => plan,
+        Err(error) => return vec![Finding::new("no-plan", "", error.to_string())],
+    };
+    let names = pod_names(intent);
+    let mut findings = Vec::new();
+    for step in &plan.steps {
+        if step.what == What::Ruleset {
+            findings.extend(rules_of(intent, seen, &plan.primary.1));
+            continue;
+        }
+        let rule = match &step.action {
+            Action::AddRule(rule) | Action::DeleteRule(rule) => Some(rule),
+            _ => None,
+        };
+        let pod = rule.and_then(|rule| names.get(&address_of(rule)?).copied());
+        let subject = step.eni.as_ref().map_or(pod.unwrap_or_default(), |eni| eni.as_str());
+        findings.push(Finding::new(step.what.name(), subject, evidence(&step.text)));
+    }
+    findings.extend(plan.failed.iter().map(|(eni, why)| Finding::new("eni-unplugged", eni.as_str(), why.as_str())));
+    let twins = seen.links.iter().filter(|link| link.mac == Some(intent.primary_mac));
+    let twins = twins.filter(|link| link_of(std::slice::from_ref(link), intent.primary_mac).is_some());
+    let twins = twins.map(|link| link.name.as_str()).collect::<Vec<_>>();
+    if twins.len() > 1 {
+        findings.push(Finding::new("primary-ambiguous", "", format!("{} have its MAC", twins.join(", "))));
+    }
+    findings
+}
+
+// The steps say what is to be done; turned round, that is what was seen.
+fn evidence(text: &str) -> String {
+    let (verb, thing) = text.split_once(' ').unwrap_or(("", text));
+    match verb {
+        "add" | "replace" => format!("missing: {thing}"),
+        "delete" => format!("should not be: {thing}"),
+        _ => format!("not so: {thing}"),
+    }
+}
+
+fn rules_of(intent: &Intent, seen: &Observation, primary: &str) -> Vec<Finding> {
+    let lines = ruleset::tables(intent, primary).map(|tables| ruleset::differences(&tables, &seen.tables));
+    let mut lines = lines.unwrap_or_default();
+    let more = lines.len().saturating_sub(RULESET_MAX);
+    lines.truncate(RULESET_MAX);
+    if more > 0 {
+        lines.push(format!("{more} more differences"));
+    }
+    lines.into_iter().map(|line| Finding::new(What::Ruleset.name(), "", line)).collect()
+}
+
+fn pod_names(intent: &Intent) -> BTreeMap<IpAddr, &str> {
+    intent.pods.iter().map(|pod| (pod.address, pod.name.as_str())).gather()
+}
+
+fn address_of(rule: &Rule) -> Option<IpAddr> {
+    rule.dst.or(rule.src).and_then(single)
+}
+
+/// Rules of ours that lead to or from an address which no pod has and no route serves: what a DEL has left behind. The
+/// daemon knows the addresses of the pods that it has seen go; these are older.
+pub fn strays(intent: &Intent, seen: &Observation) -> Vec<Rule> {
+    let known = intent.pods.iter().map(|pod| pod.address).chain(intent.gone.iter().copied());
+    let known = known.gather::<BTreeSet<_>>();
+    let main = seen.routes.iter().filter(|route| route.table == TABLE_MAIN && route.gateway.is_none());
+    let linked = main.filter_map(|route| single(route.dst)).gather::<BTreeSet<_>>();
+    let stray = |rule: &&Rule| {
+        let Some(address) = address_of(rule) else { return false };
+        let host = IpNet::from(address);
+        let ours = **rule == Rule::to(host, priority::TO_POD, TABLE_MAIN)
+            || (rule.table != TABLE_MAIN && **rule == Rule::from(host, priority::FROM_POD, rule.table));
+        ours && !known.contains(&address) && !linked.contains(&address)
+    };
+    seen.rules.iter().filter(stray).cloned().collect()
+}
+
+fn single(net: IpNet) -> Option<IpAddr> {
+    (net.prefix_len() == net.max_prefix_len()).then(|| net.addr())
+}
+
+#[cfg(test)]
+#[path = "doctor_tests.rs"]
+mod tests;
