@@ -108,7 +108,7 @@ fn look(args: &Args, environment: &Settings, host: &mut Host) -> Result<Look> {
         (Ok(intent), _) => serde_json::from_value(intent)?,
         (Err(error), cloud) => {
             findings.push(Finding::new("daemon-silent", "", error.to_string()));
-            let without = |cloud: &Cloud| known::without_daemon(cloud, settings, root, &seen);
+            let without = |cloud: &Cloud| known::without_daemon(cloud, settings, &seen);
             match cloud.as_ref().ok().map(without) {
                 Some(Err(error)) => {
                     findings.push(Finding::new("settings", "", error.to_string()));
@@ -121,7 +121,7 @@ fn look(args: &Args, environment: &Settings, host: &mut Host) -> Result<Look> {
     if daemon && let Ok(status) = args.asking.ask(environment, "/v1/enibox/status") {
         troubles(&status, &mut findings);
     }
-    let mut facts = gather::facts(root, &known::store_of(root, &settings.backing_store, 0));
+    let mut facts = gather::facts(root, &known::store_of(&settings.backing_store, 0));
     facts.chains = gather::chains()?;
     findings.extend(surroundings::findings(intent.as_ref(), &seen, settings, &facts));
     let mut look = Look { daemon, intent, seen, namespaces: Vec::new(), findings, mends: Vec::new() };

@@ -1,4 +1,27 @@
 use super::*;
+use crate::plan::host::What;
 
 #[test]
-fn placeholder() {}
+fn every_step_of_the_plan_has_its_texts() {
+    for what in [
+        What::PrimaryMtu,
+        What::MarkRule,
+        What::LocalRule,
+        What::ServiceRule,
+        What::EniMtu,
+        What::EniLink,
+        What::EniAddress,
+        What::EniRoute,
+        What::EniRule,
+        What::ToPodRule,
+        What::FromPodRule,
+        What::GonePod,
+        What::Ruleset,
+    ] {
+        let finding = Finding::new(what.name(), "", "");
+        assert!(finding.mendable && !finding.breaks.is_empty(), "{}", what.name());
+    }
+    let names: Vec<_> = texts::names().collect();
+    assert!(names.iter().all(|name| name.bytes().all(|b| b.is_ascii_lowercase() || b == b'-' || b.is_ascii_digit())));
+    assert_eq!(names.iter().collect::<BTreeSet<_>>().len(), names.len(), "none twice");
+}

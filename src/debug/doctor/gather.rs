@@ -86,8 +86,10 @@ pub(super) fn chains() -> Result<Vec<crate::model::nft::AnyChain>> {
 pub(super) fn namespaces(root: &Path) -> Vec<Inside> {
     let mut paths = Vec::new();
     for directory in ["/run/netns", "/var/run/netns"] {
-        let entries = fs::read_dir(under(root, directory)).into_iter().flatten().flatten();
-        paths.extend(entries.map(|entry| entry.path()));
+        for directory in [under(root, directory), PathBuf::from(directory)] {
+            let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+            paths.extend(entries.map(|entry| entry.path()));
+        }
     }
     order::sort(&mut paths);
     let proc = under(root, "/proc");

@@ -13,7 +13,7 @@ use crate::plan::core::{Applied, Core, Effect, Event, Seen};
 use crate::plan::doctor::{Finding, cloud};
 use crate::plan::host::{Intent, Observation};
 use std::collections::{BTreeMap, VecDeque};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -86,14 +86,14 @@ impl Cloud {
     }
 
     // What the daemon would want, were it started now.
-    fn intent(&self, settings: &Settings, root: &Path, seen: &Observation) -> Result<Intent> {
+    fn intent(&self, settings: &Settings, seen: &Observation) -> Result<Intent> {
         let kind = self.identity.instance_type.as_str();
         let limits = limits::of(kind).unwrap_or_else(|| limits::unknown(kind));
         let valid = settings.validate(&limits).map_err(Error::new).context("settings")?;
         let config = configure::config(settings, &valid, &limits, &self.identity, 0);
         let mut checkpoints = BTreeMap::new();
         for card in config.cards.keys() {
-            let path = store_of(root, &settings.backing_store, *card);
+            let path = store_of(&settings.backing_store, *card);
             match super::super::read(&path, CHECKPOINT_BYTES_MAX) {
                 Ok(text) => drop(checkpoints.insert(*card, text)),
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
@@ -129,9 +129,9 @@ impl Cloud {
     }
 }
 
-/// The checkpoint of a network card.
-pub(super) fn store_of(root: &Path, store: &str, card: u32) -> PathBuf {
-    let store = super::gather::under(root, store);
+/// The checkpoint of a network card: where the daemon has it, whatever the root of the host's files is.
+pub(super) fn store_of(store: &str, card: u32) -> PathBuf {
+    let store = PathBuf::from(store);
     if card == 0 {
         return store;
     }
@@ -141,6 +141,6 @@ pub(super) fn store_of(root: &Path, store: &str, card: u32) -> PathBuf {
 }
 
 /// The intent of a daemon that is away.
-pub(super) fn without_daemon(cloud: &Cloud, settings: &Settings, root: &Path, seen: &Observation) -> Result<Intent> {
-    cloud.intent(settings, root, seen).context("work out what the daemon wants")
+pub(super) fn without_daemon(cloud: &Cloud, settings: &Settings, seen: &Observation) -> Result<Intent> {
+    cloud.intent(settings, seen).context("work out what the daemon wants")
 }

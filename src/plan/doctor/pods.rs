@@ -151,6 +151,7 @@ fn interface(pod: &HostPod, outer: &Link, inner: Option<&Link>, mtu: u32) -> Opt
             table: pod.table,
             mtu,
             host_mac: crate::model::net::Mac::default(),
+            branch: None,
         },
     ))
 }
