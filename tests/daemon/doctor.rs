@@ -1,17 +1,27 @@
 //! `enibox doctor` on a whole node: single faults, each found under its name and mended, and no false alarm.
 
+mod faults;
+
 use crate::stage::{PROGRAM, Stage, Subject, eventually};
+use enibox::clock;
 use enibox::sandbox::topology::{EC2, IMDS};
+use faults::{FAULTS, Fault, Mended};
 use serde_json::Value;
+use std::fs;
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
-/// What the doctor is told of the daemon's environment.
+/// Of the daemon and the doctor.
+const SETTINGS: &[(&str, &str)] = &[("AWS_EXTERNAL_SERVICE_CIDRS", "192.0.2.0/28")];
+
+/// What the doctor says on the node with the daemon's settings and these.
 fn doctor(stage: &Stage, env: &[(&str, &str)], args: &[&str]) -> (i32, Value) {
     let mut command = stage.node.command(PROGRAM).unwrap();
     command.args(["doctor", "--json"]).args(args).env_clear().stdin(Stdio::null());
     command.env("AWS_EC2_METADATA_SERVICE_ENDPOINT", format!("http://{IMDS}"));
-    command.env("AWS_EC2_ENDPOINT", format!("http://{EC2}")).env("ENABLE_IPv4", "true").envs(env.iter().copied());
+    command.env("AWS_EC2_ENDPOINT", format!("http://{EC2}")).env("ENABLE_IPv4", "true");
+    command.envs(SETTINGS.iter().copied()).envs(env.iter().copied());
     let output = command.output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -19,26 +29,157 @@ fn doctor(stage: &Stage, env: &[(&str, &str)], args: &[&str]) -> (i32, Value) {
     (output.status.code().unwrap(), document)
 }
 
+/// Names of the findings that are more than a note.
 fn names(document: &Value) -> Vec<String> {
     let findings = document["findings"].as_array().unwrap();
-    findings.iter().map(|finding| finding["name"].as_str().unwrap().to_owned()).collect()
+    let findings = findings.iter().filter(|finding| finding["severity"] != "NOTE");
+    findings.map(|finding| finding["name"].as_str().unwrap().to_owned()).collect()
+}
+
+/// A directory with what a healthy host's files would be.
+struct Root(PathBuf);
+
+impl Root {
+    fn new() -> Root {
+        let root = std::env::temp_dir().join(format!("enibox-doctor-{}", std::process::id()));
+        for directory in ["etc/cni/net.d", "run/aws-node"] {
+            fs::create_dir_all(root.join(directory)).unwrap();
+        }
+        fs::write(root.join("etc/cni/net.d/10-aws.conflist"), "{}").unwrap();
+        Root(root)
+    }
+}
+
+impl Drop for Root {
+    fn drop(&mut self) {
+        fs::remove_dir_all(&self.0).ok();
+    }
+}
+
+/// A node with a pod on its primary and one on a secondary ENI, and what scripts may name of them.
+struct Ward {
+    stage: Stage,
+    root: Root,
+    variables: Vec<(&'static str, String)>,
+    _pods: Vec<Subject>,
+}
+
+impl Ward {
+    fn new() -> Ward {
+        let stage = Stage::ready("t3.small", 91, SETTINGS);
+        let pods: Vec<Subject> = (0..5).map(|n| stage.add(&format!("p{n}"))).collect();
+        let root = Root::new();
+        let tables = r#"
+            ip -4 -o rule | sed -n 's/^32765:.*from \([0-9.]*\) lookup \([0-9]*\).*/\1 \2/p' | head -n 1
+            ip -4 -o rule | sed -n 's/^1536:.*from \([0-9.]*\) lookup .*/\1/p' | head -n 1
+        "#;
+        let told = script(&stage, &[], tables).unwrap();
+        let words: Vec<&str> = told.split_whitespace().collect();
+        let [own, table, second] = words[..] else { panic!("{told}") };
+        let first = pods[0].address().to_string();
+        assert_ne!(first, second);
+        let pod_of = |address: &str| pods.iter().find(|pod| pod.address().to_string() == address).unwrap();
+        let netns = |address: &str| {
+            let path = &pod_of(address).pod.path;
+            path.file_name().unwrap().to_string_lossy().into_owned()
+        };
+        let link = |script_text: &str| script(&stage, &[], script_text).unwrap().trim().to_owned();
+        let net = link(&format!("ip -o -4 addr show to {own} | awk '{{print $4}}'"));
+        let subnet = net.parse::<ipnet::IpNet>().unwrap().trunc().to_string();
+        let variables = vec![
+            ("R", root.0.display().to_string()),
+            ("OWN", own.to_owned()),
+            ("T", table.to_owned()),
+            ("A1", first.clone()),
+            ("A2", second.to_owned()),
+            ("P1", netns(&first)),
+            ("P2", netns(second)),
+            ("V1", link(&format!("ip -o route show {first} | sed 's/.* dev \\([^ ]*\\).*/\\1/'"))),
+            ("V2", link(&format!("ip -o route show {second} | sed 's/.* dev \\([^ ]*\\).*/\\1/'"))),
+            ("ENI", link(&format!("ip -o -4 addr show to {own} | awk '{{print $2}}'"))),
+            ("NET", net),
+            ("SUBNET", subnet),
+            ("ETH", link("ip -o route show default | head -n 1 | sed 's/.* dev \\([^ ]*\\).*/\\1/'")),
+            ("GW", link(&format!("ip -o route show table {table} default | sed 's/.* via \\([^ ]*\\).*/\\1/'"))),
+        ];
+        Ward { stage, root, variables, _pods: pods }
+    }
+
+    fn doctor(&self, fault: Option<&Fault>, args: &[&str]) -> (i32, Value) {
+        let root = self.root.0.display().to_string();
+        doctor(&self.stage, fault.map_or(&[], |fault| fault.env), &[&["--root", &root], args].concat())
+    }
+
+    fn script(&self, text: &str) {
+        if let Err(told) = script(&self.stage, &self.variables, text) {
+            panic!("{text}: {told}\n{:?}", self.variables);
+        }
+    }
+}
+
+/// Runs a shell script on the node.
+fn script(stage: &Stage, variables: &[(&'static str, String)], text: &str) -> Result<String, String> {
+    let mut command = stage.node.command("sh").unwrap();
+    // The rule of a chain that has this text, by its handle.
+    let library = "unrule() { nft delete rule ip aws-cni $1 handle $(nft -a list chain ip aws-cni $1 | \
+                   grep -e \"$2\" | head -n 1 | sed 's/.*# handle //'); }\n";
+    command.args(["-ec", &format!("{library}{text}")]).envs(variables.iter().map(|(name, value)| (name, value)));
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    let wrong = String::from_utf8_lossy(&output.stderr).into_owned();
+    if output.status.success() { Ok(told) } else { Err(format!("{told}{wrong}")) }
 }
 
 #[test]
-fn a_healthy_node() {
-    let stage = Stage::ready("t3.small", 91, &[]);
-    let pods: Vec<Subject> = (0..5).map(|n| stage.add(&format!("p{n}"))).collect();
-    let begin = enibox::clock::instant();
-    eventually(Duration::from_secs(30), "all pods are known to the doctor", || {
-        let (code, told) = doctor(&stage, &[], &[]);
-        if told["pods"] == 5 && code == 0 { Ok(()) } else { Err(format!("{code} {told:#}")) }
+fn single_faults_are_found_and_mended() {
+    let ward = Ward::new();
+    eventually(Duration::from_secs(40), "a healthy node has no findings", || {
+        let (code, told) = ward.doctor(None, &[]);
+        if (code, &told["pods"], &told["enis"]) == (0, &Value::from(5), &Value::from(1)) { Ok(()) } else { Err(told) }
     });
-    println!("{:?} {}", begin.elapsed(), pods.len());
-    let (_, told) = doctor(&stage, &[], &[]);
-    println!("{told:#}");
-    stage.kill();
-    let (code, told) = doctor(&stage, &[], &[]);
-    println!("{told:#}");
-    assert_eq!(code, 3);
-    assert_eq!(names(&told), ["daemon-silent"]);
+    ward.stage.kill();
+    let begin = clock::instant();
+    let (code, told) = ward.doctor(None, &[]);
+    assert_eq!((code, names(&told)), (3, vec!["daemon-silent".to_owned()]), "{told:#}");
+    assert_eq!(told["pods"], 5);
+    println!("one look takes {:?}", begin.elapsed());
+    let mut wrong = Vec::new();
+    for fault in FAULTS {
+        let begin = clock::instant();
+        let tried = trial(&ward, fault);
+        println!("{:<40} {:?}", fault.case, begin.elapsed());
+        if let Err(why) = tried {
+            println!("\n==== {}: {why}", fault.case);
+            wrong.push(fault.case);
+        }
+    }
+    println!("{} faults in {:?}", FAULTS.len(), begin.elapsed());
+    assert!(wrong.is_empty(), "{wrong:?}");
+    assert!(FAULTS.len() >= 60);
+}
+
+fn trial(ward: &Ward, fault: &Fault) -> Result<(), String> {
+    ward.script(fault.plant);
+    let (code, told) = ward.doctor(Some(fault), &[]);
+    let findings = told["findings"].as_array().unwrap();
+    let found = findings.iter().find(|finding| finding["name"] == fault.finding);
+    let mut verdict = Ok(());
+    match found {
+        None => verdict = Err(format!("not found as {}: {told}", fault.finding)),
+        Some(found) => {
+            let texts = ["seen", "breaks", "remedy"].map(|name| found[name].as_str().unwrap_or_default().len());
+            if code != 3 || texts.contains(&0) || found["mendable"] != (fault.mended == Mended::ByFix) {
+                verdict = Err(format!("code {code}, {found:#}"));
+            }
+        }
+    }
+    if let Mended::ByHand(undo) = fault.mended {
+        ward.script(undo);
+    }
+    let (_, after) = ward.doctor(Some(fault), &["--fix"]);
+    let left: Vec<String> = names(&after).into_iter().filter(|name| name != "daemon-silent").collect();
+    if !left.is_empty() && verdict.is_ok() {
+        verdict = Err(format!("still {left:?}: {after}"));
+    }
+    verdict
 }

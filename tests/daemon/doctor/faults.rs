@@ -1,0 +1,147 @@
+//! The faults: how each is planted, as what it is found, and what mends it.
+//!
+//! Scripts may name `$ETH` (link of the primary ENI), `$ENI` (of the secondary one), `$OWN`, `$NET`, `$SUBNET`, `$GW` and
+//! `$T` (its address, the same with its length, its subnet, gateway and table), of two pods `$A1`, `$P1`, `$V1` (primary ENI) and `$A2`,
+//! `$P2`, `$V2` (secondary): address, namespace, host veth; and `$R`, the root of the host's files.
+
+/// A fault.
+pub struct Fault {
+    pub case: &'static str,
+    pub plant: &'static str,
+    pub finding: &'static str,
+    pub mended: Mended,
+    pub env: &'static [(&'static str, &'static str)],
+}
+
+/// What mends it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Mended {
+    /// `doctor --fix`.
+    ByFix,
+    /// This script, which does what the doctor advises; it must not claim that it can.
+    ByHand(&'static str),
+}
+
+const fn ours(case: &'static str, finding: &'static str, plant: &'static str) -> Fault {
+    Fault { case, plant, finding, mended: Mended::ByFix, env: &[] }
+}
+
+const fn theirs(case: &'static str, finding: &'static str, plant: &'static str, undo: &'static str) -> Fault {
+    Fault { case, plant, finding, mended: Mended::ByHand(undo), env: &[] }
+}
+
+const fn under(fault: Fault, env: &'static [(&'static str, &'static str)]) -> Fault {
+    Fault { env, ..fault }
+}
+
+#[rustfmt::skip]
+pub const FAULTS: &[Fault] = &[
+    // Rules of the node.
+    ours("mark rule", "mark-rule", "ip rule del pref 1024"),
+    ours("mark rule of another mark", "mark-rule", "ip rule add pref 1024 fwmark 0x100/0x100 lookup main"),
+    ours("local rule left at 20", "local-rule", "ip rule add pref 20 lookup local; ip rule del pref 0"),
+    ours("service rule", "service-rule", "ip rule del pref 1535"),
+    ours("service rule of yesterday", "service-rule", "ip rule add pref 1535 to 192.0.2.32/28 lookup main"),
+    ours("all rules flushed", "mark-rule", "ip rule flush; ip rule add pref 32766 lookup main; ip rule add pref 32767 lookup default"),
+    // ENIs.
+    ours("primary MTU", "primary-mtu", "ip link set $ETH mtu 1500"),
+    ours("ENI MTU", "eni-mtu", "ip link set $ENI mtu 1500"),
+    ours("ENI down", "eni-link", "ip link set $ENI down"),
+    ours("ENI down, its routes", "eni-route", "ip link set $ENI down; ip link set $ENI up"),
+    ours("ENI address", "eni-address", "ip addr del $NET dev $ENI"),
+    ours("ENI address by DHCP", "eni-address", "ip addr add 203.0.113.77/24 dev $ENI"),
+    ours("ENI default route", "eni-route", "ip route del default table $T"),
+    ours("ENI gateway route", "eni-route", "ip route del $GW table $T"),
+    ours("ENI default route over the primary", "eni-route", "ip route del default table $T; ip route add default dev $ETH table $T"),
+    ours("ENI table flushed", "eni-route", "ip route flush table $T"),
+    ours("ENI subnet in main", "eni-route", "ip route append $SUBNET dev $ENI proto kernel scope link src $OWN"),
+    ours("ENI rule", "eni-rule", "ip rule del pref 32765 from $OWN"),
+    ours("ENI rule of a lost ENI", "eni-rule", "ip rule add pref 32765 from 10.99.0.9 lookup 7"),
+    ours("ENI rule of another table", "eni-rule", "ip rule add pref 32765 from $OWN lookup 7"),
+    // Rules of pods.
+    ours("way in, primary", "to-pod-rule", "ip rule del pref 512 to $A1"),
+    ours("way in, secondary", "to-pod-rule", "ip rule del pref 512 to $A2"),
+    ours("way out", "from-pod-rule", "ip rule del pref 1536 from $A2"),
+    ours("second way out", "from-pod-rule", "ip rule add pref 1536 from $A2 lookup 7"),
+    ours("way out of the primary's pod", "from-pod-rule", "ip rule add pref 1536 from $A1 lookup $T"),
+    ours("way in to nobody", "stray-rule", "ip rule add pref 512 to 10.99.0.8 lookup main"),
+    ours("way out of nobody", "stray-rule", "ip rule add pref 1536 from 10.99.0.8 lookup $T"),
+    // nf_tables.
+    ours("table", "ruleset", "nft delete table ip aws-cni"),
+    ours("all tables flushed", "ruleset", "nft flush ruleset"),
+    ours("table of the other family", "ruleset", "nft add table ip6 aws-cni; nft add chain ip6 aws-cni x"),
+    ours("chain snat-mark empty", "ruleset", "nft flush chain ip aws-cni snat-mark"),
+    ours("chain mangle-prerouting empty", "ruleset", "nft flush chain ip aws-cni mangle-prerouting"),
+    ours("chain nat-prerouting empty", "ruleset", "nft flush chain ip aws-cni nat-prerouting"),
+    ours("chain snat-primary empty", "ruleset", "nft flush chain ip aws-cni snat-primary"),
+    ours("chain nat-postrouting empty", "ruleset", "nft flush chain ip aws-cni nat-postrouting"),
+    ours("chain mangle-prerouting gone", "ruleset", "nft flush chain ip aws-cni mangle-prerouting; nft delete chain ip aws-cni mangle-prerouting"),
+    ours("chain of another priority", "ruleset", "nft flush chain ip aws-cni nat-postrouting; nft delete chain ip aws-cni nat-postrouting; \
+        nft add chain ip aws-cni nat-postrouting '{ type nat hook postrouting priority 90; }'; \
+        nft add rule ip aws-cni nat-postrouting oifname != 'vlan*' jump snat-primary"),
+    ours("chain of a stranger", "ruleset", "nft add chain ip aws-cni stranger"),
+    ours("VPC CIDR not spared the mark", "ruleset", "unrule snat-mark 'VPC CIDR'"),
+    ours("VPC CIDR not spared SNAT", "ruleset", "unrule snat-primary 'VPC CIDR'"),
+    ours("mark set", "ruleset", "unrule snat-mark 'ct mark set'"),
+    ours("SNAT rule", "ruleset", "unrule snat-primary 'snat to'"),
+    ours("SNAT to another address", "ruleset", "unrule snat-primary 'snat to'; nft add rule ip aws-cni snat-primary fib daddr type != local counter snat to 10.99.0.1 fully-random"),
+    ours("restore rule", "ruleset", "unrule nat-prerouting 'meta mark set'"),
+    ours("NodePort mark", "ruleset", "unrule mangle-prerouting 'primary ENI'"),
+    ours("jump of postrouting", "ruleset", "unrule nat-postrouting 'jump'"),
+    ours("rule of a stranger before ours", "ruleset", "nft insert rule ip aws-cni nat-prerouting counter accept"),
+    ours("rule of a stranger after ours", "ruleset", "nft add rule ip aws-cni snat-primary ip daddr 192.0.2.0/24 return"),
+    // A pod's host side.
+    ours("host route, primary", "host-route", "ip route del $A1"),
+    ours("host route, secondary", "host-route", "ip route del $A2"),
+    ours("host veth down", "veth-link", "ip link set $V1 down"),
+    ours("host veth MTU", "pod-mtu", "ip link set $V2 mtu 1400"),
+    ours("host veth MAC", "pod-neighbour", "ip link set $V1 address 02:00:00:00:00:99"),
+    theirs("host veth renamed", "veth-name", "ip link set $V1 down; ip link set $V1 name odd0; ip link set odd0 up; ip route replace $A1 dev odd0",
+        "ip link set odd0 down; ip link set odd0 name $V1"),
+    // A pod's own side.
+    ours("pod link down", "pod-link", "ip -n $P1 link set eth0 down"),
+    ours("pod address", "pod-address", "ip -n $P1 addr flush dev eth0"),
+    ours("pod address of another", "pod-address", "ip -n $P2 addr flush dev eth0; ip -n $P2 addr add 10.99.0.3/32 dev eth0"),
+    ours("pod default route", "pod-route", "ip -n $P1 route del default"),
+    ours("pod gateway route", "pod-route", "ip -n $P2 route flush dev eth0"),
+    ours("pod MTU", "pod-mtu", "ip -n $P1 link set eth0 mtu 1400"),
+    ours("pod neighbour", "pod-neighbour", "ip -n $P1 neigh del 169.254.1.1 dev eth0"),
+    ours("pod neighbour's MAC", "pod-neighbour", "ip -n $P2 neigh replace 169.254.1.1 lladdr 02:00:00:00:00:98 dev eth0 nud permanent"),
+    ours("pod neighbour not permanent", "pod-neighbour", "ip -n $P1 neigh replace 169.254.1.1 lladdr 02:00:00:00:00:98 dev eth0 nud reachable"),
+    // Other software in the kernel.
+    theirs("rule of nm-cloud-setup", "nm-cloud-setup", "ip rule add pref 30350 from $OWN lookup 30400", "ip rule del pref 30350"),
+    theirs("table of nm-cloud-setup", "nm-cloud-setup", "ip route add 203.0.113.0/24 dev $ETH table 30200", "ip route flush table 30200"),
+    theirs("rule of ec2-net-utils", "ec2-net-utils", "ip rule add pref 10001 from $OWN lookup 10001", "ip rule del pref 10001"),
+    theirs("rule for everything", "foreign-rule", "ip rule add pref 100 lookup 52", "ip rule del pref 100"),
+    theirs("our mark to another table", "foreign-rule", "ip rule add pref 1024 fwmark 0x80/0x80 lookup $T", "ip rule del pref 1024 lookup $T"),
+    theirs("rule among the ways in", "foreign-rule", "ip rule add pref 512 from 10.99.0.1 lookup main", "ip rule del pref 512 from 10.99.0.1"),
+    theirs("rule among the ways out", "foreign-rule", "ip rule add pref 1536 from $A2 tos 0x10 lookup main", "ip rule del pref 1536 from $A2 tos 0x10"),
+    theirs("FORWARD drops, iptables-nft", "forward-drop", "nft add table ip filter; nft add chain ip filter FORWARD '{ type filter hook forward priority 0; policy drop; }'", "nft delete table ip filter"),
+    theirs("FORWARD drops, nft", "forward-drop", "nft add table inet fw; nft add chain inet fw fwd '{ type filter hook forward priority 5; policy drop; }'", "nft delete table inet fw"),
+    theirs("chains of the original", "upstream-leftover", "nft add table ip nat; nft add chain ip nat AWS-SNAT-CHAIN-0", "nft delete table ip nat"),
+    theirs("ufw", "firewall", "nft add table ip filter; nft add chain ip filter ufw-user-forward", "nft delete table ip filter"),
+    theirs("forwarding off", "ip-forward", "echo 0 > /proc/sys/net/ipv4/ip_forward", "echo 1 > /proc/sys/net/ipv4/ip_forward"),
+    theirs("strict reverse path of all", "rp-filter", "echo 1 > /proc/sys/net/ipv4/conf/all/rp_filter", "echo 0 > /proc/sys/net/ipv4/conf/all/rp_filter"),
+    theirs("strict reverse path of the primary", "rp-filter", "echo 1 > /proc/sys/net/ipv4/conf/$ETH/rp_filter", "echo 2 > /proc/sys/net/ipv4/conf/$ETH/rp_filter"),
+    // Files of the host.
+    theirs("conflist of another CNI", "conflist-order", "echo {} > $R/etc/cni/net.d/05-other.conflist", "rm $R/etc/cni/net.d/05-other.conflist"),
+    theirs("no conflist", "conflist-missing", "rm $R/etc/cni/net.d/10-aws.conflist", "echo {} > $R/etc/cni/net.d/10-aws.conflist"),
+    theirs("only another conflist", "conflist-missing", "mv $R/etc/cni/net.d/10-aws.conflist $R/etc/cni/net.d/20-other.conf", "mv $R/etc/cni/net.d/20-other.conf $R/etc/cni/net.d/10-aws.conflist"),
+    theirs("networkd takes rules", "networkd-rules", "mkdir -p $R/run/systemd/netif $R/etc/systemd; printf '[Network]\\nManageForeignRoutes=no\\n' > $R/etc/systemd/networkd.conf", "rm -r $R/run/systemd"),
+    theirs("networkd takes routes", "networkd-routes", "mkdir -p $R/run/systemd/netif $R/usr/lib/systemd/networkd.conf.d; printf 'ManageForeignRoutingPolicyRules = false\\n' > $R/usr/lib/systemd/networkd.conf.d/80-x.conf; rm -f $R/etc/systemd/networkd.conf", "rm -r $R/run/systemd"),
+    theirs("NetworkManager", "networkmanager", "mkdir -p $R/run/NetworkManager", "rm -r $R/run/NetworkManager"),
+    theirs("firewalld", "firewall", "echo 1 > $R/run/firewalld.pid", "rm $R/run/firewalld.pid"),
+    theirs("udev rule of ec2-net-utils", "ec2-net-utils", "mkdir -p $R/usr/lib/udev/rules.d; echo > $R/usr/lib/udev/rules.d/99-vpc-policy-routes.rules", "rm -r $R/usr/lib/udev"),
+    theirs("connection table full", "conntrack-full", "mkdir -p $R/proc/sys/net/netfilter; echo 95 > $R/proc/sys/net/netfilter/nf_conntrack_count; echo 100 > $R/proc/sys/net/netfilter/nf_conntrack_max", "rm -r $R/proc"),
+    theirs("neighbour table small", "neighbour-table", "mkdir -p $R/proc/sys/net/ipv4/neigh/default; echo 4 > $R/proc/sys/net/ipv4/neigh/default/gc_thresh3", "rm -r $R/proc"),
+    theirs("old kernel", "kernel-old", "mkdir -p $R/proc/sys/kernel; echo 4.14.256-amzn > $R/proc/sys/kernel/osrelease", "rm -r $R/proc"),
+    theirs("module away", "module-missing", "mkdir -p $R/proc/sys/kernel $R/lib/modules/6.9.9; echo 6.9.9 > $R/proc/sys/kernel/osrelease; \
+        echo kernel/net/netfilter/nf_tables.ko.xz: > $R/lib/modules/6.9.9/modules.dep; echo kernel/nft_ct.ko > $R/lib/modules/6.9.9/modules.builtin; echo > $R/proc/modules", "rm -r $R/proc $R/lib"),
+    theirs("checkpoint from before the boot", "checkpoint-old", "mkdir -p $R/proc; echo 'btime 99999999999' > $R/proc/stat", "rm -r $R/proc"),
+    theirs("checkpoint on a disk", "not-tmpfs", "mkdir -p $R/proc; printf '/dev/x / ext4 rw 0 0\\n' > $R/proc/mounts", "rm -r $R/proc"),
+    under(theirs("early demux", "tcp-early-demux", "mkdir -p $R/proc/sys/net/ipv4; echo 1 > $R/proc/sys/net/ipv4/tcp_early_demux", "echo 0 > $R/proc/sys/net/ipv4/tcp_early_demux"),
+        &[("ENABLE_POD_ENI", "true")]),
+    under(theirs("no policy agent", "policy-agent", "true", "echo > $R/run/aws-node/npa.sock"), &[("NETWORK_POLICY_ENFORCING_MODE", "strict")]),
+    // At the end, because only the pod's deletion mends it.
+    theirs("host veth gone", "pod-veth", "ip link del $V1", "true"),
+];
