@@ -4,8 +4,8 @@
 //! What should be comes from the daemon, what is from the kernel, and both are put before IMDS and EC2. The judgement is
 //! `plan::doctor`'s. Mending takes the steps that the daemon takes, and leaves it the first word.
 
-mod gather;
-mod known;
+pub(super) mod gather;
+pub(super) mod known;
 
 use self::known::Cloud;
 use super::{Asking, complain, config, environment, items, print, text};
@@ -99,10 +99,7 @@ fn look(args: &Args, environment: &Settings, host: &mut Host) -> Result<Look> {
         findings.push(Finding::new("settings", "", line));
     }
     let seen = host.observe()?;
-    let cloud = Cloud::ask(settings, !args.no_ec2);
-    if let Err(error) = &cloud {
-        findings.push(Finding::new("imds-silent", "", error.to_string()));
-    }
+    let cloud = Cloud::ask(settings, !args.no_ec2, |why| findings.push(Finding::new("imds-silent", "", why)));
     let daemon = asked.is_ok();
     let intent = match (asked, &cloud) {
         (Ok(intent), _) => serde_json::from_value(intent)?,
@@ -122,7 +119,7 @@ fn look(args: &Args, environment: &Settings, host: &mut Host) -> Result<Look> {
         troubles(&status, &mut findings);
     }
     let mut facts = gather::facts(root, &known::store_of(&settings.backing_store, 0));
-    facts.chains = gather::chains()?;
+    gather::chains(&mut facts, host, &seen.tables)?;
     findings.extend(surroundings::findings(intent.as_ref(), &seen, settings, &facts));
     let mut look = Look { daemon, intent, seen, namespaces: Vec::new(), findings, mends: Vec::new() };
     if let Some(intent) = &look.intent {
@@ -185,6 +182,12 @@ fn mend(look: &Look, host: &mut Host) -> Vec<String> {
             told.extend(refused.map(|text| format!("failed: {text}")));
         }
         Err(error) => told.push(format!("failed: {error}")),
+    }
+    if look.findings.iter().any(|finding| finding.name == "former-rules") {
+        match host.take_over() {
+            Ok(lines) => told.extend(lines.into_iter().map(|line| format!("done: removed {line}"))),
+            Err(error) => told.push(format!("failed: {error}")),
+        }
     }
     for (place, mend) in &look.mends {
         let (path, name) = match place {
@@ -257,7 +260,7 @@ fn follow(page: &mut String, look: &Look, intent: &Intent, name: &str) {
         let eni = intent.enis.iter().find(|eni| eni.table == pod.table);
         let eni = eni.map_or("the primary ENI", |eni| eni.id.as_str());
         let _ = writeln!(page, "address   {} of {eni}, table {}", pod.address, pod.table);
-        let seat = seats.of(pod);
+        let seat = seats.of(&pod.veth, pod.address);
         if let Some(outer) = seat.outer {
             let mac = outer.mac.map(|mac| mac.to_string()).unwrap_or_default();
             let _ = writeln!(page, "veth      {} (index {}), MAC {mac}, mtu {}", outer.name, outer.index, outer.mtu);

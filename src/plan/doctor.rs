@@ -137,7 +137,8 @@ fn rules_of(intent: &Intent, seen: &Observation, primary: &str) -> Vec<Finding> 
 }
 
 fn pod_names(intent: &Intent) -> BTreeMap<IpAddr, &str> {
-    intent.pods.iter().map(|pod| (pod.address, pod.name.as_str())).gather()
+    let branches = intent.branches.iter().map(|pod| (pod.address, pod.name.as_str()));
+    intent.pods.iter().map(|pod| (pod.address, pod.name.as_str())).chain(branches).gather()
 }
 
 fn address_of(rule: &Rule) -> Option<IpAddr> {
@@ -148,7 +149,7 @@ fn address_of(rule: &Rule) -> Option<IpAddr> {
 /// daemon knows the addresses of the pods that it has seen go; these are older.
 pub fn strays(intent: &Intent, seen: &Observation) -> Vec<Rule> {
     let known = intent.pods.iter().map(|pod| pod.address).chain(intent.gone.iter().copied());
-    let known = known.gather::<BTreeSet<_>>();
+    let known = known.chain(intent.branches.iter().map(|pod| pod.address)).gather::<BTreeSet<_>>();
     let main = seen.routes.iter().filter(|route| route.table == TABLE_MAIN && route.gateway.is_none());
     let linked = main.filter_map(|route| single(route.dst)).gather::<BTreeSet<_>>();
     let stray = |rule: &&Rule| {

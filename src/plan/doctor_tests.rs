@@ -15,6 +15,10 @@ fn every_step_of_the_plan_has_its_texts() {
         What::EniRule,
         What::ToPodRule,
         What::FromPodRule,
+        What::BranchLink,
+        What::BranchRoute,
+        What::BranchRule,
+        What::GatewayRule,
         What::GonePod,
         What::Ruleset,
     ] {

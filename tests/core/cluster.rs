@@ -210,7 +210,7 @@ fn a_branch_pod_gets_what_its_annotation_says() {
 #[test]
 fn the_host_of_branch_pods_is_kept_right() {
     let mut world = with_trunk();
-    let intent = |world: &World| world.core.as_ref().unwrap().intent().unwrap().branches;
+    let intent = |world: &World| world.core.as_ref().unwrap().intent(Duration::ZERO).unwrap().branches;
     assert_eq!(intent(&world), []);
     let pod = |name: &str| PodName { namespace: "default".into(), name: name.into() };
     let bad = BRANCH.replace(":3,", ":154,");

@@ -110,10 +110,8 @@ impl Ward {
         doctor(&self.stage, fault.map_or(&[], |fault| fault.env), &[&["--root", &root], args].concat())
     }
 
-    fn script(&self, text: &str) {
-        if let Err(told) = script(&self.stage, &self.variables, text) {
-            panic!("{text}: {told}\n{:?}", self.variables);
-        }
+    fn script(&self, text: &str) -> Result<(), String> {
+        script(&self.stage, &self.variables, text).map(drop).map_err(|told| format!("{text}: {told}"))
     }
 }
 
@@ -159,7 +157,7 @@ fn single_faults_are_found_and_mended() {
 }
 
 fn trial(ward: &Ward, fault: &Fault) -> Result<(), String> {
-    ward.script(fault.plant);
+    ward.script(fault.plant)?;
     let (code, told) = ward.doctor(Some(fault), &[]);
     let findings = told["findings"].as_array().unwrap();
     let found = findings.iter().find(|finding| finding["name"] == fault.finding);
@@ -174,7 +172,7 @@ fn trial(ward: &Ward, fault: &Fault) -> Result<(), String> {
         }
     }
     if let Mended::ByHand(undo) = fault.mended {
-        ward.script(undo);
+        ward.script(undo)?;
     }
     let (_, after) = ward.doctor(Some(fault), &["--fix"]);
     let left: Vec<String> = names(&after).into_iter().filter(|name| name != "daemon-silent").collect();

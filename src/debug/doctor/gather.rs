@@ -1,12 +1,14 @@
 //! Looks at the node: files, namespaces of pods, chains of others. Changes nothing.
 
-use crate::apply;
+use crate::apply::{self, Host};
 use crate::error::Result;
+use crate::model::nft::Table;
 use crate::model::order;
 use crate::netlink::netns::Namespace;
-use crate::netlink::{Socket, nft};
+use crate::netlink::{Socket, nft, nft_outline};
 use crate::plan::doctor::environment::{DIRECTORIES, FILES, Facts, MARKS};
 use crate::plan::doctor::pods::Inside;
+use crate::plan::former;
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -77,9 +79,14 @@ fn modules(root: &Path, facts: &Facts) -> Option<BTreeSet<String>> {
     Some(names)
 }
 
-/// Chains of all tables.
-pub(super) fn chains() -> Result<Vec<crate::model::nft::AnyChain>> {
-    nft::chains(&mut Socket::netfilter()?)
+/// Chains of all tables, and what a former installation has left among them.
+pub(super) fn chains(facts: &mut Facts, host: &Host, ours: &[Table]) -> Result<()> {
+    let mut socket = Socket::netfilter()?;
+    facts.chains = nft::chains(&mut socket)?;
+    let (_, found) = nft_outline::outlines(&mut socket, &former::TABLES)?;
+    facts.leftovers = former::leftovers(&found, ours);
+    facts.legacy = host.legacy_chains()?;
+    Ok(())
 }
 
 /// All namespaces that can be reached, without our own. Names first: they are what runtimes give pods.

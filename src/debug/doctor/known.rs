@@ -12,8 +12,9 @@ use crate::plan::configure;
 use crate::plan::core::{Applied, Core, Effect, Event, Seen};
 use crate::plan::doctor::{Finding, cloud};
 use crate::plan::host::{Intent, Observation};
+use serde_json::{Map, Value};
 use std::collections::{BTreeMap, VecDeque};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,6 +24,8 @@ const IMDS_MAX: Duration = Duration::from_secs(1);
 const EC2_MAX: Duration = Duration::from_secs(5);
 /// Events that the core is given until it must know what it wants; a start takes about ten.
 const EVENTS_MAX: usize = 200;
+/// What IMDS tells of fifteen ENIs has some ten kilobytes.
+const METADATA_BYTES_MAX: usize = 1 << 20;
 /// A larger checkpoint is none: 737 pods take 200 KiB.
 const CHECKPOINT_BYTES_MAX: usize = 64 << 20;
 
@@ -49,9 +52,26 @@ fn client() -> Result<imds::Client> {
     imds::Client::new(config)
 }
 
+// What IMDS told the daemon since the node was started, beside the checkpoint; empty if there is nothing of use.
+fn told_before(settings: &Settings) -> Map<String, Value> {
+    let path = PathBuf::from(&settings.backing_store).with_file_name("imds.json");
+    let text = super::super::read(&path, METADATA_BYTES_MAX).unwrap_or_default();
+    let boot = super::super::read(Path::new("/proc/sys/kernel/random/boot_id"), METADATA_BYTES_MAX);
+    let mut kept: Value = serde_json::from_slice(text.as_bytes()).unwrap_or_default();
+    match kept["told"].take() {
+        Value::Object(told) if boot.is_ok_and(|boot| kept["boot"] == boot.trim()) => told,
+        _ => Map::new(),
+    }
+}
+
 impl Cloud {
-    pub(super) fn ask(settings: &Settings, with_ec2: bool) -> Result<Cloud> {
-        let imds = client()?;
+    /// While IMDS is silent what it told the daemon has to do; `silent` is told why.
+    pub(super) fn ask(settings: &Settings, with_ec2: bool, silent: impl FnOnce(String)) -> Result<Cloud> {
+        let mut imds = client()?;
+        if let Err(error) = imds.get("mac") {
+            silent(error.to_string());
+            imds = imds.remembering(told_before(settings));
+        }
         let identity = imds.identity(settings.enable_ipv6)?;
         let enis = match imds.query(&Query::Scan)? {
             Answer::Enis(enis) => enis,

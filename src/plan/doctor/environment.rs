@@ -6,9 +6,10 @@
 use super::{Finding, single};
 use crate::model::naming::{in_eni_ranges, priority};
 use crate::model::net::{Rule, TABLE_LOCAL, TABLE_MAIN};
-use crate::model::nft::{AnyChain, Hook};
+use crate::model::nft::{AnyChain, Hook, Removal};
 use crate::model::order::Gather as _;
 use crate::model::settings::Settings;
+use crate::plan::former;
 use crate::plan::host::{Intent, Observation, link_of};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -71,6 +72,10 @@ pub struct Facts {
     pub there: BTreeSet<String>,
     /// Chains of all nf_tables tables.
     pub chains: Vec<AnyChain>,
+    /// What a former installation has left in tables of `iptables-nft`.
+    pub leftovers: Vec<Removal>,
+    /// The same in `iptables-legacy`: chains.
+    pub legacy: Vec<String>,
     /// When the checkpoint was written, in Unix seconds.
     pub checkpoint: Option<i64>,
     /// Names of this kernel's modules and built-ins; empty if they are not seen.
@@ -120,6 +125,12 @@ pub fn findings(intent: Option<&Intent>, seen: &Observation, settings: &Settings
         let most = facts.number("/proc/sys/net/ipv4/neigh/default/gc_thresh3");
         if let Some(most) = most.filter(|most| *most < 2 * intent.pods.len() as u64) {
             note("neighbour-table", format!("gc_thresh3 is {most}, with {} pods", intent.pods.len()));
+        }
+        if !facts.legacy.is_empty() {
+            let primary = link_of(&seen.links, intent.primary_mac).map_or("eth0", |link| link.name.as_str());
+            let commands = former::legacy_commands(&intent.veth_prefix, intent.mark, primary, &facts.legacy);
+            let finding = Finding::new("legacy-rules", "", facts.legacy.join(" "));
+            found.push(finding.mended_by(commands.join("; ")));
         }
     }
     found
@@ -262,9 +273,9 @@ fn chains(facts: &Facts, note: &mut impl FnMut(&'static str, String)) {
         if *hook == Some(Hook::Forward) && *drops {
             note("forward-drop", format!("chain {family} {table} {name} has policy drop"));
         }
-        if ["AWS-SNAT-CHAIN-", "AWS-CONNMARK-CHAIN-"].iter().any(|start| name.starts_with(start)) {
-            note("upstream-leftover", format!("chain {family} {table} {name}"));
-        }
+    }
+    for removal in &facts.leftovers {
+        note("former-rules", former::text(removal));
     }
     if facts.chains.iter().any(|chain| chain.name.starts_with("ufw-")) {
         note("firewall", "ufw has rules".into());

@@ -2,15 +2,15 @@
 
 use super::{Finding, single};
 use crate::model::naming;
-use crate::model::net::{Link, TABLE_MAIN};
+use crate::model::net::{Link, Mac, TABLE_MAIN};
 use crate::model::order::Gather as _;
-use crate::plan::host::{HostPod, Intent, Observation};
+use crate::plan::branch::Branch;
+use crate::plan::host::{HostBranch, HostPod, Intent, Observation};
 use crate::plan::pod::inside::{Mend, flaws};
-use crate::plan::pod::{PodInterface, Side, has_route};
+use crate::plan::pod::{PodBranch, PodInterface, Side, has_route};
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
-/// Digits at the end of a host veth's name.
-const SUFFIX: usize = 11;
 /// Interfaces of one pod, at most: ENIs that a multi-card instance gives one pod.
 const INTERFACES_MAX: usize = 16;
 
@@ -54,7 +54,7 @@ pub struct Seat<'a> {
 /// All links of pods, found once: a node has a thousand.
 pub struct Seats<'a> {
     by_suffix: BTreeMap<&'a str, &'a Link>,
-    by_address: BTreeMap<std::net::IpAddr, &'a Link>,
+    by_address: BTreeMap<IpAddr, &'a Link>,
     inner: BTreeMap<u32, (usize, &'a Link)>,
 }
 
@@ -63,7 +63,7 @@ impl<'a> Seats<'a> {
     pub fn new(seen: &'a Observation, namespaces: &'a [Inside]) -> Self {
         let veths = seen.links.iter().filter(|link| link.kind.as_deref() == Some("veth"));
         let indexes = veths.clone().map(|link| (link.index, link)).gather::<BTreeMap<_, _>>();
-        let suffix = |link: &'a Link| Some((link.name.get(link.name.len().checked_sub(SUFFIX)?..)?, link));
+        let suffix = |link: &'a Link| Some((link.name.get(link.name.len().checked_sub(naming::SUFFIX_LEN)?..)?, link));
         let routes = seen.routes.iter().filter(|route| route.table == TABLE_MAIN && route.gateway.is_none());
         let by_address = routes.filter_map(|route| Some((single(route.dst)?, *indexes.get(&route.dev)?))).gather();
         let mut inner = BTreeMap::new();
@@ -81,11 +81,20 @@ impl<'a> Seats<'a> {
         Seats { by_suffix: veths.filter_map(suffix).gather(), by_address, inner }
     }
 
-    /// Of one pod.
-    pub fn of(&self, pod: &HostPod) -> Seat<'a> {
-        let outer = self.by_suffix.get(pod.veth.as_str()).or_else(|| self.by_address.get(&pod.address)).copied();
+    /// Of the pod with these last digits of its veth's name and this address.
+    pub fn of(&self, veth: &str, address: IpAddr) -> Seat<'a> {
+        let outer = self.by_suffix.get(veth).or_else(|| self.by_address.get(&address)).copied();
         Seat { outer, inner: outer.and_then(|outer| self.inner.get(&outer.index).copied()) }
     }
+}
+
+/// An address of a pod, on an ENI of the node or on a branch ENI of its own.
+struct Wired<'a> {
+    address: IpAddr,
+    table: u32,
+    name: &'a str,
+    veth: &'a str,
+    branch: Option<Branch>,
 }
 
 /// Looks at every pod of the intent, or only at the one of this name. `mtu` is that of pods, in bytes.
@@ -93,54 +102,76 @@ pub fn pods(intent: &Intent, seen: &Observation, namespaces: &[Inside], mtu: u32
     let seats = Seats::new(seen, namespaces);
     let host = Side { routes: seen.routes.clone(), ..Side::default() };
     let mut found = Found::default();
-    for pod in intent.pods.iter().filter(|pod| only.is_none_or(|only| only == pod.name)) {
-        let seat = seats.of(pod);
-        let mut note = |name, text: String, at: Place, mend: Option<Mend>| {
-            let mut finding = Finding::new(name, pod.name.as_str(), text);
-            finding.mendable &= mend.is_some();
-            found.findings.push(finding);
-            found.mends.extend(mend.map(|mend| (at, mend)));
-        };
-        let Some(outer) = seat.outer else {
-            note("pod-veth", format!("{} is given out, and no veth leads to it", pod.address), Place::Host, None);
-            continue;
-        };
-        let name = format!("{}{}", intent.veth_prefix, pod.veth);
-        if !pod.veth.is_empty() && outer.name != name {
-            note("veth-name", format!("{} instead of {name}", outer.name), Place::Host, None);
-        }
-        if !outer.up {
-            note("veth-link", format!("{} is down", outer.name), Place::Host, Some(Mend::Up(outer.index)));
-        }
-        let Some(interface) = interface(pod, outer, seat.inner.map(|(_, link)| link), mtu) else { continue };
-        let route = interface.1.host_route(outer.index);
-        if !has_route(&host, &route) {
-            let text = format!("route {} dev {} scope link is missing", pod.address, outer.name);
-            note("host-route", text, Place::Host, Some(Mend::Route(route)));
-        }
-        let inner = seat.inner.map(|(number, link)| (Place::Inside(number), link));
-        for (place, link) in [(Place::Host, outer)].into_iter().chain(inner) {
-            if link.mtu != mtu {
-                let text = format!("{} has {} instead of {mtu}", link.name, link.mtu);
-                note("pod-mtu", text, place, Some(Mend::Mtu(link.index, mtu)));
-            }
-        }
-        let Some((number, _)) = seat.inner else {
-            found.hidden += 1;
-            continue;
-        };
-        let namespace = &namespaces[number];
-        for flaw in flaws(interface.0, &interface.1, Some(outer), &namespace.path, &namespace.side) {
-            note(flaw.name, flaw.text, Place::Inside(number), flaw.mend);
-        }
+    let plain = intent.pods.iter().map(|pod| {
+        let HostPod { address, table, name, veth } = pod;
+        Wired { address: *address, table: *table, name, veth, branch: None }
+    });
+    let branches = intent.branches.iter().map(|pod| {
+        let HostBranch { address, eni, name, veth } = pod;
+        Wired { address: *address, table: eni.table, name, veth, branch: Some(*eni) }
+    });
+    for pod in plain.chain(branches).filter(|pod| only.is_none_or(|only| only == pod.name)) {
+        one(intent, &pod, &seats, &host, namespaces, mtu, &mut found);
     }
     found
 }
 
+fn one(
+    intent: &Intent,
+    pod: &Wired<'_>,
+    seats: &Seats<'_>,
+    host: &Side,
+    namespaces: &[Inside],
+    mtu: u32,
+    found: &mut Found,
+) {
+    let seat = seats.of(pod.veth, pod.address);
+    let mut note = |name, text: String, at: Place, mend: Option<Mend>| {
+        let mut finding = Finding::new(name, pod.name, text);
+        finding.mendable &= mend.is_some();
+        found.findings.push(finding);
+        found.mends.extend(mend.map(|mend| (at, mend)));
+    };
+    let Some(outer) = seat.outer else {
+        return note("pod-veth", format!("{} is given out, and no veth leads to it", pod.address), Place::Host, None);
+    };
+    let prefixes = [intent.veth_prefix.as_str(), naming::VLAN_PREFIX];
+    let fitting = &prefixes[..if pod.branch.is_some() { 2 } else { 1 }];
+    if !pod.veth.is_empty() && !fitting.iter().any(|prefix| outer.name.strip_suffix(pod.veth) == Some(*prefix)) {
+        let name = if outer.name.ends_with(pod.veth) { "veth-prefix" } else { "veth-name" };
+        note(name, format!("{} instead of {}{}", outer.name, intent.veth_prefix, pod.veth), Place::Host, None);
+    }
+    if !outer.up {
+        note("veth-link", format!("{} is down", outer.name), Place::Host, Some(Mend::Up(outer.index)));
+    }
+    let Some((number, interface)) = interface(pod, outer, seat.inner.map(|(_, link)| link), mtu) else { return };
+    let route = interface.host_route(outer.index);
+    if !has_route(host, &route) {
+        let text = format!("route {} dev {} scope link is missing", pod.address, outer.name);
+        note("host-route", text, Place::Host, Some(Mend::Route(route)));
+    }
+    let inner = seat.inner.map(|(number, link)| (Place::Inside(number), link));
+    for (place, link) in [(Place::Host, outer)].into_iter().chain(inner) {
+        if link.mtu != mtu {
+            let text = format!("{} has {} instead of {mtu}", link.name, link.mtu);
+            note("pod-mtu", text, place, Some(Mend::Mtu(link.index, mtu)));
+        }
+    }
+    let Some((at, _)) = seat.inner else {
+        found.hidden += 1;
+        return;
+    };
+    let Inside { path, side } = &namespaces[at];
+    for flaw in flaws(number, &interface, Some(outer), path, side) {
+        note(flaw.name, flaw.text, Place::Inside(at), flaw.mend);
+    }
+}
+
 // The number of the pod's interface and what it should be.
-fn interface(pod: &HostPod, outer: &Link, inner: Option<&Link>, mtu: u32) -> Option<(usize, PodInterface)> {
+fn interface(pod: &Wired<'_>, outer: &Link, inner: Option<&Link>, mtu: u32) -> Option<(usize, PodInterface)> {
     let (namespace, name) = pod.name.split_once('/').unwrap_or_default();
     let number = (0..INTERFACES_MAX).find(|number| naming::suffix(namespace, name, *number) == pod.veth).unwrap_or(0);
+    let strict = outer.name.starts_with(naming::VLAN_PREFIX);
     Some((
         number,
         PodInterface {
@@ -150,8 +181,8 @@ fn interface(pod: &HostPod, outer: &Link, inner: Option<&Link>, mtu: u32) -> Opt
             gateway: naming::gateway(pod.address.is_ipv6(), number).ok()?,
             table: pod.table,
             mtu,
-            host_mac: crate::model::net::Mac::default(),
-            branch: None,
+            host_mac: Mac::default(),
+            branch: pod.branch.map(|eni| PodBranch { eni, parent: 0, strict }),
         },
     ))
 }
