@@ -61,6 +61,8 @@ enum Command {
     Config(debug::Asking),
     /// Say what is wrong with this node, what it breaks and how to mend it (needs root); exit code 3 if anything is
     Doctor(debug::doctor::Args),
+    /// Show our rules, routes, settings and nf_tables in the tools' own syntax with their reasons (needs root)
+    Rules(debug::rules::Args),
     /// Say what a node of an instance type holds and what its pods cost, by running it in virtual time
     Plan(debug::plan::Args),
     /// Run many nodes against a model of EC2, in virtual time, and the original's algorithm beside
@@ -83,6 +85,7 @@ fn operate() -> u8 {
             Command::Version => print(&format!("enibox {VERSION}\n")),
             Command::Status(args) => debug::status::run(&args),
             Command::Doctor(args) => debug::doctor::run(&args),
+            Command::Rules(args) => debug::rules::run(&args),
             Command::Plan(args) => debug::plan::run(&args),
             Command::Simulate(args) => debug::simulate::run(&args),
             Command::Config(args) => debug::config::run(&args),

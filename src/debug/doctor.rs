@@ -89,38 +89,55 @@ fn attempt(args: &Args) -> Result<(Look, Vec<String>)> {
     Ok((look, mended))
 }
 
+/// Where what should be is known from.
+pub(super) struct Source {
+    daemon: bool,
+    settings: Settings,
+    cloud: Option<Cloud>,
+    /// What should be, if anybody could tell.
+    pub(super) intent: Option<Intent>,
+    /// What went wrong in finding out.
+    pub(super) findings: Vec<Finding>,
+}
+
+impl Source {
+    /// Asks the daemon, and IMDS and EC2 as far as `with_ec2` says; without the daemon, the checkpoint.
+    pub(super) fn find(asking: &Asking, environment: &Settings, seen: &Observation, with_ec2: bool) -> Result<Source> {
+        let asked = asking.ask(environment, "/v1/enibox/intent");
+        let daemon = asked.is_ok();
+        let (layered, wrong) = config::layered(environment);
+        let settings = layered.settings;
+        let mut findings = Vec::new();
+        for line in wrong.into_iter().chain(settings.check().err()) {
+            findings.push(Finding::new("settings", "", line));
+        }
+        let cloud = Cloud::ask(&settings, with_ec2, |why| findings.push(Finding::new("imds-silent", "", why)));
+        let intent = match asked {
+            Ok(intent) => serde_json::from_value(intent)?,
+            Err(error) => {
+                findings.push(Finding::new("daemon-silent", "", error.to_string()));
+                let intent = cloud
+                    .as_ref()
+                    .map_err(ToString::to_string)
+                    .and_then(|cloud| known::without_daemon(cloud, &settings, seen).map_err(|error| error.to_string()));
+                intent.map_err(|error| findings.push(Finding::new("unknown", "", error))).ok()
+            }
+        };
+        Ok(Source { daemon, settings, cloud: cloud.ok(), intent, findings })
+    }
+}
+
 fn look(args: &Args, environment: &Settings, host: &mut Host) -> Result<Look> {
     let root = args.root.as_path();
-    let asked = args.asking.ask(environment, "/v1/enibox/intent");
-    let mut findings = Vec::new();
-    let (layered, wrong) = config::layered(environment);
-    let settings = &layered.settings;
-    for line in wrong.into_iter().chain(settings.check().err()) {
-        findings.push(Finding::new("settings", "", line));
-    }
     let seen = host.observe()?;
-    let cloud = Cloud::ask(settings, !args.no_ec2, |why| findings.push(Finding::new("imds-silent", "", why)));
-    let daemon = asked.is_ok();
-    let intent = match (asked, &cloud) {
-        (Ok(intent), _) => serde_json::from_value(intent)?,
-        (Err(error), cloud) => {
-            findings.push(Finding::new("daemon-silent", "", error.to_string()));
-            let without = |cloud: &Cloud| known::without_daemon(cloud, settings, &seen);
-            match cloud.as_ref().ok().map(without) {
-                Some(Err(error)) => {
-                    findings.push(Finding::new("settings", "", error.to_string()));
-                    None
-                }
-                known => known.and_then(Result::ok),
-            }
-        }
-    };
+    let source = Source::find(&args.asking, environment, &seen, !args.no_ec2)?;
+    let Source { daemon, settings, cloud, intent, mut findings } = source;
     if daemon && let Ok(status) = args.asking.ask(environment, "/v1/enibox/status") {
         troubles(&status, &mut findings);
     }
-    let mut facts = gather::facts(root, &known::store_of(&settings.backing_store, 0));
+    let mut facts = gather::facts(root, &known::store_of(&settings.backing_store, 0), &seen.links);
     gather::chains(&mut facts, host, &seen.tables)?;
-    findings.extend(surroundings::findings(intent.as_ref(), &seen, settings, &facts));
+    findings.extend(surroundings::findings(intent.as_ref(), &seen, &settings, &facts));
     let mut look = Look { daemon, intent, seen, namespaces: Vec::new(), findings, mends: Vec::new() };
     if let Some(intent) = &look.intent {
         look.namespaces = gather::namespaces(root);
@@ -137,9 +154,7 @@ fn look(args: &Args, environment: &Settings, host: &mut Host) -> Result<Look> {
             let text = format!("the namespaces of {} pods are not seen from here", found.hidden);
             look.findings.push(Finding::new("pod-unseen", "", text));
         }
-        if let Ok(cloud) = &cloud {
-            look.findings.extend(cloud.findings(intent));
-        }
+        look.findings.extend(cloud.iter().flat_map(|cloud| cloud.findings(intent)));
     }
     doctor::rank(&mut look.findings);
     Ok(look)

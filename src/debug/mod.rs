@@ -1,4 +1,4 @@
-//! The operator's subcommands. They look and tell, and change nothing; each works without the daemon as far as it can.
+//! The operator's subcommands. They look and tell, and change nothing unless they are told to; each works without the daemon as far as it can.
 //!
 //! Data goes to standard output, everything else to standard error; `--json` is for programs.
 
@@ -6,6 +6,7 @@ mod ask;
 pub mod config;
 pub mod doctor;
 pub mod plan;
+pub mod rules;
 pub mod simulate;
 pub mod status;
 

@@ -25,6 +25,9 @@ fn every_step_of_the_plan_has_its_texts() {
         let finding = Finding::new(what.name(), "", "");
         assert!(finding.mendable && !finding.breaks.is_empty(), "{}", what.name());
     }
+    for name in ["imds-silent", "daemon-silent", "settings", "unknown", "pod-unseen", "stray-rule", "former-rules"] {
+        assert!(!Finding::new(name, "", "").breaks.is_empty(), "{name}");
+    }
     let names: Vec<_> = texts::names().collect();
     assert!(names.iter().all(|name| name.bytes().all(|b| b.is_ascii_lowercase() || b == b'-' || b.is_ascii_digit())));
     assert_eq!(names.iter().collect::<BTreeSet<_>>().len(), names.len(), "none twice");

@@ -15,18 +15,23 @@ use std::time::Duration;
 /// Of the daemon and the doctor.
 const SETTINGS: &[(&str, &str)] = &[("AWS_EXTERNAL_SERVICE_CIDRS", "192.0.2.0/28")];
 
-/// What the doctor says on the node with the daemon's settings and these.
-fn doctor(stage: &Stage, env: &[(&str, &str)], args: &[&str]) -> (i32, Value) {
+/// The operator's command on the node, with the daemon's settings and these.
+fn enibox(stage: &Stage, words: &[&str], env: &[(&str, &str)], args: &[&str]) -> (i32, String) {
     let mut command = stage.node.command(PROGRAM).unwrap();
-    command.args(["doctor", "--json"]).args(args).env_clear().stdin(Stdio::null());
+    command.args(words).args(args).env_clear().stdin(Stdio::null());
     command.env("AWS_EC2_METADATA_SERVICE_ENDPOINT", format!("http://{IMDS}"));
     command.env("AWS_EC2_ENDPOINT", format!("http://{EC2}")).env("ENABLE_IPv4", "true");
     command.envs(SETTINGS.iter().copied()).envs(env.iter().copied());
     let output = command.output().unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    let document = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}{told}"));
-    (output.status.code().unwrap(), document)
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(!text.is_empty(), "{words:?}: {told}");
+    (output.status.code().unwrap(), text)
+}
+
+fn doctor(stage: &Stage, env: &[(&str, &str)], args: &[&str]) -> (i32, Value) {
+    let (code, text) = enibox(stage, &["doctor", "--json"], env, args);
+    (code, serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}")))
 }
 
 /// Names of the findings that are more than a note.
@@ -69,10 +74,10 @@ impl Ward {
         let stage = Stage::ready("t3.small", 91, SETTINGS);
         let pods: Vec<Subject> = (0..5).map(|n| stage.add(&format!("p{n}"))).collect();
         let root = Root::new();
-        let tables = r#"
+        let tables = r"
             ip -4 -o rule | sed -n 's/^32765:.*from \([0-9.]*\) lookup \([0-9]*\).*/\1 \2/p' | head -n 1
             ip -4 -o rule | sed -n 's/^1536:.*from \([0-9.]*\) lookup .*/\1/p' | head -n 1
-        "#;
+        ";
         let told = script(&stage, &[], tables).unwrap();
         let words: Vec<&str> = told.split_whitespace().collect();
         let [own, table, second] = words[..] else { panic!("{told}") };
@@ -141,6 +146,7 @@ fn single_faults_are_found_and_mended() {
     assert_eq!((code, names(&told)), (3, vec!["daemon-silent".to_owned()]), "{told:#}");
     assert_eq!(told["pods"], 5);
     println!("one look takes {:?}", begin.elapsed());
+    rules_are_shown_with_their_reasons(&ward);
     let mut wrong = Vec::new();
     for fault in FAULTS {
         let begin = clock::instant();
@@ -154,6 +160,32 @@ fn single_faults_are_found_and_mended() {
     println!("{} faults in {:?}", FAULTS.len(), begin.elapsed());
     assert!(wrong.is_empty(), "{wrong:?}");
     assert!(FAULTS.len() >= 60);
+}
+
+fn rules_are_shown_with_their_reasons(ward: &Ward) {
+    let of = |name: &str| ward.variables.iter().find(|(known, _)| *known == name).unwrap().1.as_str();
+    let (_, page) = enibox(&ward.stage, &["rules"], &[], &[]);
+    for line in [
+        format!("512: from all to {} lookup main  # pod tests/p0: way in", of("A1")),
+        format!("1536: from {} lookup {}  # pod tests/", of("A2"), of("T")),
+        format!("32765: from {} lookup {}  # own address of eni-", of("OWN"), of("T")),
+        "1024: from all fwmark 0x80/0x80 lookup main  # ".into(),
+        "1535: from all to 192.0.2.0/28 lookup main  # external service CIDR".into(),
+        format!("default via {} dev {} table {}  # eni-", of("GW"), of("ENI"), of("T")),
+        format!("{} dev {} scope link  # pod tests/p0", of("A1"), of("V1")),
+        "net.ipv4.ip_forward = 1  # ".into(),
+        "table ip aws-cni {".into(),
+        "counter packets ".into(),
+    ] {
+        assert!(page.contains(&line), "{line}\n{page}");
+    }
+    assert!(!page.contains("# of others") && !page.contains("no pod that is known"), "{page}");
+    ward.script("ip rule add pref 700 fwmark 0x80/0xff lookup 99").unwrap();
+    let (_, page) = enibox(&ward.stage, &["rules", "--json"], &[], &[]);
+    ward.script("ip rule del pref 700").unwrap();
+    let document: Value = serde_json::from_str(&page).unwrap();
+    assert_eq!(document["others"][0]["why"], "uses our mark", "{document:#}");
+    assert!(document["iprule"].as_array().unwrap().len() > 10);
 }
 
 fn trial(ward: &Ward, fault: &Fault) -> Result<(), String> {

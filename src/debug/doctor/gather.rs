@@ -2,6 +2,8 @@
 
 use crate::apply::{self, Host};
 use crate::error::Result;
+use crate::model::naming::SUFFIX_LEN;
+use crate::model::net::Link;
 use crate::model::nft::Table;
 use crate::model::order;
 use crate::netlink::netns::Namespace;
@@ -40,8 +42,13 @@ fn file(root: &Path, path: &str) -> Option<String> {
     super::super::read(&found, FILE_BYTES_MAX).ok()
 }
 
-pub(super) fn facts(root: &Path, store: &Path) -> Facts {
+pub(super) fn facts(root: &Path, store: &Path, links: &[Link]) -> Facts {
     let mut facts = Facts::default();
+    // Of ENIs: of pods' links, which are many, the setting does not matter.
+    for link in links.iter().filter(|link| link.name.len() < SUFFIX_LEN) {
+        let path = format!("/proc/sys/net/ipv4/conf/{}/rp_filter", link.name);
+        facts.files.extend(file(root, &path).map(|text| (path, text)));
+    }
     for path in FILES {
         facts.files.extend(file(root, path).map(|text| ((*path).to_owned(), text)));
     }
@@ -80,7 +87,7 @@ fn modules(root: &Path, facts: &Facts) -> Option<BTreeSet<String>> {
 }
 
 /// Chains of all tables, and what a former installation has left among them.
-pub(super) fn chains(facts: &mut Facts, host: &Host, ours: &[Table]) -> Result<()> {
+pub(in crate::debug) fn chains(facts: &mut Facts, host: &Host, ours: &[Table]) -> Result<()> {
     let mut socket = Socket::netfilter()?;
     facts.chains = nft::chains(&mut socket)?;
     let (_, found) = nft_outline::outlines(&mut socket, &former::TABLES)?;

@@ -330,9 +330,8 @@ pub fn foreign(rule: &Rule) -> bool {
     let shape = Rule { fwmark: None, src: None, dst: None, iif: None, ..rule.clone() };
     let plain = shape == Rule::any(rule.family, rule.priority, rule.table);
     match rule.priority {
-        priority::TO_POD => !plain || rule.dst.is_none() || rule.table != TABLE_MAIN,
+        priority::TO_POD | priority::EXTERNAL_SERVICE => !plain || rule.dst.is_none() || rule.table != TABLE_MAIN,
         priority::MARK => !plain || rule.fwmark.is_none() || rule.table != TABLE_MAIN,
-        priority::EXTERNAL_SERVICE => !plain || rule.dst.is_none() || rule.table != TABLE_MAIN,
         priority::FROM_POD => !plain || rule.src.is_none(),
         priority::BRANCH => !plain || rule.iif.is_none(),
         _ => false,

@@ -52,6 +52,7 @@ const TEXTS: &[Row] = &[
     ("ec2-refused", Warn, "ENIs and addresses cannot be added", "give the node's role the action"),
     ("ec2-unasked", Note, "EC2 was not compared", "run it where the daemon's credentials are, or with --no-ec2"),
     // The daemon.
+    ("unknown", Fail, "what the node's network should be is not known", "start the daemon; run this with its environment and checkpoint"),
     ("daemon-silent", Warn, "new pods wait, nothing is repaired", "kubectl logs of aws-node; enibox status"),
     ("settings", Fail, "the daemon does not start", "correct the variable in the DaemonSet"),
     ("no-addresses", Warn, "new pods wait for an address", "enibox status"),

@@ -5,6 +5,7 @@
 //! `$P2`, `$V2` (secondary): address, namespace, host veth; and `$R`, the root of the host's files.
 
 /// A fault.
+#[derive(Clone, Copy)]
 pub struct Fault {
     pub case: &'static str,
     pub plant: &'static str,
@@ -142,6 +143,6 @@ pub const FAULTS: &[Fault] = &[
     under(theirs("early demux", "tcp-early-demux", "mkdir -p $R/proc/sys/net/ipv4; echo 1 > $R/proc/sys/net/ipv4/tcp_early_demux", "echo 0 > $R/proc/sys/net/ipv4/tcp_early_demux"),
         &[("ENABLE_POD_ENI", "true")]),
     under(theirs("no policy agent", "policy-agent", "true", "echo > $R/run/aws-node/npa.sock"), &[("NETWORK_POLICY_ENFORCING_MODE", "strict")]),
-    // At the end, because only the pod's deletion mends it.
-    theirs("host veth gone", "pod-veth", "ip link del $V1", "true"),
+    // At the end: its undoing leaves the rest of the pod's network to the doctor.
+    theirs("host veth gone", "pod-veth", "ip link del $V1", "ip link add $V1 mtu 9001 type veth peer name eth0 mtu 9001 netns $P1"),
 ];
