@@ -8,6 +8,7 @@ use crate::model::ec2::{Call, Failure, Interface, Reply};
 use crate::model::imds::{Answer, Eni, Identity, Query};
 use crate::model::limits;
 use crate::model::settings::Settings;
+use crate::model::time::Now;
 use crate::plan::configure;
 use crate::plan::core::{Applied, Core, Effect, Event, Seen};
 use crate::plan::doctor::{Finding, cloud};
@@ -24,15 +25,17 @@ const IMDS_MAX: Duration = Duration::from_secs(1);
 const EC2_MAX: Duration = Duration::from_secs(5);
 /// Events that the core is given until it must know what it wants; a start takes about ten.
 const EVENTS_MAX: usize = 200;
+/// The core's time goes on by this much when it has nothing to do, and by so much in all.
+const TICK: Duration = Duration::from_secs(1);
+const LATE: Duration = Duration::from_secs(30);
 /// What IMDS tells of fifteen ENIs has some ten kilobytes.
 const METADATA_BYTES_MAX: usize = 1 << 20;
 /// A larger checkpoint is none: 737 pods take 200 KiB.
 const CHECKPOINT_BYTES_MAX: usize = 64 << 20;
 
-/// IMDS, and EC2 if it is to be asked.
+/// IMDS, and EC2 if it was asked.
 pub(super) struct Cloud {
     imds: imds::Client,
-    ec2: Option<ec2::Client>,
     /// Who we are.
     pub(super) identity: Identity,
     /// What IMDS lists.
@@ -77,7 +80,7 @@ impl Cloud {
             Answer::Enis(enis) => enis,
             other => return Err(Error::new(format!("IMDS answered {other:?}"))),
         };
-        let mut cloud = Cloud { imds, ec2: None, identity, enis, listed: None };
+        let mut cloud = Cloud { imds, identity, enis, listed: None };
         if with_ec2 && !settings.imds_only {
             let chain = Arc::new(creds::Chain::from_env(env, Arc::new(client()?))?);
             let config = ec2::Config::from_env(env, &cloud.identity.region);
@@ -88,7 +91,6 @@ impl Cloud {
                 Reply::Interfaces(interfaces) => interfaces,
                 _ => Vec::new(),
             }));
-            cloud.ec2 = Some(client);
         }
         Ok(cloud)
     }
@@ -123,9 +125,18 @@ impl Cloud {
         let seen = Seen::of(&seen.links, &seen.routes, &seen.rules);
         let mut core = Core::new(config);
         let mut events = VecDeque::from([Event::Started { checkpoints, seen, spool: Vec::new() }]);
+        let (start, mut late) = (clock::now(), Duration::ZERO);
         for _ in 0..EVENTS_MAX {
-            let Some(event) = events.pop_front() else { break };
-            for effect in core.step(clock::now(), event) {
+            let event = match events.pop_front() {
+                Some(event) => event,
+                // An EC2 that does not answer is waited for before what it told earlier counts.
+                None if late < LATE => {
+                    late += TICK;
+                    Event::Tick
+                }
+                None => break,
+            };
+            for effect in core.step(Now { mono: start.mono.plus(late), ..start }, event) {
                 events.extend(self.answer(effect));
             }
         }
@@ -139,13 +150,25 @@ impl Cloud {
             Effect::Imds(op, query) => {
                 Some(Event::Imds(op, self.imds.query(&query).map_err(|error| error.to_string())))
             }
-            Effect::Ec2(op, Call::DescribeAttached(_)) if self.ec2.is_some() => {
-                Some(Event::Ec2(op, self.listed.clone()?.map(Reply::Interfaces)))
+            Effect::Ec2(op, call) => {
+                let listed = self.listed.clone().filter(|_| matches!(call, Call::DescribeAttached(_)));
+                Some(Event::Ec2(op, listed.map_or_else(|| Err(unasked(&call)), |told| told.map(Reply::Interfaces))))
             }
             // The host is as wanted, so that the core goes on and knows every pod's place.
             Effect::Kernel(op, _) => Some(Event::Kernel(op, Ok(Applied::default()))),
             _ => None,
         }
+    }
+}
+
+fn unasked(call: &Call) -> Failure {
+    Failure {
+        action: call.action(),
+        code: String::new(),
+        message: "not asked".into(),
+        status: 0,
+        request_id: String::new(),
+        maybe_applied: false,
     }
 }
 
