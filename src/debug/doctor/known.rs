@@ -27,7 +27,7 @@ const EC2_MAX: Duration = Duration::from_secs(5);
 const EVENTS_MAX: usize = 200;
 /// The core's time goes on by this much when it has nothing to do, and by so much in all.
 const TICK: Duration = Duration::from_secs(1);
-const LATE: Duration = Duration::from_secs(30);
+const LATE: Duration = Duration::from_secs(10);
 /// What IMDS tells of fifteen ENIs has some ten kilobytes.
 const METADATA_BYTES_MAX: usize = 1 << 20;
 /// A larger checkpoint is none: 737 pods take 200 KiB.
