@@ -27,7 +27,8 @@ impl<T> PartialOrd for Entry<T> {
 impl<T> Ord for Entry<T> {
     // The heap gives its greatest first: that is the earliest.
     fn cmp(&self, other: &Self) -> Ordering {
-        (other.at, other.serial).cmp(&(self.at, self.serial))
+        let rank = |entry: &Self| (u128::from(entry.at) << 64) | u128::from(entry.serial);
+        rank(other).cmp(&rank(self))
     }
 }
 

@@ -210,3 +210,30 @@ fn until(fleet: &mut Fleet, report: &mut Report, done: impl Fn(&Fleet) -> bool) 
     }
     true
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_crowded_fleet_calls_ec2_less_often_than_the_originals() {
+        // Attaching 200 ENIs while 3,000 pods come in 30 s is just what EC2's limits allow.
+        let (settings, _) = Settings::parse(|_| None);
+        let trial = Trial {
+            nodes: 100,
+            pods: 30,
+            pods_per_second: 100,
+            instance_type: "m5.xlarge".into(),
+            settings,
+            original: false,
+            ec2_delays: DELAYS_MS.map(|(action, ms)| (action.to_owned(), Duration::from_millis(ms))).into(),
+            seed: 1,
+        };
+        let ours = trial.run().unwrap();
+        let theirs = Trial { original: true, ..trial }.run().unwrap();
+        let figures = |report: &Report| (report.mutating, report.throttled, report.pods_ms);
+        println!("mutating calls, throttled, ms: {:?}, the original's {:?}", figures(&ours), figures(&theirs));
+        assert!(ours.converged && ours.mutating < theirs.mutating * 9 / 10);
+        assert!(ours.pods_ms < theirs.pods_ms * 3 / 2, "the last pod must not pay for it");
+    }
+}
