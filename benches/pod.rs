@@ -2,12 +2,15 @@
 //! same pod (veth, address, routes, neighbour, rules) done by this process with sockets that are open already. The veth
 //! goes with the pod's namespace, so that no DEL has its price.
 //!
+//! The same for IPv6, whose ADD is set beside that of IPv4.
+//!
 //! The daemon is the real one on a node of the sandbox, with enough addresses for all pods; the bare work is done in a network
 //! namespace that no daemon watches. Run as root: `cargo bench --bench pod`. Nothing of it shows outside of namespaces that
 //! end with this process. Figures mean something on an idle machine only: a plugin process waits for the scheduler a dozen
 //! times, the bare work never.
 
 use enibox::clock;
+use enibox::model::ec2::Interface;
 use enibox::model::naming;
 use enibox::model::net::Mac;
 use enibox::netlink::netns::Namespace;
@@ -18,7 +21,7 @@ use enibox::sandbox::world::{Plan, World};
 use enibox::sys;
 use std::fs::File;
 use std::io::Write;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -49,31 +52,55 @@ fn main() {
         return;
     }
     assert_eq!(sys::effective_uid(), 0, "the benchmark makes network namespaces: run it as root");
+    let (v4, version) = family(false);
+    println!("{:<34}{:>10}{:>10}{:>10}{:>10}", "", "p50 us", "p99 us", "p50 ratio", "p99 ratio");
+    v4.report("");
+    report("VERSION, whole process", &version, None);
+    let (v6, _) = family(true);
+    v6.report("IPv6 ");
+    println!("beside IPv4:");
+    report("IPv6 ADD, whole process", &v6.whole.0, Some(&v4.whole.0));
+    report(&format!("IPv6 ADD, {AT_ONCE} at once"), &v6.whole_bursts.0, Some(&v4.whole_bursts.0));
+}
+
+/// Everything of one family.
+struct Series {
+    bare: Times,
+    bare_bursts: Times,
+    whole: Times,
+    whole_bursts: Times,
+}
+
+impl Series {
+    fn report(&self, family: &str) {
+        report(&format!("{family}bare ADD"), &self.bare.0, None);
+        report(&format!("{family}ADD, whole process"), &self.whole.0, Some(&self.bare.0));
+        report(&format!("{family}bare DEL"), &self.bare.1, None);
+        report(&format!("{family}DEL, whole process"), &self.whole.1, Some(&self.bare.1));
+        report(&format!("{family}bare ADD, {AT_ONCE} at once"), &self.bare_bursts.0, None);
+        report(&format!("{family}ADD, {AT_ONCE} at once"), &self.whole_bursts.0, Some(&self.bare_bursts.0));
+        report(&format!("{family}bare DEL, {AT_ONCE} at once"), &self.bare_bursts.1, None);
+        report(&format!("{family}DEL, {AT_ONCE} at once"), &self.whole_bursts.1, Some(&self.bare_bursts.1));
+    }
+}
+
+/// Measures one family; and the plugin's VERSION, which knows none.
+fn family(v6: bool) -> (Series, Vec<Duration>) {
     let (bare, bare_bursts) = aside(|| {
         sys::unshare_mounts().unwrap();
         sys::mount_tmpfs(Path::new("/run")).unwrap();
         sys::unshare_netns().unwrap();
-        measure(Pod::bare_add, Pod::bare_del)
+        measure(v6, Pod::bare_add, Pod::bare_del)
     });
-    let node = Node::start();
+    let node = Node::start(v6);
     let (whole, whole_bursts, version) = aside(|| {
         sys::enter_mounts(&node.mounts).unwrap();
         sys::enter_netns(&node.network).unwrap();
-        let (whole, bursts) = measure(Pod::add, Pod::del);
-        let pod = Pod::new(AT_ONCE);
+        let (whole, bursts) = measure(v6, Pod::add, Pod::del);
+        let pod = Pod::new(v6, AT_ONCE);
         (whole, bursts, repeat(ROUNDS, || pod.version()))
     });
-
-    println!("{:<34}{:>10}{:>10}{:>10}{:>10}", "", "p50 us", "p99 us", "p50 ratio", "p99 ratio");
-    report("bare ADD", &bare.0, None);
-    report("ADD, whole process", &whole.0, Some(&bare.0));
-    report("bare DEL", &bare.1, None);
-    report("DEL, whole process", &whole.1, Some(&bare.1));
-    report("VERSION, whole process", &version, None);
-    report(&format!("bare ADD, {AT_ONCE} at once"), &bare_bursts.0, None);
-    report(&format!("ADD, {AT_ONCE} at once"), &whole_bursts.0, Some(&bare_bursts.0));
-    report(&format!("bare DEL, {AT_ONCE} at once"), &bare_bursts.1, None);
-    report(&format!("DEL, {AT_ONCE} at once"), &whole_bursts.1, Some(&bare_bursts.1));
+    (Series { bare, bare_bursts, whole, whole_bursts }, version)
 }
 
 /// Runs `work` on a thread of its own, which may change its namespaces; what it starts inherits them.
@@ -82,8 +109,8 @@ fn aside<T: Send>(work: impl FnOnce() -> T + Send) -> T {
 }
 
 /// Both series, in the calling thread's namespaces, on pods of their own.
-fn measure(add: fn(&mut Pod), del: fn(&mut Pod)) -> (Times, Times) {
-    let mut pods: Vec<Pod> = (0..AT_ONCE).map(Pod::new).collect();
+fn measure(v6: bool, add: fn(&mut Pod), del: fn(&mut Pod)) -> (Times, Times) {
+    let mut pods: Vec<Pod> = (0..AT_ONCE).map(|number| Pod::new(v6, number)).collect();
     let links = || link::list(&mut Socket::route().unwrap()).unwrap().len();
     let before = links();
     let times = (one_by_one(&mut pods[0], add, del), bursts(&mut pods, add, del));
@@ -101,7 +128,7 @@ struct Node {
 }
 
 impl Node {
-    fn start() -> Node {
+    fn start(v6: bool) -> Node {
         let home = std::env::temp_dir().join("enibox-bench");
         let plan = Plan { nodes: 1, instance_type: "m5.xlarge", seed: 1, home: &home };
         let world = World::create(&plan).unwrap();
@@ -116,6 +143,8 @@ impl Node {
             ("AWS_EC2_METADATA_SERVICE_ENDPOINT", format!("http://{IMDS}")),
             ("AWS_EC2_ENDPOINT", format!("http://{EC2}")),
             ("MY_NODE_NAME", node.name.clone()),
+            ("ENABLE_IPv6", v6.to_string()),
+            ("ENABLE_PREFIX_DELEGATION", v6.to_string()),
             ("MINIMUM_IP_TARGET", ADDRESSES.to_string()),
             ("WARM_IP_TARGET", "1".into()),
             // The same few addresses are given out again and again.
@@ -125,7 +154,9 @@ impl Node {
         ]);
         let daemon = command.spawn().unwrap();
         drop(topology);
-        let held = || world.cloud.vpc().interfaces().map(|eni| eni.secondary_ipv4s.len()).sum::<usize>();
+        // One IPv6 prefix is more than enough.
+        let of = |eni: &Interface| if v6 { eni.v6_prefixes.len() * ADDRESSES } else { eni.secondary_ipv4s.len() };
+        let held = || world.cloud.vpc().interfaces().map(of).sum::<usize>();
         let start = clock::instant();
         while held() < ADDRESSES {
             assert!(start.elapsed() < POOL_TIMEOUT, "the daemon has {} addresses after {POOL_TIMEOUT:?}", held());
@@ -157,7 +188,7 @@ struct Pod {
 
 impl Pod {
     /// Puts a namespace and the plugin below `/run`, which is private.
-    fn new(number: usize) -> Pod {
+    fn new(v6: bool, number: usize) -> Pod {
         let name = format!("pod-{number}");
         let dir = Path::new("/run/enibox-bench");
         let namespace = Namespace::create_named(&dir.join("netns"), &name).unwrap();
@@ -166,11 +197,16 @@ impl Pod {
             std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_enibox"), &plugin).unwrap();
         }
         let number = u32::try_from(number).unwrap();
+        let address: IpAddr = if v6 {
+            Ipv6Addr::from_bits((0x2001_0db8 << 96) + u128::from(number)).into()
+        } else {
+            Ipv4Addr::from_bits(0x0a02_0000 + number).into()
+        };
         let interface = PodInterface {
             host_veth: naming::host_veth(naming::DEFAULT_VETH_PREFIX, "bare", &name, 0).unwrap(),
             ifname: "eth0".into(),
-            address: IpAddr::V4(Ipv4Addr::from_bits(0x0a02_0000 + number)),
-            gateway: naming::gateway(false, 0).unwrap(),
+            address,
+            gateway: naming::gateway(v6, 0).unwrap(),
             table: TABLE,
             mtu: MTU,
             host_mac: Mac([2, 0, 0, 0, 0, number.to_be_bytes()[3]]),

@@ -70,22 +70,22 @@ fn attach(world: &World, node: usize) -> (EniId, AttachmentId) {
 }
 
 // Puts an address on a node's link, as if a pod had it.
-fn wear(topology: &Topology, world: &World, node: usize, name: &str, address: Ipv4Addr) {
+fn wear(topology: &Topology, world: &World, node: usize, name: &str, address: impl Into<IpAddr>) {
     let place = &topology.node(&world.nodes[node].instance).unwrap().place;
     let mut socket = place.socket().unwrap();
     let dev = link::by_name(&mut socket, name).unwrap().unwrap().index;
-    let address = Address { dev, addr: IpNet::from(IpAddr::V4(address)), no_prefix_route: true, no_dad: true };
+    let address = Address { dev, addr: IpNet::from(address.into()), no_prefix_route: true, no_dad: true };
     socket.run(&[link::set_up(dev), addr::add(&address)]).unwrap();
 }
 
 // From a node, bound to an address, to a host; the source that the host saw.
-fn out(world: &World, node: usize, source: Ipv4Addr, host: &str, timeout: Duration) -> Option<IpAddr> {
-    let topology = world.topology();
+fn out(world: &World, node: usize, source: impl Into<IpAddr>, host: &str, timeout: Duration) -> Option<IpAddr> {
+    let (topology, source) = (world.topology(), source.into());
     let to = HOSTS.iter().find(|found| found.name == host).unwrap();
-    let at = SocketAddr::from((to.address, PORT));
+    let at = SocketAddr::from((to.at(source.is_ipv6()), PORT));
     let flow = Flow {
         client: &topology.node(&world.nodes[node].instance).unwrap().place.net,
-        source: Some(source.into()),
+        source: Some(source),
         target: at,
         server: &topology.host(host).unwrap().net,
         listen: at,
@@ -99,19 +99,21 @@ fn nodes_and_hosts_reach_each_other() {
     let topology = world.topology();
     let net = |index: usize| &topology.node(&world.nodes[index].instance).unwrap().place.net;
     for proto in [Proto::Tcp, Proto::Udp] {
-        let check = |client, server, target: Ipv4Addr, expect: Ipv4Addr| {
+        let check = |client, server, target: IpAddr, expect: IpAddr| {
             let at = SocketAddr::from((target, PORT));
             let seen = Flow { client, source: None, target: at, server, listen: at }.run(proto, PATIENT).unwrap();
-            assert_eq!(seen.ip(), IpAddr::V4(expect), "{proto:?} to {target}");
+            assert_eq!(seen.ip(), expect, "{proto:?} to {target}");
         };
-        // Another subnet, and the same subnet.
-        for other in [1, 2] {
-            check(net(0), net(other), world.nodes[other].address, world.nodes[0].address);
-        }
-        for host in HOSTS {
-            let place = &topology.host(host.name).unwrap().net;
-            check(net(0), place, host.address, world.nodes[0].address);
-            check(place, net(0), world.nodes[0].address, host.address);
+        for v6 in [false, true] {
+            // Another subnet, and the same subnet.
+            for other in [1, 2] {
+                check(net(0), net(other), world.nodes[other].at(v6), world.nodes[0].at(v6));
+            }
+            for host in HOSTS {
+                let place = &topology.host(host.name).unwrap().net;
+                check(net(0), place, host.at(v6), world.nodes[0].at(v6));
+                check(place, net(0), world.nodes[0].at(v6), host.at(v6));
+            }
         }
     }
 }
@@ -137,6 +139,28 @@ fn an_unassigned_source_is_dropped_and_an_assigned_one_passes() {
     wear(&world.topology(), &world, 0, "eth0", prefix.broadcast());
     let last = prefix.broadcast();
     assert_eq!(out(&world, 0, last, "vpc-host", PATIENT), Some(IpAddr::V4(last)), "the prefix's last address counts");
+}
+
+#[test]
+fn an_ipv6_source_is_checked_as_well() {
+    let world = world("source-v6", 2);
+    let eni = primary(&world, 0);
+    let Reply::Assigned(prefixes) = call(&world, &Call::AssignIpv6Prefix(eni)) else { panic!() };
+    for address in [prefixes[0].network(), prefixes[0].broadcast()] {
+        wear(&world.topology(), &world, 0, "eth0", address);
+        assert_eq!(out(&world, 0, address, "internet", PATIENT), Some(address), "an address of the prefix");
+    }
+    let strangers = ["2001:db8:20:0:8fff::7", "2001:db8:113::10", "fd00::7"];
+    let other = world.nodes[1].address_v6;
+    for stranger in strangers.map(|text| text.parse::<IpAddr>().unwrap()).into_iter().chain([other.into()]) {
+        wear(&world.topology(), &world, 0, "eth0", stranger);
+        assert_eq!(out(&world, 0, stranger, "vpc-host", QUICK), None, "{stranger} is not the ENI's");
+    }
+    // An address of the second ENI does not leave by the first.
+    let (second, _) = attach(&world, 0);
+    let Reply::Assigned(prefixes) = call(&world, &Call::AssignIpv6Prefix(second)) else { panic!() };
+    wear(&world.topology(), &world, 0, "eth1", prefixes[0].network());
+    assert_eq!(out(&world, 0, prefixes[0].network(), "vpc-host", QUICK), None);
 }
 
 #[test]

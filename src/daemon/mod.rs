@@ -144,15 +144,7 @@ fn serve(settings: &Settings, tuner: Tuner) -> Result<()> {
     let told = if settings.imds_only { serde_json::Map::new() } else { files::read_metadata(&store) };
     let imds = imds::Client::new(imds::Config::from_env(env))?.remembering(told);
     let imds = Arc::new(imds.observed_by(move |seen| counted.imds(seen)));
-    let wants_v6 = settings.enable_ipv6 || settings.v6_egress;
-    let identity = imds.identity(wants_v6).context("read the instance's identity")?;
-    if wants_v6 && identity.local_ipv6.is_none() {
-        let missing = "the primary ENI has no IPv6 address";
-        if settings.enable_ipv6 {
-            return Err(Error::new(missing).context("ENABLE_IPv6"));
-        }
-        log::warn!("ENABLE_V6_EGRESS: {missing}: nothing is translated");
-    }
+    let identity = identify(settings, &imds)?;
     let creds = Arc::new(creds::Chain::from_env(env, Arc::clone(&imds))?);
     let counted = Arc::clone(&metrics);
     let ec2 = ec2::Client::new(ec2::Config::from_env(env, &identity.region), creds)?;
@@ -207,6 +199,20 @@ fn serve(settings: &Settings, tuner: Tuner) -> Result<()> {
     }
     log::info!("stopped");
     result
+}
+
+// Who we are; with the node's IPv6 address where it is used.
+fn identify(settings: &Settings, imds: &imds::Client) -> Result<Identity> {
+    let wants_v6 = settings.enable_ipv6 || settings.v6_egress;
+    let identity = imds.identity(wants_v6).context("read the instance's identity")?;
+    if wants_v6 && identity.local_ipv6.is_none() {
+        let missing = "the primary ENI has no IPv6 address";
+        if settings.enable_ipv6 {
+            return Err(Error::new(missing).context("ENABLE_IPv6"));
+        }
+        log::warn!("ENABLE_V6_EGRESS: {missing}: nothing is translated");
+    }
+    Ok(identity)
 }
 
 fn wait_for_signal(ended: &SyncSender<End>) -> Result<()> {
