@@ -6,7 +6,7 @@
 
 use super::fleet::Sky;
 use super::node::{File, Happening, Item, Node, addresses};
-use crate::model::checkpoint::Checkpoint;
+use crate::model::checkpoint::{Allocation, Checkpoint};
 use crate::model::ids::{PodKey, PodName};
 use crate::model::kube;
 use crate::model::naming;
@@ -57,8 +57,10 @@ pub struct Sandbox {
     pub pod: u32,
     /// How far it is.
     pub stage: Stage,
-    /// Its address, as the plugin was told.
-    pub address: Option<IpAddr>,
+    /// Its addresses, as the plugin was told: one, or one on every network card.
+    pub addresses: Vec<IpAddr>,
+    /// Its address is that of a branch ENI.
+    pub branch: bool,
     /// When ADD left, in nanoseconds of virtual time.
     pub asked: u64,
     /// When the first DEL left.
@@ -72,6 +74,8 @@ pub struct Pod {
     pub name: String,
     /// Not deleted.
     pub wanted: bool,
+    /// It asks for an interface on every network card.
+    pub every_card: bool,
     /// Its latest sandbox.
     pub sandbox: Option<u64>,
     /// When it was bound, in nanoseconds of virtual time.
@@ -99,13 +103,13 @@ impl Kubelet {
 
     /// Pods that have one.
     pub fn running(&self) -> usize {
-        self.live().count()
+        self.sandboxes.values().filter(|s| matches!(s.stage, Stage::Running | Stage::Wiring)).count()
     }
 
-    /// Sandboxes whose pods use their addresses.
+    /// Sandboxes whose pods use their addresses, once for each address.
     pub fn live(&self) -> impl Iterator<Item = (&Sandbox, IpAddr)> {
-        let held = |sandbox: &Sandbox| matches!(sandbox.stage, Stage::Running | Stage::Wiring);
-        self.sandboxes.values().filter(move |s| held(s)).filter_map(|s| s.address.map(|address| (s, address)))
+        let held = |sandbox: &&Sandbox| matches!(sandbox.stage, Stage::Running | Stage::Wiring);
+        self.sandboxes.values().filter(held).flat_map(|s| s.addresses.iter().map(move |address| (s, *address)))
     }
 
     fn forget_old(&mut self) {
@@ -130,7 +134,8 @@ impl Node {
     pub(super) fn bind(&mut self, sky: &mut Sky, name: &str) -> u32 {
         self.kubelet.last_pod += 1;
         let number = self.kubelet.last_pod;
-        let pod = Pod { name: name.into(), wanted: true, sandbox: None, bound: sky.nanos, running: None };
+        let pod =
+            Pod { name: name.into(), wanted: true, every_card: false, sandbox: None, bound: sky.nanos, running: None };
         self.kubelet.pods.insert(number, pod);
         self.api.pods.insert(name.into(), kube::Pod { uid: format!("uid-{number}"), ..kube::Pod::default() });
         self.tell_pods(sky);
@@ -167,7 +172,9 @@ impl Node {
         let container = format!("n{}-s{id}", self.index);
         let key = PodKey { network: "aws-cni".into(), container, ifname: "eth0".into() };
         let (stage, asked) = (Stage::Asking, sky.nanos);
-        self.kubelet.sandboxes.insert(id, Sandbox { key, pod: number, stage, address: None, asked, ended: None });
+        self.kubelet
+            .sandboxes
+            .insert(id, Sandbox { key, pod: number, stage, addresses: Vec::new(), branch: false, asked, ended: None });
         self.kubelet.forget_old();
         self.later(sky, self.setup.latencies.rpc, Item::Add(id));
     }
@@ -182,9 +189,10 @@ impl Node {
         }
         let key = sandbox.key.clone();
         self.disk.spool.retain(|record| record.key != key); // as the plugin does
-        let pod = self.kubelet.pods.get(&sandbox.pod).map(|pod| pod.name.clone()).unwrap_or_default();
+        let pod = self.kubelet.pods.get(&sandbox.pod);
         let request = AddNetworkRequest {
-            pod_name: pod,
+            pod_name: pod.map(|pod| pod.name.clone()).unwrap_or_default(),
+            requires_multi_nic: pod.is_some_and(|pod| pod.every_card),
             pod_namespace: "default".into(),
             network_name: key.network,
             container_id: key.container,
@@ -203,6 +211,9 @@ impl Node {
             return self.replied(sky, Asked::Del(id), Answer::Error("connection refused".into()));
         }
         let request = DelNetworkRequest {
+            pod_name: self.kubelet.pods.get(&sandbox.pod).map(|pod| pod.name.clone()).unwrap_or_default(),
+            pod_namespace: "default".into(),
+            pod_uid: format!("uid-{}", sandbox.pod),
             network_name: sandbox.key.network.clone(),
             container_id: sandbox.key.container.clone(),
             if_name: sandbox.key.ifname.clone(),
@@ -227,7 +238,9 @@ impl Node {
     /// An answer reaches the plugin, or its connection breaks.
     pub(super) fn replied(&mut self, sky: &mut Sky, asked: Asked, answer: Answer) {
         match (asked, answer) {
-            (Asked::Add(id), Answer::Add(reply)) if reply.success => self.handed(sky, id, &reply.allocations),
+            (Asked::Add(id), Answer::Add(reply)) if reply.success => {
+                self.handed(sky, id, &reply.allocations, reply.pod_vlan_id != 0);
+            }
             (Asked::Add(id), Answer::Add(reply)) => self.refused(sky, id, &reply.failure),
             (Asked::Add(id), Answer::Error(text)) => self.refused(sky, id, &text),
             (Asked::Del(id), Answer::Del(reply)) if reply.success => {
@@ -235,9 +248,8 @@ impl Node {
             }
             (Asked::Del(id), Answer::Error(text)) if text.contains(UNKNOWN_POD) => {
                 // Only what the checkpoint gives to nobody else.
-                let own = self.kubelet.sandboxes.get(&id).and_then(|sandbox| sandbox.address);
-                let free = own.filter(|address| !self.given_on_disk(*address, id));
-                self.torn_down(sky, id, free.into_iter().collect());
+                let free = self.not_given_on_disk(id);
+                self.torn_down(sky, id, free);
             }
             (Asked::Del(id), Answer::Error(_)) => self.spooled(sky, id),
             (Asked::Del(id), _) => self.later(sky, self.setup.latencies.again, Item::Del(id)),
@@ -245,38 +257,56 @@ impl Node {
         }
     }
 
-    fn given_on_disk(&self, address: IpAddr, id: u64) -> bool {
-        let Some(sandbox) = self.kubelet.sandboxes.get(&id) else { return true };
-        let to_another = |checkpoint: &Checkpoint| {
-            checkpoint.allocations.iter().any(|a| a.address() == Some(address) && a.container != sandbox.key.container)
-        };
-        match self.disk.files.get(&0) {
-            Some(File::Whole(checkpoint)) => to_another(checkpoint),
-            Some(File::Text(text)) => Checkpoint::parse(text).map_or(true, |checkpoint| to_another(&checkpoint)),
-            None => true,
+    // The addresses of a sandbox that no checkpoint gives to somebody else; none if that cannot be known.
+    fn not_given_on_disk(&self, id: u64) -> Vec<IpAddr> {
+        let Some(sandbox) = self.kubelet.sandboxes.get(&id) else { return Vec::new() };
+        let others = |a: &&Allocation| a.container != sandbox.key.container;
+        let mut free: Vec<IpAddr> = sandbox.addresses.iter().copied().filter(|_| !self.disk.files.is_empty()).collect();
+        for file in self.disk.files.values() {
+            let parsed;
+            let checkpoint: &Checkpoint = match file {
+                File::Whole(checkpoint) => checkpoint,
+                File::Text(text) => match Checkpoint::parse(text) {
+                    Ok(checkpoint) => {
+                        parsed = checkpoint;
+                        &parsed
+                    }
+                    Err(_) => return Vec::new(),
+                },
+            };
+            let given = |address: &IpAddr| {
+                let mut entries = checkpoint.allocations.iter().filter(others);
+                entries.any(|a| a.address() == Some(*address))
+            };
+            free.retain(|address| !given(address));
         }
+        free
     }
 
-    fn handed(&mut self, sky: &mut Sky, id: u64, given: &[IpAllocation]) {
+    fn handed(&mut self, sky: &mut Sky, id: u64, given: &[IpAllocation], branch: bool) {
         let Some(sandbox) = self.kubelet.sandboxes.get_mut(&id) else { return };
         if sandbox.stage != Stage::Asking {
             return; // the runtime has given up this ADD
         }
         sky.waited(sandbox.asked);
-        let Some(address) = addresses(given).first().copied() else {
+        let given = addresses(given);
+        if given.is_empty() {
             return self.refused(sky, id, "no address");
-        };
+        }
         sandbox.stage = Stage::Wiring;
-        sandbox.address = Some(address);
-        self.later(sky, self.setup.latencies.plugin, Item::Wired(id, address));
+        (sandbox.addresses, sandbox.branch) = (given, branch);
+        self.later(sky, self.setup.latencies.plugin, Item::Wired(id));
     }
 
     /// The pod's network stands.
-    pub(super) fn wired(&mut self, sky: &mut Sky, id: u64, address: IpAddr) {
+    pub(super) fn wired(&mut self, sky: &mut Sky, id: u64) {
         let Some(sandbox) = self.kubelet.sandboxes.get_mut(&id).filter(|s| s.stage == Stage::Wiring) else { return };
         sandbox.stage = Stage::Running;
-        self.host.linked.insert(address);
-        self.host.routed.insert(address);
+        if !sandbox.branch {
+            // A branch ENI's rules go by its link and lead to no address.
+            self.host.linked.extend(&sandbox.addresses);
+            self.host.routed.extend(&sandbox.addresses);
+        }
         let Some(pod) = self.kubelet.pods.get_mut(&sandbox.pod) else { return };
         self.host.links.insert(veth(&pod.name), id);
         pod.running = Some(sky.nanos);
@@ -307,12 +337,12 @@ impl Node {
         let Some(sandbox) = self.kubelet.sandboxes.get_mut(&id) else { return };
         sandbox.stage = Stage::Gone;
         sandbox.ended.get_or_insert(sky.nanos);
-        let (address, number) = (sandbox.address.take(), sandbox.pod);
+        let (held, number) = (std::mem::take(&mut sandbox.addresses), sandbox.pod);
         let Some(pod) = self.kubelet.pods.get(&number) else { return };
         let link = veth(&pod.name);
         if self.host.links.get(&link) == Some(&id) {
             self.host.links.remove(&link);
-            if let Some(address) = address {
+            for address in held {
                 self.host.linked.remove(&address); // the kernel takes the route with the veth
             }
         }
@@ -325,13 +355,34 @@ impl Node {
     fn spooled(&mut self, sky: &mut Sky, id: u64) {
         let Some(sandbox) = self.kubelet.sandboxes.get(&id) else { return };
         let (key, time) = (sandbox.key.clone(), super::node::moment(sky.nanos, self.wall_shift).wall);
-        let own = sandbox.address.filter(|address| !self.given_on_disk(*address, id));
+        let own = self.not_given_on_disk(id);
         if self.disk.spool.len() < RECORDS_MAX {
             self.disk.spool.retain(|record| record.key != key);
             self.disk.spool.push(Record { key, pod: PodName::default(), uid: String::new(), time });
         }
-        self.torn_down(sky, id, own.into_iter().collect());
+        self.torn_down(sky, id, own);
         self.watch_spool(sky);
+    }
+
+    /// The host went down with every sandbox. The runtime deletes those that it still knows of; the kubelet starts the pods
+    /// anew.
+    pub(super) fn sandboxes_died(&mut self, sky: &mut Sky) {
+        let alive = |sandbox: &Sandbox| matches!(sandbox.stage, Stage::Asking | Stage::Wiring | Stage::Running);
+        let dead: Vec<u64> = self.kubelet.sandboxes.iter().filter(|(_, s)| alive(s)).map(|(id, _)| *id).collect();
+        for id in dead {
+            let Some(number) = self.kubelet.sandboxes.get(&id).map(|sandbox| sandbox.pod) else { continue };
+            self.end(sky, id);
+            if self.dice.below(2) == 0 {
+                self.kubelet.sandboxes.remove(&id); // the runtime's own memory is lost
+            }
+            let Some(pod) = self.kubelet.pods.get_mut(&number).filter(|pod| pod.sandbox == Some(id)) else { continue };
+            (pod.running, pod.sandbox) = (None, None);
+            if pod.wanted {
+                self.later(sky, self.setup.latencies.again, Item::Sandbox(number));
+            } else {
+                self.kubelet.pods.remove(&number);
+            }
+        }
     }
 
     /// The runtime asks for a sandbox's network or for its end once more; `running`: also for the network of a pod that

@@ -39,6 +39,9 @@ const EC2_ATTEMPTS: u32 = 3;
 /// How often the daemon looks into the spool.
 const SPOOL_EVERY: Duration = Duration::from_secs(5);
 
+/// The link of the ENI with device index 0 has this index, the others follow.
+const LINK: u32 = 2;
+
 /// Who decides on a node.
 #[derive(Debug)]
 pub enum Brain {
@@ -66,6 +69,8 @@ pub struct Setup {
 pub enum Happening {
     /// The daemon gave these addresses to a plugin.
     Handed(PodKey, Vec<IpAddr>),
+    /// The daemon told a plugin of the branch ENI that the pod's annotation describes.
+    Branch(PodKey, IpAddr),
     /// The daemon refused a plugin an address, for this reason.
     Refused(PodKey, String),
     /// The daemon told a plugin that the addresses of this key are free.
@@ -104,7 +109,7 @@ pub(super) enum Item {
     Sandbox(u32),
     Add(u64),
     Del(u64),
-    Wired(u64, IpAddr),
+    Wired(u64),
 }
 
 /// A checkpoint on disk.
@@ -192,6 +197,8 @@ pub struct Node {
     pub(super) last_call: CallId,
     wake: Option<Mono>,
     pods_untold: bool,
+    // The life in which a look into the spool is to come.
+    spool_watched: Option<u32>,
 }
 
 /// Virtual time begins here on the monotonic clock of every node: late enough that subtracting makes sense.
@@ -234,6 +241,7 @@ impl Node {
             last_call: 0,
             wake: None,
             pods_untold: false,
+            spool_watched: None,
         }
     }
 
@@ -332,6 +340,19 @@ impl Node {
         }
     }
 
+    /// The node reboots: no process, no pod and no rule is left, and nothing of what is kept in memory. `forgotten`: so are
+    /// the checkpoints, which lie in `/run` unless the operator has moved them.
+    pub fn reboot(&mut self, sky: &mut Sky, forgotten: bool) {
+        self.crash(sky);
+        self.note(|| "REBOOT".into(), sky.nanos);
+        self.host = Host::default();
+        self.disk.spool.clear();
+        if forgotten {
+            self.disk.files.clear();
+        }
+        self.sandboxes_died(sky);
+    }
+
     /// What the host shows.
     pub fn seen(&self) -> Seen {
         Seen {
@@ -404,6 +425,10 @@ impl Node {
         let (Asked::Add(id) | Asked::AddAgain(id) | Asked::Del(id)) = asked;
         let Some(key) = self.kubelet.sandboxes.get(&id).map(|sandbox| sandbox.key.clone()) else { return };
         let happening = match answer {
+            Answer::Add(reply) if reply.success && reply.pod_vlan_id != 0 => {
+                let Some(address) = addresses(&reply.allocations).first().copied() else { return };
+                Happening::Branch(key, address)
+            }
             Answer::Add(reply) if reply.success => Happening::Handed(key, addresses(&reply.allocations)),
             Answer::Add(reply) => Happening::Refused(key, reply.failure.clone()),
             Answer::Del(reply) if reply.success => Happening::Released(key, addresses(&reply.allocations)),
@@ -421,6 +446,8 @@ impl Node {
                 self.wake = None;
                 self.feed(sky, Event::Tick);
             }
+            // A dead process repeats nothing; what it has sent gets there.
+            Item::Ec2 { life, attempt, .. } if attempt > 1 && life != self.life => {}
             Item::Ec2 { life, op, call, attempt } => self.ec2(sky, life, op, call, attempt),
             Item::Imds(life, op, query) if life == self.life => self.imds(sky, op, &query),
             Item::Kernel(life, op, intent) if life == self.life => self.kernel(sky, op, intent),
@@ -430,6 +457,7 @@ impl Node {
                 self.feed(sky, Event::Seen(Ok(seen)));
             }
             Item::Spool(life) if life == self.life => {
+                self.spool_watched = None;
                 if !self.disk.spool.is_empty() {
                     let records = self.disk.spool.clone();
                     self.feed(sky, Event::Spool(records));
@@ -458,7 +486,7 @@ impl Node {
             Item::Sandbox(pod) => self.sandbox(sky, pod),
             Item::Add(sandbox) => self.add(sky, sandbox),
             Item::Del(sandbox) => self.del(sky, sandbox),
-            Item::Wired(sandbox, address) => self.wired(sky, sandbox, address),
+            Item::Wired(sandbox) => self.wired(sky, sandbox),
             // Meant for a process that is no more.
             Item::Core(..)
             | Item::Tick(..)
@@ -557,8 +585,10 @@ impl Node {
         for address in &intent.gone {
             self.host.routed.remove(address);
         }
+        let there = intent.enis.iter().filter(|eni| eni.trunk && !failed.contains_key(&eni.id));
+        let trunks = there.map(|eni| (eni.id.clone(), LINK + eni.device)).gather();
         sky.tell(self.index, Happening::Applied(intent));
-        self.feed(sky, Event::Kernel(op, Ok(Applied { failed, trunks: BTreeMap::new() })));
+        self.feed(sky, Event::Kernel(op, Ok(Applied { failed, trunks })));
     }
 
     fn write(&mut self, sky: &mut Sky, generation: u64) {
@@ -582,7 +612,9 @@ impl Node {
 
     // The daemon looks into the spool from time to time, as long as there is something in it.
     pub(super) fn watch_spool(&mut self, sky: &mut Sky) {
-        if self.brain.is_some() && !self.disk.spool.is_empty() {
+        let watched = self.spool_watched == Some(self.life);
+        if self.brain.is_some() && !self.disk.spool.is_empty() && !watched {
+            self.spool_watched = Some(self.life);
             self.later(sky, SPOOL_EVERY, Item::Spool(self.life));
         }
     }

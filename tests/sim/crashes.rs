@@ -3,6 +3,8 @@
 
 use crate::judge::Judge;
 use crate::schedule::settings;
+use crate::world::{self, Controller, Pairs, Sort};
+use enibox::model::ids::SubnetId;
 use enibox::sim::conditions::{Latencies, WriteFate};
 use enibox::sim::fleet::Fleet;
 use enibox::sim::node::Setup;
@@ -11,21 +13,21 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-type Settings = &'static [(&'static str, &'static str)];
-
 struct Scenario {
     name: &'static str,
+    sort: Sort,
     kind: &'static str,
-    settings: Settings,
+    settings: Pairs,
     script: fn(&mut Script),
 }
 
-const PREFIXES: Settings = &[("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "1")];
+const PREFIXES: Pairs = &[("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_PREFIX_TARGET", "1")];
 
-const SCENARIOS: [Scenario; 7] = [
-    Scenario { name: "first ADD", kind: "t3.small", settings: &[], script: |script| script.pods(1) },
+const SCENARIOS: [Scenario; 11] = [
+    Scenario { name: "first ADD", sort: Sort::Plain, kind: "t3.small", settings: &[], script: |script| script.pods(1) },
     Scenario {
         name: "ENI growth",
+        sort: Sort::Plain,
         kind: "t3.small",
         settings: &[],
         script: |script| {
@@ -35,6 +37,7 @@ const SCENARIOS: [Scenario; 7] = [
     },
     Scenario {
         name: "prefix growth",
+        sort: Sort::Plain,
         kind: "t3.nano",
         settings: PREFIXES,
         script: |script| {
@@ -44,6 +47,7 @@ const SCENARIOS: [Scenario; 7] = [
     },
     Scenario {
         name: "release of ENIs",
+        sort: Sort::Plain,
         kind: "t3.small",
         settings: &[],
         script: |script| {
@@ -54,6 +58,7 @@ const SCENARIOS: [Scenario; 7] = [
     },
     Scenario {
         name: "release of addresses",
+        sort: Sort::Plain,
         kind: "m5.large",
         settings: &[("WARM_IP_TARGET", "1"), ("MINIMUM_IP_TARGET", "2")],
         script: |script| {
@@ -64,6 +69,7 @@ const SCENARIOS: [Scenario; 7] = [
     },
     Scenario {
         name: "DEL",
+        sort: Sort::Plain,
         kind: "m5.large",
         settings: &[],
         script: |script| {
@@ -73,6 +79,7 @@ const SCENARIOS: [Scenario; 7] = [
     },
     Scenario {
         name: "restart",
+        sort: Sort::Plain,
         kind: "t3.small",
         settings: &[],
         script: |script| {
@@ -82,11 +89,56 @@ const SCENARIOS: [Scenario; 7] = [
             script.pods(1);
         },
     },
+    Scenario {
+        name: "IPv6",
+        sort: Sort::V6,
+        kind: "t3.small",
+        settings: &world::SIX,
+        script: |script| {
+            script.pods(2);
+            script.delete(1);
+        },
+    },
+    Scenario {
+        name: "custom networking",
+        sort: Sort::Custom,
+        kind: "t3.small",
+        settings: &[world::CUSTOM],
+        script: |script| {
+            script.minutes(1);
+            script.pods(4);
+            script.delete(2);
+        },
+    },
+    Scenario {
+        name: "two cards",
+        sort: Sort::Cards,
+        kind: world::TWO_CARDS,
+        settings: &[world::MULTI_NIC],
+        script: |script| {
+            script.pods(4);
+            script.delete(2);
+        },
+    },
+    Scenario {
+        name: "branch ENIs",
+        sort: Sort::Branch,
+        kind: "m5.large",
+        settings: &[world::POD_ENI_ON],
+        script: |script| {
+            script.minutes(1);
+            script.pods(3);
+            script.delete(2);
+        },
+    },
 ];
 
 struct Script {
     fleet: Fleet,
     judge: Judge,
+    controller: Controller,
+    subnet: SubnetId,
+    sort: Sort,
     pods: Vec<u32>,
     named: u32,
 }
@@ -96,7 +148,11 @@ impl Script {
         let mut vpc = Vpc::new("eu-west-1", vec!["10.20.0.0/16".parse().unwrap()], 7);
         vpc.count_only();
         let group = vpc.add_group();
-        let subnet = vpc.add_subnet("eu-west-1a", "10.20.0.0/22".parse().unwrap(), None, &[]);
+        vpc.add_type(world::two_cards());
+        let v6 = (scenario.sort == Sort::V6).then(|| "2001:db8:0:1::/64".parse().unwrap());
+        let subnet = vpc.add_subnet("eu-west-1a", "10.20.0.0/22".parse().unwrap(), v6, &[]);
+        let other = (scenario.sort == Sort::Custom)
+            .then(|| vpc.add_subnet("eu-west-1a", "10.20.64.0/22".parse().unwrap(), None, &[]));
         vpc.knobs.detach_time = Duration::from_secs(1);
         vpc.knobs.imds_lag = Duration::from_millis(700);
         for action in crate::schedule::ACTIONS {
@@ -108,10 +164,12 @@ impl Script {
         let latencies = Latencies { jitter_percent: 0, ..Latencies::default() };
         let setup = Setup { settings: settings(scenario.settings), original: false, latencies, logged: true };
         fleet.add(instance, setup, 11).unwrap();
+        world::prepare(&mut fleet, scenario.sort, other.as_ref().unwrap_or(&subnet));
         if let Some((at, fate)) = crash {
             (fleet.nodes[0].crash_at, fleet.nodes[0].write_fate) = (Some(at), fate);
         }
-        let mut script = Script { fleet, judge: Judge::default(), pods: Vec::new(), named: 0 };
+        let (judge, controller, sort) = (Judge::new(scenario.sort), Controller::default(), scenario.sort);
+        let mut script = Script { fleet, judge, controller, subnet, sort, pods: Vec::new(), named: 0 };
         script.fleet.start(0);
         script
     }
@@ -133,14 +191,21 @@ impl Script {
     }
 
     fn minutes(&mut self, minutes: u64) {
-        self.pass(Duration::from_mins(minutes));
+        for _ in 0..minutes * 4 {
+            self.pass(Duration::from_secs(15));
+            self.controller.work(&mut self.fleet, &self.subnet);
+        }
     }
 
     fn pods(&mut self, count: u32) {
         for _ in 0..count {
             self.named += 1;
-            let pod = self.fleet.bind(0, &format!("pod-{}", self.named));
+            let name = format!("pod-{}", self.named);
+            let pod = self.fleet.bind(0, &name);
             self.pods.push(pod);
+            let node = &mut self.fleet.nodes[0];
+            node.kubelet.pods.get_mut(&pod).unwrap().every_card = self.sort == Sort::Cards;
+            node.api.pods.get_mut(&name).unwrap().wants_branch = self.sort == Sort::Branch && pod % 2 == 1;
         }
         self.minutes(1);
     }
@@ -158,7 +223,7 @@ fn run(scenario: &Scenario, crash: Option<(u64, WriteFate)>, told: &mut Option<S
     (scenario.script)(script);
     let effects = script.fleet.nodes[0].effects;
     script.minutes(15);
-    script.judge.at_rest(&script.fleet);
+    script.judge.at_rest(&mut script.fleet);
     effects
 }
 

@@ -1,14 +1,16 @@
 //! What must hold after every step of every node, whatever happens to it, and what must hold at the end.
 
+use crate::world::{Sort, held_by, managed};
 use enibox::model::checkpoint::Checkpoint;
-use enibox::model::ec2::Interface;
+use enibox::model::ec2::{Call, Interface};
 use enibox::model::ids::{EniId, PodKey};
+use enibox::model::kube::POD_ENI;
 use enibox::model::naming;
 use enibox::plan::core::Core;
 use enibox::plan::host::Intent;
 use enibox::sim::fleet::Fleet;
 use enibox::sim::kubelet::Stage;
-use enibox::sim::node::{File, Happening, Node, carried};
+use enibox::sim::node::{File, Happening, Node, carried, mutates};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -17,6 +19,9 @@ use std::time::Duration;
 /// How long the daemon may go on giving out an address that somebody else has taken away in EC2: two observations, the
 /// second at the next look of its own, with IMDS and EC2 late.
 pub const FOREIGN: u64 = 15 * 60 * 1_000_000_000;
+
+/// After this long the clean-up has come round to everything, be it on the second time.
+const CLEANED: Duration = Duration::from_hours(5);
 
 /// Remembers what the daemon promised.
 #[derive(Default)]
@@ -27,6 +32,13 @@ pub struct Judge {
     ended: BTreeMap<PodKey, u64>,
     // Addresses that somebody else took away in EC2, and when.
     foreign: BTreeMap<IpAddr, u64>,
+    // The same for IPv6 prefixes, which nobody can count.
+    foreign_prefixes: Vec<(IpNet, u64)>,
+    // What is on disk was not compared with the pool yet.
+    unread: bool,
+    sort: Option<Sort>,
+    /// ENIs that are none of the node's: it may look at them, and that is all.
+    pub strangers: BTreeSet<EniId>,
     // Tables of the pods' addresses as the kernel was told last, by node.
     tables: BTreeMap<u32, BTreeMap<IpAddr, u32>>,
     // What the node gave back, and when.
@@ -38,11 +50,17 @@ pub struct Judge {
 }
 
 impl Judge {
+    /// Of a node of this sort.
+    pub fn new(sort: Sort) -> Judge {
+        Judge { sort: Some(sort), ..Judge::default() }
+    }
+
     /// Somebody else takes these away in EC2.
     pub fn taken_by_others(&mut self, nets: &[IpNet], nanos: u64) {
         for net in nets {
-            for address in addresses(net) {
-                self.foreign.insert(address, nanos);
+            match net {
+                IpNet::V4(_) => self.foreign.extend(addresses(net).into_iter().map(|address| (address, nanos))),
+                IpNet::V6(_) => self.foreign_prefixes.push((*net, nanos)),
             }
         }
     }
@@ -63,6 +81,13 @@ impl Judge {
         for at in self.ended.values_mut() {
             *at = 0;
         }
+    }
+
+    /// Whether the checkpoint knows of every pod of a node.
+    pub fn recorded(node: &Node) -> bool {
+        let disk = on_disk(node);
+        let mut pooled = node.kubelet.live().filter(|(sandbox, _)| !sandbox.branch);
+        pooled.all(|(sandbox, address)| disk.get(&address) == Some(&sandbox.key))
     }
 
     /// Looks at everything that happened in the last step.
@@ -87,14 +112,65 @@ impl Judge {
                         self.lose_checkpoint();
                     }
                 }
+                Happening::Branch(key, address) => branched(node, &key, address),
                 Happening::Applied(intent) => self.applied(fleet, node, &intent),
-                Happening::Refused(..) | Happening::Called(_) | Happening::Saved | Happening::Crashed => {}
+                Happening::Called(call) => self.called(fleet, node, &call),
+                Happening::Saved => self.unread = true,
+                Happening::Refused(..) | Happening::Crashed => {}
             }
+            self.forget_foreign(fleet.nanos());
             // An address that others took away and a pod uses is kept beside what came in its place.
-            if let Some(core) = fleet.nodes[index as usize].core().filter(|_| self.foreign.is_empty()) {
+            if let Some(core) = fleet.nodes[index as usize]
+                .core()
+                .filter(|_| self.foreign.is_empty() && self.foreign_prefixes.is_empty())
+            {
                 limits(core, &fleet.nodes[index as usize]);
             }
         }
+        for node in &fleet.nodes {
+            if let Some(core) = node.core().filter(|core| self.unread && core.quiet()) {
+                self.unread = false;
+                let pool: BTreeMap<IpAddr, PodKey> =
+                    core.pool().allocations().map(|held| (held.address, held.owner.key.clone())).collect();
+                assert_eq!(pool, on_disk(node), "the pool (left) and the checkpoint of a node at rest");
+            }
+        }
+    }
+
+    // What others took away is an excuse for a while, and for as long as a pod uses it.
+    fn forget_foreign(&mut self, nanos: u64) {
+        if self.foreign.values().any(|at| nanos - at >= FOREIGN) {
+            let mut foreign = std::mem::take(&mut self.foreign);
+            foreign.retain(|address, at| nanos - *at < FOREIGN || self.in_use(*address).is_some());
+            self.foreign = foreign;
+        }
+    }
+
+    // Nothing of others is touched, and what must not be called is not.
+    fn called(&self, fleet: &Fleet, node: &Node, call: &Call) {
+        let settings = &node.setup.settings;
+        assert!(!settings.imds_only, "{call:?} in IMDS-only mode");
+        assert!(!settings.read_only() || !mutates(call), "{call:?} with provisioning disabled");
+        let of_attachment = |attachment| fleet.sky.vpc.attachment(attachment);
+        let touched = match call {
+            Call::Detach(attachment) => of_attachment(attachment),
+            Call::Attach { eni, .. }
+            | Call::DeleteOnTermination { eni, .. }
+            | Call::ModifyGroups { eni, .. }
+            | Call::CreateTags { eni, .. }
+            | Call::Assign { eni, .. }
+            | Call::AssignIpv6Prefix(eni)
+            | Call::UnassignAddresses { eni, .. }
+            | Call::UnassignPrefixes { eni, .. }
+            | Call::Delete(eni) => Some(eni),
+            _ => None,
+        };
+        let Some(eni) = touched else { return };
+        assert!(!self.strangers.contains(eni), "{call:?}: the ENI is none of ours");
+        let trunk = fleet.sky.vpc.interface(eni).is_some_and(|eni| eni.interface_type == "trunk");
+        // What somebody has assigned to it is of no use to pods, and may be given back.
+        let harmless = matches!(call, Call::UnassignAddresses { .. } | Call::UnassignPrefixes { .. });
+        assert!(!trunk || harmless, "{call:?}: the trunk is the resource controller's");
     }
 
     fn in_use(&self, address: IpAddr) -> Option<&PodKey> {
@@ -117,8 +193,12 @@ impl Judge {
         let lately = |at: &u64| nanos - at < FOREIGN;
         let detached = self.foreign_enis.iter().filter(|(_, at)| lately(at));
         let mut detached = detached.filter_map(|(id, _)| fleet.sky.vpc.interface(id));
-        let lately = self.foreign.get(&address).is_some_and(lately) || detached.any(|eni| holds(eni, address));
-        assert!(known || lately, "EC2 does not have {address} on this node, which is given to {key}");
+        let prefix = self.foreign_prefixes.iter().any(|(net, at)| net.contains(&address) && lately(at));
+        let lately =
+            prefix || self.foreign.get(&address).is_some_and(lately) || detached.any(|eni| holds(eni, address));
+        // Who asks again is told the same again: a pod that runs keeps what others took.
+        let again = self.given.get(&address).is_some_and(|(_, had)| had == key);
+        assert!(known || lately || again, "EC2 does not have {address} on this node, which is given to {key}");
         // An ADD that was given up meanwhile may be answered when its release is durable already.
         let durable = on_disk(node).get(&address).is_some_and(|owner| owner == key);
         assert!(durable || self.ended.contains_key(key), "{address} is given to {key}, but not durably");
@@ -128,7 +208,8 @@ impl Judge {
     // An ADD that arrived after this DEL and before its answer, repeated by the runtime, may have been given another
     // address and be durable already: the key stands on disk, but not with anything that it was told of before.
     fn released(&self, node: &Node, key: &PodKey, addresses: &[IpAddr]) {
-        assert!(!addresses.is_empty(), "a DEL of {key} succeeds without an address");
+        // A pod with a branch ENI is gone with it.
+        assert!(!addresses.is_empty() || self.sort == Some(Sort::Branch), "a DEL of {key} succeeds without an address");
         let told = |address: &IpAddr| self.given.get(address).is_some_and(|(_, owner)| owner == key);
         let left = on_disk(node)
             .into_iter()
@@ -162,15 +243,21 @@ impl Judge {
     }
 
     /// What must hold once all trouble is over and the node has come to rest.
-    pub fn at_rest(&self, fleet: &Fleet) {
+    pub fn at_rest(&mut self, fleet: &mut Fleet) {
+        let attached = self.rests(fleet);
+        self.no_orphans(fleet, &attached);
+    }
+
+    fn rests(&self, fleet: &Fleet) -> BTreeSet<EniId> {
         let mut attached = BTreeSet::new();
         for node in &fleet.nodes {
             let core = node.core().expect("the daemon runs");
             let waiting: Vec<_> =
                 node.kubelet.pods.values().filter(|pod| pod.wanted && pod.running.is_none()).collect();
             assert!(waiting.is_empty(), "pods without a network: {waiting:?}");
+            let pooled = node.kubelet.live().filter(|(sandbox, _)| !sandbox.branch);
             let living: BTreeMap<IpAddr, PodKey> =
-                node.kubelet.live().map(|(sandbox, address)| (address, sandbox.key.clone())).collect();
+                pooled.map(|(sandbox, address)| (address, sandbox.key.clone())).collect();
             let pool: BTreeMap<IpAddr, PodKey> =
                 core.pool().allocations().map(|held| (held.address, held.owner.key.clone())).collect();
             assert_eq!(named(pool, &living), living, "the pool (left) and the living pods");
@@ -181,30 +268,60 @@ impl Judge {
             }
             let ending = node.kubelet.sandboxes.values().find(|s| !matches!(s.stage, Stage::Running | Stage::Gone));
             assert!(ending.is_none(), "a sandbox is not done with: {ending:?}");
-            let held: BTreeSet<(String, IpNet)> =
+            let v6 = node.setup.settings.enable_ipv6;
+            let mut held: BTreeSet<(String, IpNet)> =
                 core.pool().enis().flat_map(|(id, eni)| eni.cidrs().map(|(net, _)| (id.0.clone(), *net))).collect();
             let mut truth: BTreeSet<(String, IpNet)> = BTreeSet::new();
             for eni in fleet.sky.vpc.attached_to(&node.instance) {
                 attached.insert(eni.id.clone());
-                let managed = eni.tags.get("node.k8s.amazonaws.com/no_manage").is_none_or(|value| value != "true");
-                if managed {
-                    truth.extend(carried(eni).into_iter().map(|net| (eni.id.0.clone(), net)));
-                    assert!(core.pool().eni(&eni.id).is_some(), "{} is attached and not in the pool", eni.id);
+                if managed(eni, node) && (!v6 || !eni.ipv6s.is_empty()) {
+                    truth.extend(held_by(eni, v6).into_iter().map(|net| (eni.id.0.clone(), net)));
+                    // Of several IPv6 prefixes any one will do.
+                    let one = |net: &IpNet| held.contains(&(eni.id.0.clone(), *net));
+                    if let Some(used) = eni.v6_prefixes.iter().find(|net| one(net)).filter(|_| v6) {
+                        held.remove(&(eni.id.0.clone(), *used));
+                        held.extend(held_by(eni, v6).into_iter().map(|net| (eni.id.0.clone(), net)));
+                    }
+                    assert!(
+                        core.pool().eni(&eni.id).is_some() || !node.ready,
+                        "{} is attached and not in the pool",
+                        eni.id
+                    );
                 }
             }
-            assert_eq!(held, truth, "the pool (left) and EC2");
+            // A node that may not get the ENI for its pods does not become ready, and has nothing to keep in step.
+            assert!(held == truth || !node.ready, "the pool {held:?} and EC2 {truth:?}");
             assert!(node.disk.spool.is_empty(), "records are left in the spool");
             let text = node.disk.files.get(&0).map(File::text).unwrap_or_default();
             let own = Checkpoint::parse(&text).unwrap().enibox.unwrap_or_default();
             assert!(own.creating.is_empty() && own.freeing.is_empty(), "an intent is left: {own:?}");
         }
-        // What others detached, and what an intent was lost for, is left to the clean-up, which comes round every hour or so.
-        let ours = |i: &&Interface| {
-            i.tags.contains_key("node.k8s.amazonaws.com/instance_id") && !self.foreign_enis.contains_key(&i.id)
+        attached
+    }
+
+    // Only what others detached and what an intent was lost for is left to the clean-up, which comes round every hour or
+    // so, where there is one.
+    fn no_orphans(&mut self, fleet: &mut Fleet, attached: &BTreeSet<EniId>) {
+        let orphans = |fleet: &Fleet| {
+            let made = fleet.sky.vpc.interfaces().filter(|i| i.description.starts_with("aws-K8S-"));
+            made.filter(|i| !attached.contains(&i.id)).map(|i| i.id.clone()).collect::<Vec<_>>()
         };
-        let orphans: Vec<_> =
-            fleet.sky.vpc.interfaces().filter(ours).filter(|i| !attached.contains(&i.id)).map(|i| &i.id).collect();
-        assert!(orphans.is_empty() || self.checkpoint_lost, "leaked ENIs: {orphans:?}");
+        let found = orphans(fleet);
+        let explained = |id: &EniId| self.checkpoint_lost || self.foreign_enis.contains_key(id);
+        let leaked: Vec<_> = found.iter().filter(|id| !explained(id)).collect();
+        assert!(leaked.is_empty(), "leaked ENIs: {leaked:?}");
+        if !found.is_empty() && fleet.nodes.iter().all(|node| node.ready && node.setup.settings.cleans_leaked_enis()) {
+            self.pass(fleet, CLEANED);
+            let left = orphans(fleet);
+            assert!(left.is_empty(), "ENIs that no clean-up deletes: {left:?}");
+        }
+    }
+
+    fn pass(&mut self, fleet: &mut Fleet, time: Duration) {
+        let until = fleet.nanos() + u64::try_from(time.as_nanos()).unwrap();
+        while fleet.step(until) {
+            self.look(fleet);
+        }
     }
 
     /// Nothing happens in EC2 any more, but for the hourly look for leaked ENIs.
@@ -213,17 +330,14 @@ impl Judge {
         let calls = |fleet: &Fleet| {
             let mut calls = fleet.sky.vpc.journal().counts().clone();
             let looks = calls.remove("DescribeNetworkInterfaces").unwrap_or(0);
-            calls.remove("DeleteNetworkInterface"); // of leftovers: `at_rest` says which there may be
             (calls, looks)
         };
         let (before, looks) = calls(fleet);
-        let until = fleet.nanos() + u64::try_from(time.as_nanos()).unwrap();
-        while fleet.step(until) {
-            self.look(fleet);
-        }
+        self.pass(fleet, time);
         let (after, looked) = calls(fleet);
         assert_eq!(after, before, "calls to EC2 although nothing happens");
-        assert!(looked <= looks + 1, "{} looks at EC2 although nothing happens", looked - looks);
+        let cleans = fleet.nodes.iter().filter(|node| node.setup.settings.cleans_leaked_enis()).count() as u64;
+        assert!(looked <= looks + cleans, "{} looks at EC2 although nothing happens", looked - looks);
     }
 }
 
@@ -243,7 +357,7 @@ fn addresses(net: &IpNet) -> Vec<IpAddr> {
             let (first, last) = (u32::from(net.network()), u32::from(net.broadcast()));
             (first..=last).map(|ip| IpAddr::V4(ip.into())).collect()
         }
-        IpNet::V6(net) => vec![IpAddr::V6(net.addr())],
+        IpNet::V6(_) => Vec::new(), // too many to count
     }
 }
 
@@ -274,9 +388,22 @@ fn on_disk(node: &Node) -> BTreeMap<IpAddr, PodKey> {
     all
 }
 
+// A branch ENI is told of as the pod's annotation describes it, as long as there is the pod.
+fn branched(node: &Node, key: &PodKey, address: IpAddr) {
+    let sandbox = node.kubelet.sandboxes.values().find(|sandbox| sandbox.key == *key);
+    let name = sandbox.and_then(|sandbox| node.kubelet.pods.get(&sandbox.pod)).map(|pod| &pod.name);
+    if let Some(pod) = name.and_then(|name| node.api.pods.get(name)) {
+        let told = pod.annotations.get(POD_ENI).is_some_and(|text| text.contains(&format!("\"{address}\"")));
+        assert!(pod.wants_branch && told, "{key} is given the branch ENI of {address}: {pod:?}");
+    }
+}
+
 fn limits(core: &Core, node: &Node) {
     let (enis, slots) = core.room();
-    assert!(core.pool().enis().count() <= enis.max(node.limits.enis as usize), "more ENIs than the type takes");
+    assert!(
+        core.pool().enis().count() <= enis.max(node.limits.cards.iter().sum::<u32>() as usize),
+        "more ENIs than the type takes"
+    );
     for (id, eni) in core.pool().enis() {
         assert!(eni.cidr_count() <= slots, "more CIDRs on {id} than fit");
     }

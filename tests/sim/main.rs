@@ -12,6 +12,8 @@
 mod crashes;
 mod judge;
 mod schedule;
+mod trouble;
+mod world;
 
 use enibox::clock;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -104,7 +106,8 @@ fn main() -> ExitCode {
                 return ExitCode::FAILURE;
             }
             let since = clock::instant();
-            for seed in 1.. {
+            // Narrow and wide ones in turn.
+            for seed in (1..schedule::WIDE).flat_map(|n| [n, schedule::WIDE + n]) {
                 if since.elapsed() > BOUNDED || sum.failed.len() >= FAILURES_MAX {
                     break;
                 }

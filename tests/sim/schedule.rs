@@ -1,6 +1,7 @@
 //! A random schedule: a node, its pods, its neighbours and all the trouble they can have, decided by one number.
 
 use crate::judge::{FOREIGN, Judge};
+use crate::world::{self, Controller, Pairs, Sort};
 use enibox::model::ec2::{Call, Count};
 use enibox::model::ids::SubnetId;
 use enibox::model::settings::Settings;
@@ -53,17 +54,28 @@ const CODES: [(&str, u16); 22] = [
     ("ServiceUnavailable", 503),
 ];
 
-/// What a schedule may do: everything, or only what cannot take anything from a pod.
+/// Schedules from this number on draw from all modes, those before it from addresses and prefixes alone.
+pub const WIDE: u64 = 100_000;
+
+/// The tag by which a subnet is for pods or not.
+pub const ROLE: &str = "kubernetes.io/role/cni";
+
+/// A node's life and everything around it.
 pub struct Life {
     pub fleet: Fleet,
     pub judge: Judge,
-    dice: Random,
-    subnet: SubnetId,
+    pub dice: Random,
+    // That of the node, then others of its zone.
+    pub subnets: Vec<SubnetId>,
     pods: u32,
-    most: usize,
+    pub most: usize,
+    // Of narrow schedules only the plain sort is.
+    pub sort: Sort,
+    pub wide: bool,
+    pub controller: Controller,
     /// What was done, for the log of a failure.
     pub story: Vec<String>,
-    crashes: u64,
+    pub crashes: u64,
 }
 
 /// What one schedule was.
@@ -78,7 +90,7 @@ pub fn settings(pairs: &[(&str, &str)]) -> Rc<Settings> {
     Rc::new(Settings::parse(lookup).0)
 }
 
-fn pick<'a, T>(dice: &mut Random, from: &'a [T]) -> &'a T {
+pub fn pick<'a, T>(dice: &mut Random, from: &'a [T]) -> &'a T {
     &from[usize::try_from(dice.below(from.len() as u64)).unwrap()]
 }
 
@@ -94,31 +106,54 @@ const MODES: [&[(&str, &str)]; 8] = [
     &[("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_IP_TARGET", "3"), ("MINIMUM_IP_TARGET", "6")],
 ];
 
+fn wide_kind(dice: &mut Random) -> (Sort, &'static str, Pairs) {
+    if dice.below(3) == 0 {
+        let kind = *pick(dice, &["t3.small", "m5.large", "t3.medium", "t3.nano"]);
+        return (Sort::Plain, kind, *pick(dice, &world::PLAIN));
+    }
+    let kind = pick(dice, &world::SPECIAL);
+    (kind.sort, *pick(dice, kind.types), kind.settings)
+}
+
 impl Life {
     fn new(seed: u64) -> Life {
         let mut dice = Random::new(seed);
         for _ in 0..4 {
             dice.bits(); // neighbouring seeds start alike
         }
-        let kind = *pick(&mut dice, &["t3.small", "m5.large", "t3.medium", "t3.nano"]);
-        let mode = *pick(&mut dice, &MODES);
+        let wide = seed >= WIDE;
+        let (sort, kind, mode) = if wide {
+            wide_kind(&mut dice)
+        } else {
+            (Sort::Plain, *pick(&mut dice, &["t3.small", "m5.large", "t3.medium", "t3.nano"]), *pick(&mut dice, &MODES))
+        };
         let mut vpc = Vpc::new("eu-west-1", vec!["10.20.0.0/16".parse().unwrap()], seed);
         vpc.count_only();
+        vpc.add_type(world::two_cards());
         let group = vpc.add_group();
         let cidr = *pick(&mut dice, &["10.20.0.0/24", "10.20.0.0/22", "10.20.0.0/20"]);
-        let subnet = vpc.add_subnet("eu-west-1a", cidr.parse().unwrap(), None, &[]);
+        let v6 = (sort == Sort::V6).then(|| "2001:db8:0:1::/64".parse().unwrap());
+        let mut subnets = vec![vpc.add_subnet("eu-west-1a", cidr.parse().unwrap(), v6, &[])];
+        if wide {
+            for cidr in ["10.20.64.0/20", "10.20.80.0/24"] {
+                subnets.push(vpc.add_subnet("eu-west-1a", cidr.parse().unwrap(), None, &[]));
+            }
+        }
         let mut fleet = Fleet::new(vpc);
-        let instance = fleet.sky.vpc.launch(fleet.now(), kind, &subnet, &[group]).unwrap();
+        let instance = fleet.sky.vpc.launch(fleet.now(), kind, &subnets[0], &[group]).unwrap();
         fleet.sky.watched = true;
         let mut latencies = Latencies { jitter_percent: *pick(&mut dice, &[0, 20, 300]), ..Latencies::default() };
         latencies.link = Duration::from_millis(*pick(&mut dice, &[0, 200, 5000]));
         latencies.disk = Duration::from_millis(*pick(&mut dice, &[1, 20, 300]));
         let setup = Setup { settings: settings(mode), original: false, latencies, logged: true };
         let node = fleet.add(instance, setup, dice.bits()).unwrap();
-        let limits = fleet.nodes[node].limits.clone();
-        let most = ((limits.enis * limits.slots_per_eni()) as usize).min(14);
+        if wide {
+            world::prepare(&mut fleet, sort, &subnets[1]);
+        }
+        let most = world::capacity(&fleet.sky.vpc, &fleet.nodes[node], sort);
         let story = vec![format!("{kind} {mode:?} {cidr} at most {most} pods")];
-        let mut life = Life { fleet, judge: Judge::default(), dice, subnet, pods: 0, most, story, crashes: 0 };
+        let (judge, controller) = (Judge::new(sort), Controller::default());
+        let mut life = Life { fleet, judge, dice, subnets, pods: 0, most, sort, wide, controller, story, crashes: 0 };
         for action in ACTIONS {
             let delay = life.dice.below(400);
             life.fleet.sky.vpc.knobs.action(action).delay = Duration::from_millis(delay);
@@ -128,11 +163,11 @@ impl Life {
         life
     }
 
-    fn tell(&mut self, text: impl Into<String>) {
+    pub fn tell(&mut self, text: impl Into<String>) {
         self.story.push(format!("{:>9} ms {}", self.fleet.nanos() / 1_000_000, text.into()));
     }
 
-    fn pass(&mut self, time: Duration) {
+    pub fn pass(&mut self, time: Duration) {
         let until = self.fleet.nanos() + u64::try_from(time.as_nanos()).unwrap();
         while self.fleet.step(until) {
             self.judge.look(&mut self.fleet);
@@ -187,7 +222,8 @@ impl Life {
                 self.pods += 1;
                 let name = format!("pod-{}", self.pods);
                 self.tell(format!("bind {name}"));
-                self.fleet.bind(0, &name);
+                let number = self.fleet.bind(0, &name);
+                self.ask_for_more(number, &name);
             }
         }
     }
@@ -235,6 +271,8 @@ impl Life {
     fn lie(&mut self) {
         let now = self.fleet.now();
         let lie = match self.dice.below(8) {
+            // Without EC2 nobody can tell what is out of date.
+            4 if self.fleet.nodes[0].setup.settings.imds_only => Lie::Empty,
             0 => Lie::Empty,
             1 => Lie::OmitEni(usize::try_from(self.dice.below(3)).unwrap()),
             2 => Lie::OmitAddresses,
@@ -276,13 +314,14 @@ impl Life {
                 addresses: vec![*pick(&mut self.dice, &eni.secondary_ipv4s)],
             },
             1 => match &eni.attachment {
-                Some(at) if at.device > 0 => Call::Detach(at.id.clone()),
+                Some(at) if at.device > 0 && eni.interface_type != "trunk" => Call::Detach(at.id.clone()),
                 _ => return,
             },
             2 => Call::Assign { eni: eni.id.clone(), count: Count::Addresses(1) },
             3 => Call::CreateTags { eni: eni.id.clone(), tags: BTreeMap::from([("team".into(), "blue".into())]) },
             4 => {
-                let Ok(eni) = self.fleet.sky.vpc.add_interface(now, &self.subnet, "by hand", &BTreeMap::new()) else {
+                let Ok(eni) = self.fleet.sky.vpc.add_interface(now, &self.subnets[0], "by hand", &BTreeMap::new())
+                else {
                     return;
                 };
                 let device = u32::try_from(enis.len() + 3).unwrap();
@@ -300,17 +339,14 @@ impl Life {
             Call::Detach(_) => carried(&eni),
             _ => Vec::new(),
         };
-        // As a person would: with EC2 in order.
-        let planned = std::mem::take(&mut self.fleet.sky.vpc.knobs.action(call.action()).next);
-        let outcome = self.fleet.sky.vpc.execute(now, &call).result;
-        self.fleet.sky.vpc.knobs.action(call.action()).next = planned;
-        if outcome.is_ok() && matches!(call, Call::Detach(_)) {
+        let done = world::by_hand(&mut self.fleet, &call);
+        if done && matches!(call, Call::Detach(_)) {
             self.judge.foreign_enis.insert(eni.id.clone(), self.fleet.nanos());
         }
-        if outcome.is_ok() {
+        if done {
             self.judge.taken_by_others(&lost, self.fleet.nanos());
         }
-        self.tell(format!("others: {call:?} -> {}", if outcome.is_ok() { "done" } else { "refused" }));
+        self.tell(format!("others: {call:?} -> {}", if done { "done" } else { "refused" }));
     }
 
     // The checkpoint is lost or damaged while no process runs.
@@ -352,6 +388,9 @@ impl Life {
         node.faults = enibox::sim::conditions::Faults::default();
         node.crash_at = None;
         node.api.node.unschedulable = false;
+        for subnet in &self.subnets {
+            self.fleet.sky.vpc.tag_subnet(subnet, ROLE, None);
+        }
         let knobs = &mut self.fleet.sky.vpc.knobs;
         (knobs.imds_lag, knobs.describe_lag) = (Duration::ZERO, Duration::ZERO);
         for action in ACTIONS {
@@ -371,13 +410,16 @@ impl Life {
 
     // Pods whose address somebody took away never work again; their owner deletes them.
     fn mend(&mut self) {
+        self.controller.work(&mut self.fleet, &self.subnets[0]);
         let node = &self.fleet.nodes[0];
         let carried: Vec<_> = self.fleet.sky.vpc.attached_to(&node.instance).flat_map(carried).collect();
-        let dead = node.kubelet.live().filter(|(_, address)| !carried.iter().any(|net| net.contains(address)));
+        let pooled = node.kubelet.live().filter(|(sandbox, _)| !sandbox.branch);
+        let dead = pooled.filter(|(_, address)| !carried.iter().any(|net| net.contains(address)));
         for pod in dead.map(|(sandbox, _)| sandbox.pod).collect::<Vec<_>>() {
             self.tell(format!("pod-{pod} has lost its address to others"));
             self.fleet.delete(0, pod, false);
         }
+        self.make_room();
     }
 }
 
@@ -386,7 +428,12 @@ pub fn run(seed: u64, told: &mut Option<Life>) -> Outcome {
     let life = told.insert(Life::new(seed));
     let actions = 20 + life.dice.below(60);
     for step in 0..actions {
-        life.act();
+        if life.wide && life.dice.below(8) == 0 {
+            life.act_wide();
+        } else {
+            life.act();
+        }
+        life.controller.work(&mut life.fleet, &life.subnets[0]);
         if life.fleet.nodes[0].brain.is_none() && (step % 3 == 0 || life.dice.below(2) == 0) {
             life.tell("start");
             life.fleet.start(0);
@@ -394,7 +441,7 @@ pub fn run(seed: u64, told: &mut Option<Life>) -> Outcome {
         }
     }
     life.calm();
-    life.judge.at_rest(&life.fleet);
+    life.judge.at_rest(&mut life.fleet);
     life.judge.peace(&mut life.fleet, Duration::from_mins(25));
     Outcome { steps: life.fleet.sky.steps, crashes: life.crashes }
 }

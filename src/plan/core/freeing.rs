@@ -173,7 +173,8 @@ impl Core {
         if let Err(failure) = result {
             self.log(Level::Warn, format!("eni {eni}: give back {nets:?}: {failure}"));
             self.tally(Tally::Error("decreaseIPPool"));
-            if failure.maybe_applied {
+            // So is one whose first try was carried out and its answer lost: the second finds nothing to give back.
+            if failure.maybe_applied || failure.code == "InvalidParameterValue" {
                 return; // the reconciliation takes in what is still there after the cooldown
             }
             for net in nets {

@@ -130,6 +130,9 @@ impl Core {
                 }
             }
         }
+        // Where nothing can be had, a node that boots must go on all the same: what is in the way (a prefix of another mode
+        // in the only slot) is given back by a node that is ready.
+        self.grown_once |= !self.growing_now();
     }
 
     // Begins the next growth of a card, if one is due.

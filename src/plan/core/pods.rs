@@ -289,17 +289,22 @@ impl Core {
     }
 
     // A pod's veth bears its name, so that an allocation of an earlier sandbox looks alive through the later one's. It is
-    // told by its address: the way to the later one is there, its own is not.
-    fn superseded(&self, seen: &Seen) -> Vec<PodKey> {
+    // told by its address: the way to the later one is there, its own is not. Which is the later one the wall clock tells, or
+    // that an ADD takes no minutes: the clock may have been set back between the two.
+    fn superseded(&self, seen: &Seen, old: impl Fn(&Owner) -> bool) -> Vec<PodKey> {
         let mut latest = BTreeMap::<&PodName, Wall>::new();
         let named = || self.pool.allocations().filter(|held| !held.owner.pod.name.is_empty());
         for held in named().filter(|held| seen.linked.contains(&held.address)) {
             let since = latest.entry(&held.owner.pod).or_insert(held.owner.since);
             *since = held.owner.since.max(*since);
         }
-        let later = |owner: &Owner| latest.get(&owner.pod).is_some_and(|since| *since > owner.since);
-        let old = named().filter(|held| later(held.owner) && !seen.linked.contains(&held.address));
-        old.map(|held| held.owner.key.clone()).collect()
+        let later = |owner: &Owner| latest.get(&owner.pod).is_some_and(|since| *since > owner.since || old(owner));
+        let linked = |key: &PodKey| {
+            let mut held = self.pool.allocations().filter(|held| held.owner.key == *key);
+            held.any(|held| seen.linked.contains(&held.address))
+        };
+        let earlier = named().filter(|held| later(held.owner) && !linked(&held.owner.key));
+        earlier.map(|held| held.owner.key.clone()).collect()
     }
 
     /// Releases addresses of pods whose veth is missing in two scans in a row (B18), and those that were reserved without
@@ -312,7 +317,7 @@ impl Core {
             .allocations()
             .filter(|held| old(held.owner) && Self::without_veth(held.owner, seen))
             .map(|held| held.owner.key.clone())
-            .chain(self.superseded(seen))
+            .chain(self.superseded(seen, old))
             .gather();
         let mut dead: Vec<PodKey> = missing.intersection(&self.missing_veth).cloned().collect();
         self.missing_veth = missing;

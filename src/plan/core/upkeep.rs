@@ -340,8 +340,8 @@ impl Core {
     fn believe_imds(&mut self, difference: Option<&str>) {
         if let Some(difference) = difference {
             self.log(Level::Info, format!("IMDS and pool differ ({difference})"));
-        } else if self.absent.values().all(|absent| absent.confirmed) {
-            return;
+        } else if self.absent.is_empty() {
+            return; // what was missing and pods use may be listed again, which is no difference
         }
         let listed: BTreeSet<EniId> = self.attached.keys().cloned().gather();
         self.miss_enis(&listed.iter().gather());
