@@ -148,12 +148,11 @@ pub fn capacity(vpc: &Vpc, node: &Node, sort: Sort) -> usize {
     let mut ours = 0;
     let (mut strangers, mut addresses, mut trunk) = (0, 0, false);
     for eni in vpc.attached_to(&node.instance) {
-        match managed(eni, node) {
-            true => {
-                ours += 1;
-                addresses += eni.secondary_ipv4s.len() + 16 * eni.v4_prefixes.len();
-            }
-            false => strangers += 1,
+        if managed(eni, node) {
+            ours += 1;
+            addresses += eni.secondary_ipv4s.len() + 16 * eni.v4_prefixes.len();
+        } else {
+            strangers += 1;
         }
         trunk |= eni.interface_type == "trunk";
     }
@@ -189,7 +188,7 @@ impl Controller {
             if used.len() >= fleet.nodes[0].limits.enis as usize {
                 return;
             }
-            let device = (1..).find(|device| !used.contains(device)).unwrap();
+            let device = (1..100).find(|device| !used.contains(device)).unwrap();
             let tags = BTreeMap::from([(INSTANCE.to_owned(), instance.0.clone())]);
             let Ok(eni) = fleet.sky.vpc.add_interface(now, subnet, "aws-k8s-trunk-eni", &tags) else { return };
             fleet.sky.vpc.meddle(now, &eni, |eni| eni.interface_type = "trunk".into());
