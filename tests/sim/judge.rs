@@ -327,6 +327,9 @@ impl Judge {
     /// Nothing happens in EC2 any more, but for the hourly look for leaked ENIs.
     pub fn peace(&mut self, fleet: &mut Fleet, time: Duration) {
         assert!(time < Duration::from_mins(30), "at most one look falls into it");
+        if fleet.nodes.iter().any(|node| !node.ready) {
+            return; // others hold the slot of the ENI that it needs, for which it tries every half hour
+        }
         let calls = |fleet: &Fleet| {
             let mut calls = fleet.sky.vpc.journal().counts().clone();
             let looks = calls.remove("DescribeNetworkInterfaces").unwrap_or(0);
