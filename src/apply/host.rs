@@ -39,8 +39,8 @@ pub struct HostReport {
 
 /// Refused steps: those of the node, and those of ENIs.
 #[derive(Default)]
-struct Refused {
-    node: Vec<Error>,
+pub(super) struct Refused {
+    pub(super) node: Vec<Error>,
     enis: BTreeMap<EniId, Error>,
 }
 
@@ -85,7 +85,7 @@ impl Host {
         Ok(report)
     }
 
-    fn carry_out(&mut self, steps: &[Step], done: &mut Vec<String>) -> Result<Refused> {
+    pub(super) fn carry_out(&mut self, steps: &[Step], done: &mut Vec<String>) -> Result<Refused> {
         let mut refused = Refused::default();
         let (deletes, adds) = steps.iter().partition::<Vec<_>, _>(|step| {
             matches!(step.action, Action::DeleteAddress(_) | Action::DeleteRoute(_) | Action::DeleteRule(_))

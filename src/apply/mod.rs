@@ -4,6 +4,7 @@
 //! A [`Host`] acts in the network namespace of the thread that opened it, whichever thread calls it; it never switches a
 //! caller's namespace. Pods are reached through sockets that are opened inside for one call.
 
+mod cleanup;
 mod former;
 mod host;
 mod mend;

@@ -1,8 +1,10 @@
-//! The operator's subcommands. They look and tell, and change nothing unless they are told to; each works without the daemon as far as it can.
+//! The operator's subcommands. They look and tell, and change nothing unless they are told to; each works without the
+//! daemon as far as it can.
 //!
 //! Data goes to standard output, everything else to standard error; `--json` is for programs.
 
 mod ask;
+pub mod cleanup;
 pub mod config;
 pub mod doctor;
 pub mod plan;

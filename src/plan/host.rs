@@ -10,6 +10,7 @@ mod enis;
 mod planner;
 mod pods;
 
+pub(super) use self::branches::gateway_rule;
 use self::planner::Planner;
 use super::branch::Branch;
 use super::ruleset;

@@ -2,6 +2,7 @@
 
 pub mod backoff;
 pub mod branch;
+pub mod cleanup;
 pub mod configure;
 pub mod core;
 pub mod doctor;

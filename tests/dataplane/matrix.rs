@@ -113,11 +113,24 @@ fn ends(column: usize, row: usize) -> (Option<Service>, SocketAddr, SocketAddr) 
 
 /// Runs all flows of a column at once; a line for each that went differently.
 pub fn differences(world: &World, column: usize) -> Vec<String> {
+    differences_of(world, column, |_| true, None)
+}
+
+/// The same for the direct flows from one address to another that are chosen, or what is expected of them instead.
+pub fn differences_of(
+    world: &World,
+    column: usize,
+    chosen: impl Fn((&str, &str)) -> bool,
+    instead: Option<Cell>,
+) -> Vec<String> {
     std::thread::scope(|scope| {
         let mut running = Vec::new();
-        for (row, (client, way, server, cells)) in ROWS.iter().enumerate() {
+        for (row, (client, way, server, cells)) in ROWS.iter().enumerate().filter(|(_, row)| chosen((row.0, row.2))) {
+            if instead.is_some() && !matches!(way, Direct) {
+                continue;
+            }
             let (_, target, listen) = ends(column, row);
-            let wanted = match cells[column] {
+            let wanted = match instead.unwrap_or(cells[column]) {
                 Own => Some(ip(client)),
                 P => Some(ip(NODE_IP)),
                 X => None,

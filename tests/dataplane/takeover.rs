@@ -34,7 +34,7 @@ fn forget_our_tables(node: &Netns) {
 }
 
 /// Connections of the kinds that depend on translations and marks.
-fn connections(world: &World) -> Vec<Connection> {
+pub fn connections(world: &World) -> Vec<Connection> {
     let at = |address: &str, port| SocketAddr::new(ip(address), port);
     let mut open = vec![
         Connection::open(&world.pod1, at(INTERNET, 7001), &world.internet, at(INTERNET, 7001)),

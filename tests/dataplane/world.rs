@@ -3,7 +3,7 @@
 
 use crate::support::pods::{add, pod_of};
 use crate::support::{Netns, must};
-use enibox::apply::HostReport;
+use enibox::apply::{Host, HostReport};
 use enibox::model::net::{Address, Family, Link, Mac, Neighbour, Route, Rule, Scope, TABLE_LOCAL, TABLE_MAIN};
 use enibox::netlink::{addr, link, neigh, route, rule, sysctl};
 use enibox::plan::host::{HostEni, HostPod, Intent};
@@ -116,6 +116,14 @@ impl World {
         world
     }
 
+    /// Everything for an intent, with pods whose host veths have this prefix.
+    pub fn new(intent: &Intent, prefix: &str) -> World {
+        let world = World::bare();
+        well(&world.node.run(|| Host::open()?.host(intent)).unwrap());
+        world.wire_pods_with(prefix);
+        world
+    }
+
     // The node as an instance has it before the daemon starts: the primary ENI configured, the second one bare.
     fn plug_enis(&self) {
         let (eth0, near) = plug(&self.node, "eth0", Some(PRIMARY), &self.router, "near");
@@ -166,8 +174,15 @@ impl World {
     /// Adds the three pods, the third as one on a branch ENI in strict mode, and the node's route from its second ENI.
     /// The node's rules must be there.
     pub fn wire_pods(&self) {
-        add(&self.node, &pod_of("one", &[(POD1, 254)]), &self.pod1).unwrap();
-        add(&self.node, &pod_of("two", &[(POD2, 2)]), &self.pod2).unwrap();
+        self.wire_pods_with("eni");
+    }
+
+    fn wire_pods_with(&self, prefix: &str) {
+        for (name, address, table, netns) in [("one", POD1, 254, &self.pod1), ("two", POD2, 2, &self.pod2)] {
+            let mut pod = pod_of(name, &[(address, table)]);
+            pod.interfaces[0].host_veth = pod.interfaces[0].host_veth.replacen("eni", prefix, 1);
+            add(&self.node, &pod, netns).unwrap();
+        }
         self.wire_branch_pod();
         let mut node = self.node.route();
         let eth0 = link::by_name(&mut node, "eth0").unwrap().unwrap().index;

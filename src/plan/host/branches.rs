@@ -54,6 +54,11 @@ fn wired<'a>(branches: &'a [HostBranch], seen: &'a Observation) -> Vec<Wired<'a>
     both.collect()
 }
 
+/// Without it answers of the router to the host's own questions would be taken for the pod's traffic.
+pub fn gateway_rule() -> Rule {
+    Rule { ipproto: Some(ICMPV6), ..Rule::from(IpNet::from(IpAddr::V6(ROUTER_V6)), priority::LOCAL, TABLE_LOCAL) }
+}
+
 impl Planner<'_> {
     /// Strict mode: neither the pod's traffic nor its ENI's may be taken for the node's own before the table of the ENI had its
     /// say. Without that mode, and without any pod of it, the node goes back to what the kernel makes.
@@ -61,11 +66,7 @@ impl Planner<'_> {
         let family = self.family();
         let own = Rule::any(family, priority::LOCAL, TABLE_LOCAL);
         let moved = Rule::any(family, priority::LOCAL_MOVED, TABLE_LOCAL);
-        // Answers of the router to the host's own questions would be taken for the pod's traffic.
-        let gateway = Rule {
-            ipproto: Some(ICMPV6),
-            ..Rule::from(IpNet::from(IpAddr::V6(ROUTER_V6)), priority::LOCAL, TABLE_LOCAL)
-        };
+        let gateway = gateway_rule();
         if self.intent.strict_branches {
             self.want_rule(What::LocalRule, None, moved);
             if self.intent.v6 {
