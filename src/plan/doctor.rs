@@ -10,7 +10,7 @@ pub mod pods;
 pub mod reasons;
 mod texts;
 
-use super::host::{Action, Intent, Observation, What, diff, link_of};
+use super::host::{Action, HostPod, Intent, Observation, What, diff, link_of};
 use super::ruleset;
 use crate::model::naming::priority;
 use crate::model::net::{Rule, TABLE_MAIN};
@@ -91,17 +91,22 @@ pub fn host(intent: &Intent, seen: &Observation) -> Vec<Finding> {
         Err(error) => return vec![Finding::new("no-plan", "", error.to_string())],
     };
     let names = pod_names(intent);
+    let seats = pods::Seats::new(seen, &[]);
+    let seat = |pod: &HostPod| Some((seats.of(&pod.veth, pod.address).outer?.index, pod.address));
+    let at = intent.pods.iter().filter_map(seat).gather::<BTreeMap<_, _>>();
     let mut findings = Vec::new();
     for step in &plan.steps {
         if step.what == What::Ruleset {
             findings.extend(rules_of(intent, seen, &plan.primary.1));
             continue;
         }
-        let rule = match &step.action {
-            Action::AddRule(rule) | Action::DeleteRule(rule) => Some(rule),
+        let address = match &step.action {
+            Action::AddRule(rule) | Action::DeleteRule(rule) => address_of(rule),
+            Action::ReplaceRoute(route) | Action::DeleteRoute(route) => single(route.dst),
+            Action::SetUp(index) | Action::SetMtu(index, _) | Action::SetMac(index, _) => at.get(index).copied(),
             _ => None,
         };
-        let pod = rule.and_then(|rule| names.get(&address_of(rule)?).copied());
+        let pod = address.and_then(|address| names.get(&address).copied());
         let subject = step.eni.as_ref().map_or(pod.unwrap_or_default(), |eni| eni.as_str());
         findings.push(Finding::new(step.what.name(), subject, evidence(&step.text)));
     }

@@ -15,7 +15,7 @@ use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 /// How long the daemon may take until it serves.
@@ -48,18 +48,8 @@ impl Agent {
         let out = File::create(&output).with_context(|| format!("create {}", output.display()))?;
         let mut command = node.command(program)?;
         command.arg0("aws-k8s-agent").env_clear().stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
-        for (variable, value) in [
-            ("PATH", "/usr/sbin:/usr/bin:/sbin:/bin".to_owned()),
-            ("AWS_EC2_METADATA_SERVICE_ENDPOINT", format!("http://{IMDS}")),
-            ("AWS_EC2_ENDPOINT", format!("http://{EC2}")),
-            ("MY_NODE_NAME", name.clone()),
-            ("CLUSTER_NAME", "enibox-sandbox".into()),
-            ("AWS_VPC_K8S_CNI_LOGLEVEL", "DEBUG".into()),
-            ("AWS_VPC_K8S_CNI_LOG_FILE", log.display().to_string()),
-        ] {
-            command.env(variable, value);
-        }
-        command.envs(env.iter().map(|(name, value)| (name, value)));
+        command.env("AWS_VPC_K8S_CNI_LOGLEVEL", "DEBUG").env("AWS_VPC_K8S_CNI_LOG_FILE", &log);
+        surround(&mut command, &name, env);
         let started = clock::now().mono;
         let child = command.spawn().with_context(|| format!("start the daemon on {name}"))?;
         Ok(Agent { name, child, log, started })
@@ -123,6 +113,42 @@ impl Drop for Agent {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+// The settings of the daemon on a node of this name.
+fn surround(command: &mut Command, name: &str, env: &[(String, String)]) {
+    for (variable, value) in [
+        ("PATH", "/usr/sbin:/usr/bin:/sbin:/bin".to_owned()),
+        ("AWS_EC2_METADATA_SERVICE_ENDPOINT", format!("http://{IMDS}")),
+        ("AWS_EC2_ENDPOINT", format!("http://{EC2}")),
+        ("ENABLE_IPv4", "true".into()),
+        ("MY_NODE_NAME", name.to_owned()),
+        ("CLUSTER_NAME", "enibox-sandbox".into()),
+    ] {
+        command.env(variable, value);
+    }
+    command.envs(env.iter().map(|(name, value)| (name, value)));
+}
+
+/// What the doctor says of a node whose daemon was started with `env`: a line for each finding that is more than a note.
+/// Files of the machine that all this runs on are left out of it.
+pub fn doctor(program: &Path, node: &Node, env: &[(String, String)]) -> Result<Vec<String>> {
+    let name = &node.place.name;
+    let what = || format!("ask the doctor on {name}");
+    let mut command = node.command(program)?;
+    command.args(["doctor", "--json", "--root", "/nonexistent"]).env_clear().stdin(Stdio::null());
+    surround(&mut command, name, env);
+    let output = command.output().with_context(what)?;
+    let document: Value = serde_json::from_slice(&output.stdout)
+        .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())
+        .with_context(what)?;
+    let findings = document["findings"].as_array().into_iter().flatten();
+    let findings = findings.filter(|finding| finding["severity"] != "NOTE");
+    let text = |finding: &Value| {
+        let words = ["name", "subject", "seen"].map(|word| finding[word].as_str().unwrap_or_default().to_owned());
+        format!("{name}: {}", words.join(" "))
+    };
+    Ok(findings.map(text).collect())
 }
 
 fn healthy(node: &Node) -> bool {

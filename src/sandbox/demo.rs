@@ -1,7 +1,7 @@
 //! `enibox sandbox`: a cluster's network on this machine, with the real daemon and the real plugin, and every flow tried.
 //! Data goes to standard output, progress to standard error; exit code 0 only if everything was as it should be.
 
-use super::agents::{Agent, EVERY_CARD, Runtime, WiredPod};
+use super::agents::{self, Agent, EVERY_CARD, Runtime, WiredPod};
 use super::cluster::{self, ApiServer};
 use super::flows;
 use super::kube::Kind;
@@ -251,6 +251,10 @@ impl Stage {
         say("sending tcp and udp along every path");
         report.flows = flows::run(&self.world, &self.pods, &expectation(settings), &going)?;
         self.describe(args, &ready, report);
+        say("asking the doctor");
+        for node in &self.nodes {
+            report.problems.extend(agents::doctor(&self.program, node, &env)?);
+        }
         Ok(())
     }
 

@@ -140,6 +140,7 @@ fn single_faults_are_found_and_mended() {
         let (code, told) = ward.doctor(None, &[]);
         if (code, &told["pods"], &told["enis"]) == (0, &Value::from(5), &Value::from(1)) { Ok(()) } else { Err(told) }
     });
+    beside_a_running_daemon(&ward);
     ward.stage.kill();
     let begin = clock::instant();
     let (code, told) = ward.doctor(None, &[]);
@@ -157,9 +158,39 @@ fn single_faults_are_found_and_mended() {
             wrong.push(fault.case);
         }
     }
+    ec2_and_imds(&ward);
     println!("{} faults in {:?}", FAULTS.len(), begin.elapsed());
     assert!(wrong.is_empty(), "{wrong:?}");
     assert!(FAULTS.len() >= 60);
+}
+
+/// What the daemon does not mend itself the doctor mends beside it.
+fn beside_a_running_daemon(ward: &Ward) {
+    ward.script("ip rule del pref 512 to $A1; ip -n $P2 neigh del 169.254.1.1 dev eth0").unwrap();
+    let (code, after) = ward.doctor(None, &["--fix"]);
+    assert_eq!((code, names(&after)), (0, Vec::new()), "{after:#}");
+    assert!(!after["mended"].as_array().unwrap().is_empty(), "{after:#}");
+    let (_, page) = enibox(&ward.stage, &["doctor", "--pod", "tests/p0", "--no-ec2"], &[], &[]);
+    let address = &ward.variables.iter().find(|(name, _)| *name == "A1").unwrap().1;
+    for line in [format!("address   {address} of the primary ENI, table 254"), "neighbour 169.254.1.1".into()] {
+        assert!(page.contains(&line), "{line}\n{page}");
+    }
+}
+
+/// EC2 takes a pod's address, and IMDS does not tell yet.
+fn ec2_and_imds(ward: &Ward) {
+    let address = &ward.variables.iter().find(|(name, _)| *name == "A1").unwrap().1;
+    let mut vpc = ward.stage.world.cloud.vpc();
+    let primary = vpc.interfaces().find(|eni| eni.secondary_ipv4s.iter().any(|ip| ip.to_string() == *address));
+    let primary = primary.unwrap().id.clone();
+    vpc.knobs.imds_lag = Duration::from_mins(10);
+    vpc.meddle(clock::now(), &primary, |eni| eni.secondary_ipv4s.retain(|ip| ip.to_string() != *address));
+    drop(vpc);
+    let (code, told) = ward.doctor(None, &[]);
+    let all = told["findings"].to_string();
+    assert!(code == 3 && names(&told).contains(&"address-lost".to_owned()) && all.contains("imds-stale"), "{told:#}");
+    let (_, told) = ward.doctor(None, &["--no-ec2"]);
+    assert_eq!(names(&told), ["daemon-silent"], "IMDS still has it: {told:#}");
 }
 
 fn rules_are_shown_with_their_reasons(ward: &Ward) {

@@ -65,7 +65,7 @@ pub fn findings(intent: &Intent, me: &Identity, imds: &[Eni], ec2: Option<&[Inte
         match truth.iter().find(|(_, nets)| held(nets)) {
             None => {
                 let text = format!("{} is on no ENI of {}, says {source}", pod.address, me.instance.as_str());
-                found.push(Finding::new("eni-unmanaged-address", pod.name.as_str(), text));
+                found.push(Finding::new("address-lost", pod.name.as_str(), text));
             }
             Some((eni, _)) => {
                 if let Some(table) = tables.get(eni).filter(|table| **table != pod.table) {

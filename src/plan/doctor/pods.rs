@@ -142,19 +142,20 @@ fn one(
         note(name, format!("{} instead of {}{}", outer.name, intent.veth_prefix, pod.veth), Place::Host, None);
     }
     if !outer.up {
-        note("veth-link", format!("{} is down", outer.name), Place::Host, Some(Mend::Up(outer.index)));
+        note("pod-link", format!("{} is down", outer.name), Place::Host, Some(Mend::Up(outer.index)));
     }
     let Some((number, interface)) = interface(pod, outer, seat.inner.map(|(_, link)| link), mtu) else { return };
     let route = interface.host_route(outer.index);
     if !has_route(host, &route) {
         let text = format!("route {} dev {} scope link is missing", pod.address, outer.name);
-        note("host-route", text, Place::Host, Some(Mend::Route(route)));
+        note("pod-route", text, Place::Host, Some(Mend::Route(route)));
     }
     let inner = seat.inner.map(|(number, link)| (Place::Inside(number), link));
     for (place, link) in [(Place::Host, outer)].into_iter().chain(inner) {
         if link.mtu != mtu {
             let text = format!("{} has {} instead of {mtu}", link.name, link.mtu);
-            note("pod-mtu", text, place, Some(Mend::Mtu(link.index, mtu)));
+            let name = if place == Place::Host { "pod-mtu" } else { "inside-mtu" };
+            note(name, text, place, Some(Mend::Mtu(link.index, mtu)));
         }
     }
     let Some((at, _)) = seat.inner else {

@@ -41,39 +41,39 @@ pub fn flaws(number: usize, interface: &PodInterface, outer: Option<&Link>, netn
     let mut flaws = Vec::new();
     let mut note = |name, text, mend| flaws.push(Flaw { name, text, mend });
     let Some(link) = inside.links.iter().find(|link| link.name == *name) else {
-        note("pod-interface", format!("interface {name:?} is missing in {netns}"), None);
+        note("inside-interface", format!("interface {name:?} is missing in {netns}"), None);
         return flaws;
     };
     if !link.up {
-        note("pod-link", format!("interface {name:?} is down"), Some(Mend::Up(link.index)));
+        note("inside-link", format!("interface {name:?} is down"), Some(Mend::Up(link.index)));
     }
     if let Some(outer) = outer.filter(|outer| !pair(outer, link)) {
         let text = format!("interface {name:?} is not the other end of {:?}", outer.name);
-        note("pod-interface", text, None);
+        note("inside-interface", text, None);
     }
     let here = |address: &Address| address.dev == link.index && address.addr == interface.host_net();
     if !inside.addresses.iter().any(here) {
         let text = format!("address {} is missing on {name:?}", interface.host_net());
-        note("pod-address", text, Some(Mend::Address(interface.pod_address(link.index))));
+        note("inside-address", text, Some(Mend::Address(interface.pod_address(link.index))));
     }
     for route in interface.pod_routes(number, link.index) {
         if !has_route(inside, &route) {
             let text = route.to_string().replace(&format!("dev if{}", link.index), &format!("dev {name}"));
-            note("pod-route", format!("route {text} is missing in the pod"), Some(Mend::Route(route)));
+            note("inside-route", format!("route {text} is missing in the pod"), Some(Mend::Route(route)));
         }
     }
     if let Some(rule) = interface.pod_rule(number)
         && !inside.rules.contains(&rule)
     {
-        note("pod-rule", format!("rule \"{rule}\" is missing in the pod"), Some(Mend::Rule(rule)));
+        note("inside-rule", format!("rule \"{rule}\" is missing in the pod"), Some(Mend::Rule(rule)));
     }
     let entry = inside.neighbours.iter().find(|entry| entry.dev == link.index && entry.addr == interface.gateway);
     let wanted = outer.and_then(|outer| outer.mac);
     let mend = wanted.map(|mac| Mend::Neighbour(interface.pod_neighbour(link.index, mac)));
     match (entry.filter(|entry| entry.permanent).and_then(|entry| entry.mac), wanted) {
-        (None, _) => note("pod-neighbour", format!("neighbour {} is missing on {name:?}", interface.gateway), mend),
+        (None, _) => note("inside-neighbour", format!("neighbour {} is missing on {name:?}", interface.gateway), mend),
         (Some(mac), Some(wanted)) if mac != wanted => {
-            note("pod-neighbour", format!("neighbour {} is {mac} instead of {wanted}", interface.gateway), mend);
+            note("inside-neighbour", format!("neighbour {} is {mac} instead of {wanted}", interface.gateway), mend);
         }
         _ => {}
     }
