@@ -120,7 +120,16 @@ impl Source {
                     .as_ref()
                     .map_err(ToString::to_string)
                     .and_then(|cloud| known::without_daemon(cloud, &settings, seen).map_err(|error| error.to_string()));
-                intent.map_err(|error| findings.push(Finding::new("unknown", "", error))).ok()
+                match intent {
+                    Ok((intent, found)) => {
+                        findings.extend(found);
+                        Some(intent)
+                    }
+                    Err(error) => {
+                        findings.push(Finding::new("unknown", "", error));
+                        None
+                    }
+                }
             }
         };
         Ok(Source { daemon, settings, cloud: cloud.ok(), intent, findings })

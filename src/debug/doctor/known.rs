@@ -108,7 +108,7 @@ impl Cloud {
     }
 
     // What the daemon would want, were it started now.
-    fn intent(&self, settings: &Settings, seen: &Observation) -> Result<Intent> {
+    fn intent(&self, settings: &Settings, seen: &Observation) -> Result<(Intent, Vec<Finding>)> {
         let kind = self.identity.instance_type.as_str();
         let limits = limits::of(kind).unwrap_or_else(|| limits::unknown(kind));
         let valid = settings.validate(&limits).map_err(Error::new).context("settings")?;
@@ -140,7 +140,15 @@ impl Cloud {
                 events.extend(self.answer(effect));
             }
         }
-        core.intent(Duration::ZERO).ok_or_else(|| Error::new("IMDS does not tell the VPC's CIDRs or the primary ENI"))
+        let intent = core.intent(Duration::ZERO);
+        let intent = intent.ok_or_else(|| Error::new("IMDS does not tell the VPC's CIDRs or the primary ENI"))?;
+        // Pods whose address is nowhere are not in it.
+        let homeless = core.pool().allocations().filter(|held| held.table.is_none());
+        let found = homeless.map(|held| {
+            let text = format!("{} is on no ENI that is listed", held.address);
+            Finding::new("address-lost", held.owner.pod.to_string(), text)
+        });
+        Ok((intent, found.collect()))
     }
 
     // Questions are answered; nothing is done.
@@ -183,7 +191,7 @@ pub(super) fn store_of(store: &str, card: u32) -> PathBuf {
     store.with_file_name(format!("{stem}-nic-{card}.json"))
 }
 
-/// The intent of a daemon that is away.
-pub(super) fn without_daemon(cloud: &Cloud, settings: &Settings, seen: &Observation) -> Result<Intent> {
+/// The intent of a daemon that is away, and what it would find wrong.
+pub(super) fn without_daemon(cloud: &Cloud, settings: &Settings, seen: &Observation) -> Result<(Intent, Vec<Finding>)> {
     cloud.intent(settings, seen).context("work out what the daemon wants")
 }
