@@ -121,7 +121,6 @@ fn surround(command: &mut Command, name: &str, env: &[(String, String)]) {
         ("PATH", "/usr/sbin:/usr/bin:/sbin:/bin".to_owned()),
         ("AWS_EC2_METADATA_SERVICE_ENDPOINT", format!("http://{IMDS}")),
         ("AWS_EC2_ENDPOINT", format!("http://{EC2}")),
-        ("ENABLE_IPv4", "true".into()),
         ("MY_NODE_NAME", name.to_owned()),
         ("CLUSTER_NAME", "enibox-sandbox".into()),
     ] {
@@ -132,7 +131,8 @@ fn surround(command: &mut Command, name: &str, env: &[(String, String)]) {
 
 /// What the doctor says of a node whose daemon was started with `env`: a line for each finding that is more than a note.
 /// Files of the machine that all this runs on are left out of it.
-pub fn doctor(program: &Path, node: &Node, env: &[(String, String)]) -> Result<Vec<String>> {
+/// One that does not know of so many pods has not looked.
+pub fn doctor(program: &Path, node: &Node, env: &[(String, String)], pods: usize) -> Result<Vec<String>> {
     let name = &node.place.name;
     let what = || format!("ask the doctor on {name}");
     let mut command = node.command(program)?;
@@ -148,7 +148,9 @@ pub fn doctor(program: &Path, node: &Node, env: &[(String, String)]) -> Result<V
         let words = ["name", "subject", "seen"].map(|word| finding[word].as_str().unwrap_or_default().to_owned());
         format!("{name}: {}", words.join(" "))
     };
-    Ok(findings.map(text).collect())
+    let known = document["pods"].as_u64().unwrap_or(0);
+    let blind = (known < pods as u64).then(|| format!("{name}: the doctor knows {known} of {pods} pods"));
+    Ok(findings.map(text).chain(blind).collect())
 }
 
 fn healthy(node: &Node) -> bool {

@@ -252,8 +252,8 @@ impl Stage {
         report.flows = flows::run(&self.world, &self.pods, &expectation(settings), &going)?;
         self.describe(args, &ready, report);
         say("asking the doctor");
-        for node in &self.nodes {
-            report.problems.extend(agents::doctor(&self.program, node, &env)?);
+        for (node, pods) in self.nodes.iter().zip(&self.pods) {
+            report.problems.extend(agents::doctor(&self.program, node, &env, pods.len())?);
         }
         Ok(())
     }

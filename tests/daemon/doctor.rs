@@ -20,7 +20,7 @@ fn enibox(stage: &Stage, words: &[&str], env: &[(&str, &str)], args: &[&str]) ->
     let mut command = stage.node.command(PROGRAM).unwrap();
     command.args(words).args(args).env_clear().stdin(Stdio::null());
     command.env("AWS_EC2_METADATA_SERVICE_ENDPOINT", format!("http://{IMDS}"));
-    command.env("AWS_EC2_ENDPOINT", format!("http://{EC2}")).env("ENABLE_IPv4", "true");
+    command.env("AWS_EC2_ENDPOINT", format!("http://{EC2}"));
     command.envs(SETTINGS.iter().copied()).envs(env.iter().copied());
     let output = command.output().unwrap();
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
