@@ -26,6 +26,9 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 const CNI_TIMEOUT: Duration = Duration::from_secs(30);
 /// Pause between two looks at something that is on its way.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// How long the daemon may take to tell of new pods, and how often it is asked.
+const KNOWN_TIMEOUT: Duration = Duration::from_secs(10);
+const KNOWN_EVERY: Duration = Duration::from_millis(100);
 /// Bytes of a result; a real one has under 2 KB.
 const RESULT_LIMIT: usize = 64 << 10;
 /// Lines of a log that an error shows.
@@ -131,26 +134,33 @@ fn surround(command: &mut Command, name: &str, env: &[(String, String)]) {
 
 /// What the doctor says of a node whose daemon was started with `env`: a line for each finding that is more than a note.
 /// Files of the machine that all this runs on are left out of it.
-/// One that does not know of so many pods has not looked.
+/// The daemon tells of new pods when it has nothing else to do: until it has told of so many it is asked again.
 pub fn doctor(program: &Path, node: &Node, env: &[(String, String)], pods: usize) -> Result<Vec<String>> {
     let name = &node.place.name;
     let what = || format!("ask the doctor on {name}");
-    let mut command = node.command(program)?;
-    command.args(["doctor", "--json", "--root", "/nonexistent"]).env_clear().stdin(Stdio::null());
-    surround(&mut command, name, env);
-    let output = command.output().with_context(what)?;
-    let document: Value = serde_json::from_slice(&output.stdout)
-        .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())
-        .with_context(what)?;
-    let findings = document["findings"].as_array().into_iter().flatten();
-    let findings = findings.filter(|finding| finding["severity"] != "NOTE");
-    let text = |finding: &Value| {
-        let words = ["name", "subject", "seen"].map(|word| finding[word].as_str().unwrap_or_default().to_owned());
-        format!("{name}: {}", words.join(" "))
-    };
-    let known = document["pods"].as_u64().unwrap_or(0);
-    let blind = (known < pods as u64).then(|| format!("{name}: the doctor knows {known} of {pods} pods"));
-    Ok(findings.map(text).chain(blind).collect())
+    let deadline = clock::instant() + KNOWN_TIMEOUT;
+    loop {
+        let mut command = node.command(program)?;
+        command.args(["doctor", "--json", "--root", "/nonexistent"]).env_clear().stdin(Stdio::null());
+        surround(&mut command, name, env);
+        let output = command.output().with_context(what)?;
+        let document: Value = serde_json::from_slice(&output.stdout)
+            .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())
+            .with_context(what)?;
+        let known = document["pods"].as_u64().unwrap_or(0);
+        let blind = (known < pods as u64).then(|| format!("{name}: the doctor knows {known} of {pods} pods"));
+        if blind.is_some() && clock::instant() < deadline {
+            std::thread::sleep(KNOWN_EVERY);
+            continue;
+        }
+        let findings = document["findings"].as_array().into_iter().flatten();
+        let findings = findings.filter(|finding| finding["severity"] != "NOTE");
+        let text = |finding: &Value| {
+            let words = ["name", "subject", "seen"].map(|word| finding[word].as_str().unwrap_or_default().to_owned());
+            format!("{name}: {}", words.join(" "))
+        };
+        return Ok(findings.map(text).chain(blind).collect());
+    }
 }
 
 fn healthy(node: &Node) -> bool {
