@@ -69,7 +69,7 @@ impl Host {
         inside
             .run(&pod_side(number, interface, pod_index))
             .with_context(|| format!("in {}", netns.path().display()))?;
-        if interface.address.is_ipv6() { settled(inside, pod_index, &interface.ifname) } else { Ok(()) }
+        if interface.address.is_ipv6() { settled(inside, pod_index, interface) } else { Ok(()) }
     }
 
     fn host_sysctls(&self, name: &str, v6: bool) -> Result<()> {
@@ -138,10 +138,15 @@ impl Host {
     fn host_side(&mut self, interface: &PodInterface, outer: &Link, made: &mut Made) -> Result<()> {
         let stale = rule::delete(&Rule::from(interface.host_net(), priority::FROM_POD, 0));
         let wanted = interface.host_rules();
-        let mut requests =
-            vec![link::set_up(outer.index), route::replace(&interface.host_route(outer.index)), stale.clone()];
+        // The host asks for an IPv6 pod's MAC from its link's own address: given before, it is there when the link is.
+        let mut requests = interface.host_link_local(outer.index).iter().map(addr::add).collect::<Vec<_>>();
+        let before = requests.len();
+        requests.extend([link::set_up(outer.index), route::replace(&interface.host_route(outer.index)), stale.clone()]);
         requests.extend(wanted.iter().map(rule::add));
         let mut outcomes = self.route.batch(&requests)?;
+        for outcome in outcomes.drain(..before) {
+            outcome?;
+        }
         let added = outcomes.split_off(3);
         let mut first = None;
         for (rule, outcome) in wanted.iter().zip(added) {
@@ -288,11 +293,12 @@ fn pod_sysctls(ifname: &str) -> Result<()> {
     sysctl::set(&format!("net/ipv6/conf/{ifname}/accept_dad"), "0").map(drop)
 }
 
-/// Waits until no IPv6 address of the link is tentative. Without duplicate detection that is a matter of one work item of
-/// the kernel's; the limit is for kernels that do it all the same.
-fn settled(inside: &mut Socket, index: u32, ifname: &str) -> Result<()> {
-    let end = clock::instant() + DAD_LIMIT;
-    while addr::tentative(inside, index)? > 0 {
+/// Waits until the pod's address may be used. It needs no duplicate detection and is not tentative for a moment; the limit is
+/// for kernels that see it otherwise. The link's own address is not waited for: a work item of the kernel's makes it, which
+/// comes late when many pods start at once, and the pod's traffic does not need it (the gateway has a fixed entry).
+fn settled(inside: &mut Socket, index: u32, interface: &PodInterface) -> Result<()> {
+    let (end, own, ifname) = (clock::instant() + DAD_LIMIT, interface.host_net(), &interface.ifname);
+    while addr::tentative(inside, index)?.iter().any(|address| address.addr == own) {
         if clock::instant() > end {
             return Err(Error::new(format!("link {ifname:?} still has tentative addresses after {DAD_LIMIT:?}")));
         }

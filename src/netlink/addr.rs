@@ -67,16 +67,15 @@ fn unusable(body: &[u8]) -> bool {
     flags(body) & TENTATIVE_OR_FAILED != 0
 }
 
-/// How many IPv6 addresses of a link duplicate address detection has not finished with, or has refused
+/// The IPv6 addresses of a link that duplicate address detection has not finished with, or has refused
 /// (`spec/plugin.md` 13.1, step 13).
-pub fn tentative(socket: &mut Socket, dev: u32) -> Result<usize> {
+pub fn tentative(socket: &mut Socket, dev: u32) -> Result<Vec<Address>> {
     let mut header = [0; HEADER];
     header[0] = family_byte(Family::V6);
     let request = Request::new(Rtm::Getaddr, 0, header.to_vec(), "list IPv6 addresses".into());
-    let list = socket.dump(&request, |message: &Message<'_>| {
+    socket.dump(&request, |message: &Message<'_>| {
         decode(message.body).filter(|address| address.dev == dev && unusable(message.body))
-    })?;
-    Ok(list.len())
+    })
 }
 
 fn flags(body: &[u8]) -> u32 {

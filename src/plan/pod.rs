@@ -202,6 +202,12 @@ impl PodInterface {
         self.branch.filter(|branch| branch.strict).map(|branch| branch.eni)
     }
 
+    /// Host: the address of the link itself for an IPv6 pod, without the duplicate detection that the kernel's own would have.
+    pub fn host_link_local(&self, host_dev: u32) -> Option<Address> {
+        let addr = IpNet::new(self.host_mac.link_local().into(), 64).ok().filter(|_| self.address.is_ipv6())?;
+        Some(Address { dev: host_dev, addr, no_prefix_route: false, no_dad: true })
+    }
+
     /// Host: the way to the pod, in main or, in strict mode, in the table of its ENI.
     pub fn host_route(&self, host_dev: u32) -> Route {
         link_route(self.strict().map_or(TABLE_MAIN, |eni| eni.table), self.address, host_dev)
