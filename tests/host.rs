@@ -127,6 +127,10 @@ fn intent() -> Intent {
     }
 }
 
+fn texts(report: &HostReport) -> Vec<&str> {
+    report.steps.iter().map(|step| step.text.as_str()).collect()
+}
+
 fn well(report: &HostReport) {
     assert!(report.errors.is_empty(), "{:?}", report.errors);
     for (eni, result) in &report.enis {
@@ -169,7 +173,7 @@ fn the_second_time_nothing_is_done() {
     well(&report);
     assert_eq!(report.primary, "eth0");
     assert_eq!(
-        report.steps,
+        texts(&report),
         [
             "set mtu 1400 on eth0",
             "add rule 1024: from all fwmark 0x80/0x80 lookup main",
@@ -180,6 +184,7 @@ fn the_second_time_nothing_is_done() {
             "replace route default via 10.20.12.1 dev eth1 table 2",
             "add rule 32765: from 10.20.12.5 lookup 2",
             "add rule 1535: from all to 192.0.2.0/24 lookup main",
+            "set sysctl net/ipv4/conf/eth0/rp_filter to 2 instead of 0",
             "set nf_tables rules: table ip aws-cni is missing",
         ]
     );
@@ -189,7 +194,7 @@ fn the_second_time_nothing_is_done() {
     for _ in 0..2 {
         let report = host.host(&intent()).unwrap();
         well(&report);
-        assert_eq!(report.steps, Vec::<String>::new());
+        assert_eq!(texts(&report), Vec::<&str>::new());
     }
     let after = world.observe();
     assert_eq!((ipv4(&after), after.tables), (ipv4(&before), before.tables));
@@ -248,13 +253,13 @@ fn open_connections_survive_a_restart_and_a_repair() {
         assert_eq!(&buffer, b"ping");
     };
     talk();
-    assert_eq!(world.host(&intent()).steps, Vec::<String>::new());
+    assert_eq!(texts(&world.host(&intent())), Vec::<&str>::new());
     talk();
     let address = net("10.20.12.60/32");
     let rules = [Rule::to(address, 512, TABLE_MAIN), Rule::from(address, 1536, 2)];
     world.node.route().run(&rules.each_ref().map(rule::delete)).unwrap();
     assert_eq!(
-        world.host(&intent()).steps,
+        texts(&world.host(&intent())),
         ["add rule 1536: from 10.20.12.60 lookup 2", "add rule 512: from all to 10.20.12.60 lookup main"]
     );
     talk();
@@ -277,7 +282,7 @@ fn what_others_broke_is_repaired() {
         socket.run(requests).unwrap();
         let report = host.host(&intent()).unwrap();
         well(&report);
-        assert_eq!(report.steps, steps);
+        assert_eq!(texts(&report), steps);
         let now = world.observe();
         assert_eq!(rule_set(&now), rule_set(&right));
         assert_eq!(ipv4(&now), ipv4(&right));
@@ -320,7 +325,7 @@ fn a_wrong_address_that_came_first_takes_nothing_with_it() {
     // The first address of a subnet is its primary one: the kernel deletes the others with it.
     socket.run(&[link::set_up(eth1), addr::add(&address(eth1, "10.20.12.99/24"))]).unwrap();
     well(&world.host(&intent()));
-    assert_eq!(world.host(&intent()).steps, Vec::<String>::new());
+    assert_eq!(texts(&world.host(&intent())), Vec::<&str>::new());
     let seen = world.observe();
     let here = seen.addresses.iter().filter(|one| one.dev == eth1 && one.addr.addr().is_ipv4()).map(|one| one.addr);
     assert_eq!(here.collect::<Vec<_>>(), [net("10.20.12.5/24")]);
@@ -345,7 +350,7 @@ fn an_eni_that_has_no_link_yet_is_told_and_the_rest_is_done() {
     let error = report.enis[&"eni-3".into()].as_ref().unwrap_err().to_string();
     assert!(error.starts_with("no link has MAC 02:00:00:00:0d:05 (links: lo "), "{error}");
     assert!(report.errors.is_empty());
-    assert!(report.steps.contains(&"add address 10.20.12.5/24 to eth1".into()));
+    assert!(texts(&report).contains(&"add address 10.20.12.5/24 to eth1"));
 }
 
 #[test]
@@ -357,14 +362,14 @@ fn the_rule_set_goes_when_nothing_needs_it() {
     let report = world.host(&off);
     well(&report);
     assert_eq!(
-        report.steps,
+        texts(&report),
         [
             "set nf_tables rules: table ip aws-cni is there and should not be",
             "delete rule 1024: from all fwmark 0x80/0x80 lookup main",
         ]
     );
     assert!(world.observe().tables.is_empty());
-    assert_eq!(world.host(&off).steps, Vec::<String>::new());
+    assert_eq!(texts(&world.host(&off)), Vec::<&str>::new());
 }
 
 #[test]
@@ -386,7 +391,7 @@ fn every_variant_reads_back_as_it_was_written() {
         well(&host.host(&wanted).unwrap());
         let again = host.host(&wanted).unwrap();
         well(&again);
-        assert_eq!(again.steps, Vec::<String>::new(), "{wanted:?}");
+        assert_eq!(texts(&again), Vec::<&str>::new(), "{wanted:?}");
     }
 }
 
@@ -423,7 +428,7 @@ fn an_ipv6_node_is_set_up_once() {
     let report = world.host(&wanted);
     well(&report);
     assert_eq!(
-        report.steps,
+        texts(&report),
         [
             "set mtu 1400 on eth0",
             "add rule 1024: from all fwmark 0x80/0x80 lookup main",
@@ -435,9 +440,12 @@ fn an_ipv6_node_is_set_up_once() {
             "replace route default via fe80:ec2::1 dev eth1 table 2 metric 1024",
             "add rule 32765: from 2001:db8:12::5 lookup 2",
             "add rule 1535: from all to 192.0.2.0/24 lookup main",
+            "set sysctl net/ipv4/conf/eth0/rp_filter to 2 instead of 0",
+            "set sysctl net/ipv6/conf/all/forwarding to 1 instead of 0",
+            "set sysctl net/ipv6/conf/eth0/accept_ra to 2 instead of 1",
         ]
     );
-    assert_eq!(world.host(&wanted).steps, Vec::<String>::new());
+    assert_eq!(texts(&world.host(&wanted)), Vec::<&str>::new());
     assert!(!world.observe().routes.iter().any(|route| route.dst == net("2001:db8:12::/64")));
 }
 
@@ -459,7 +467,7 @@ fn the_local_rule_moves_behind_the_branches_and_back() {
         let moved = "20: from all lookup local";
         let wanted = if family == Family::V4 { vec![moved] } else { vec![router, moved] };
         assert_eq!(locals(family), wanted);
-        assert_eq!(world.host(&strict).steps, Vec::<String>::new());
+        assert_eq!(texts(&world.host(&strict)), Vec::<&str>::new());
         tcp(&world.node, &world.node, ip(NODE_IP)).unwrap();
         // A pod made in strict mode keeps it as it is.
         let rule = Rule { iif: Some("vlan0123456789a".into()), ..Rule::any(family, 10, 107) };
@@ -476,7 +484,7 @@ fn the_local_rule_moves_behind_the_branches_and_back() {
         // Its veth is gone, so the rule goes as well; the next round finds nothing that keeps the local rule where it is.
         world.host(&plain);
         world.host(&plain);
-        assert_eq!(world.host(&plain).steps, Vec::<String>::new());
+        assert_eq!(texts(&world.host(&plain)), Vec::<&str>::new());
         assert_eq!(locals(family), before);
     }
 }

@@ -2,14 +2,14 @@
 
 use super::{Host, netfilter};
 use crate::clock;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::model::ids::EniId;
 use crate::model::naming::NFT_TABLE;
 use crate::model::net::Family;
 use crate::model::nft::Table;
 use crate::model::order::Gather as _;
-use crate::netlink::{Request, addr, link, nft, route, rule};
-use crate::plan::host::{Action, HostEni, Intent, Step, diff};
+use crate::netlink::{Request, addr, link, nft, route, rule, sysctl};
+use crate::plan::host::{Action, HostEni, Intent, Observation, Plan, Step, What, diff};
 use crate::plan::ruleset;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -31,16 +31,24 @@ pub struct HostReport {
     pub enis: BTreeMap<EniId, Result<()>>,
     /// Indexes of the links of trunk ENIs.
     pub trunks: BTreeMap<EniId, u32>,
-    /// What was done, in words; empty when all was right.
-    pub steps: Vec<String>,
+    /// What was done; empty when all was right.
+    pub steps: Vec<Step>,
     /// What failed and concerns the node rather than one ENI.
     pub errors: Vec<Error>,
+    /// What failed and keeps nothing from working: sysctls, which an unprivileged container cannot write.
+    pub warnings: Vec<Error>,
+    /// The node as it was before the last of these steps.
+    pub seen: Observation,
 }
+
+/// What may strike steps out of a plan before it is carried out.
+pub type Censor<'a> = &'a mut dyn FnMut(&Observation, &mut Plan);
 
 /// Refused steps: those of the node, and those of ENIs.
 #[derive(Default)]
 pub(super) struct Refused {
     pub(super) node: Vec<Error>,
+    warnings: Vec<Error>,
     enis: BTreeMap<EniId, Error>,
 }
 
@@ -64,10 +72,16 @@ impl Host {
     /// Makes the host's network what `intent` says. An error when it cannot be looked at or planned; what the kernel refuses
     /// is told in the report, and does not stop the rest.
     pub fn host(&mut self, intent: &Intent) -> Result<HostReport> {
+        self.host_with(intent, &mut |_, _| {})
+    }
+
+    /// The same without the steps that `censor` strikes out.
+    pub fn host_with(&mut self, intent: &Intent, censor: Censor<'_>) -> Result<HostReport> {
         let mut report = HostReport::default();
         for _ in 0..PASSES {
-            let seen = self.observe()?;
-            let plan = diff(intent, &seen)?;
+            let seen = self.observe_for(intent)?;
+            let mut plan = diff(intent, &seen)?;
+            censor(&seen, &mut plan);
             (report.primary_index, report.primary) = plan.primary;
             let refused = self.carry_out(&plan.steps, &mut report.steps)?;
             let mut failed = refused.enis;
@@ -75,9 +89,11 @@ impl Host {
             report.enis =
                 intent.enis.iter().map(|eni| (eni.id.clone(), failed.remove(&eni.id).map_or(Ok(()), Err))).gather();
             report.errors = refused.node;
+            report.warnings = refused.warnings;
             let link = |eni: &HostEni| seen.links.iter().find(|link| link.mac == Some(eni.mac)).map(|link| link.index);
             let trunks = intent.enis.iter().filter(|eni| eni.trunk);
             report.trunks = trunks.filter_map(|eni| Some((eni.id.clone(), link(eni)?))).gather();
+            report.seen = seen;
             if !plan.steps.iter().any(|step| matches!(step.action, Action::DeleteAddress(_))) {
                 break;
             }
@@ -85,18 +101,22 @@ impl Host {
         Ok(report)
     }
 
-    pub(super) fn carry_out(&mut self, steps: &[Step], done: &mut Vec<String>) -> Result<Refused> {
+    pub(super) fn carry_out(&mut self, steps: &[Step], done: &mut Vec<Step>) -> Result<Refused> {
         let mut refused = Refused::default();
         let (deletes, adds) = steps.iter().partition::<Vec<_>, _>(|step| {
             matches!(step.action, Action::DeleteAddress(_) | Action::DeleteRoute(_) | Action::DeleteRule(_))
         });
         self.send(&adds, done, &mut refused)?;
         for step in adds {
-            if let Action::SetTables(tables) = &step.action {
-                match self.set_tables(tables) {
-                    Ok(()) => done.push(step.text.clone()),
-                    Err(error) => refused.note(step, error.context(step.text.clone())),
-                }
+            let outcome = match &step.action {
+                Action::SetTables(tables) => self.set_tables(tables),
+                Action::SetSysctl(path, value) => self.inside(|| sysctl::set(path, value)).flatten().map(drop),
+                _ => continue,
+            };
+            match outcome.with_context(|| step.text.clone()) {
+                Ok(()) => done.push(step.clone()),
+                Err(error) if step.what == What::Sysctl => refused.warnings.push(error),
+                Err(error) => refused.note(step, error),
             }
         }
         // What stood in for something that could not be added stays.
@@ -106,7 +126,7 @@ impl Host {
     }
 
     /// Sends the route messages of `steps` together.
-    fn send(&mut self, steps: &[&Step], done: &mut Vec<String>, refused: &mut Refused) -> Result<()> {
+    fn send(&mut self, steps: &[&Step], done: &mut Vec<Step>, refused: &mut Refused) -> Result<()> {
         let messages = steps.iter().filter_map(|step| Some((*step, request(&step.action)?)));
         let (steps, requests): (Vec<_>, Vec<_>) = messages.unzip();
         for (step, outcome) in steps.into_iter().zip(self.route.batch(&requests)?) {
@@ -114,7 +134,7 @@ impl Host {
                 Err(error) if !tolerable(&step.action, &error) => {
                     refused.note(step, Error::from(error).context(step.text.clone()));
                 }
-                _ => done.push(step.text.clone()),
+                _ => done.push(step.clone()),
             }
         }
         Ok(())
@@ -157,7 +177,7 @@ fn request(action: &Action) -> Option<Request> {
         Action::DeleteRoute(route) => route::delete(route),
         Action::AddRule(rule) => rule::add(rule),
         Action::DeleteRule(rule) => rule::delete(rule),
-        Action::SetTables(_) => return None,
+        Action::SetTables(_) | Action::SetSysctl(..) => return None,
     })
 }
 
@@ -166,8 +186,6 @@ fn tolerable(action: &Action, error: &crate::netlink::KernelError) -> bool {
     match action {
         Action::AddAddress(_) | Action::AddRule(_) => error.exists(),
         Action::DeleteAddress(_) | Action::DeleteRoute(_) | Action::DeleteRule(_) => error.not_found(),
-        Action::SetMtu(..) | Action::SetUp(_) | Action::SetMac(..) | Action::ReplaceRoute(_) | Action::SetTables(_) => {
-            false
-        }
+        _ => false,
     }
 }

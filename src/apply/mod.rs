@@ -10,7 +10,7 @@ mod host;
 mod mend;
 mod pod;
 
-pub use host::HostReport;
+pub use host::{Censor, HostReport};
 pub use mend::{mend, side};
 
 use crate::error::Result;
@@ -18,8 +18,9 @@ use crate::model::naming::NFT_TABLE;
 use crate::model::net::{Family, Route, Rule};
 use crate::model::nft::Table;
 use crate::netlink::netns::Namespace;
+use crate::netlink::sysctl;
 use crate::netlink::{Socket, addr, link, nft, route, rule};
-use crate::plan::host::Observation;
+use crate::plan::host::{Intent, Observation, link_of, sysctls};
 use std::thread::ThreadId;
 use std::time::Instant;
 
@@ -48,16 +49,33 @@ impl Host {
         Ok(Host { namespace, thread, route, netfilter: None, known: None, looks: former::LOOKS_MAX, stuck: None })
     }
 
-    /// What the namespace holds: six dumps, and our nf_tables tables unless the kernel says that no table has changed.
+    /// What the namespace holds: six dumps, and our nf_tables tables unless the kernel says that no table has changed. The
+    /// sysctls are left out; see [`Host::observe_for`].
     pub fn observe(&mut self) -> Result<Observation> {
+        // In this order, because plugins are at work: an ADD sets the veth up, makes the route and then the rules; a DEL
+        // takes the rules away and then the route. So none of them looks like a pod that has lost only a part.
+        let links = link::list(&mut self.route)?;
+        let addresses = addr::list(&mut self.route, None)?;
         let (routes, rules) = routes_and_rules(&mut self.route)?;
-        Ok(Observation {
-            links: link::list(&mut self.route)?,
-            addresses: addr::list(&mut self.route, None)?,
-            routes,
-            rules,
-            tables: self.tables()?,
-        })
+        Ok(Observation { links, addresses, routes, rules, tables: self.tables()?, ..Observation::default() })
+    }
+
+    /// The same with the sysctls that `intent` wants.
+    pub fn observe_for(&mut self, intent: &Intent) -> Result<Observation> {
+        let mut seen = self.observe()?;
+        if let Some(primary) = link_of(&seen.links, intent.primary_mac) {
+            let wanted = sysctls(intent, &primary.name);
+            // One that cannot be read is as good as missing: nothing can be said of it.
+            let read = || wanted.into_iter().filter_map(|(path, _)| Some((sysctl::read(&path).ok()?, path)));
+            let values = self.inside(|| read().collect::<Vec<_>>())?;
+            seen.sysctls.extend(values.into_iter().map(|(value, path)| (path, value)));
+        }
+        Ok(seen)
+    }
+
+    /// `/proc/sys/net` is that of the thread that looks.
+    fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        if std::thread::current().id() == self.thread { Ok(work()) } else { self.namespace.run(work) }
     }
 
     /// Our tables; one message when the generation is still that of the last look.
@@ -90,8 +108,8 @@ fn netfilter<'a>(socket: &'a mut Option<Socket>, namespace: &Namespace) -> Resul
 fn routes_and_rules(socket: &mut Socket) -> Result<(Vec<Route>, Vec<Rule>)> {
     let (mut routes, mut rules) = (Vec::new(), Vec::new());
     for family in [Family::V4, Family::V6] {
-        routes.extend(route::list(socket, family, None)?);
         rules.extend(rule::list(socket, family)?);
+        routes.extend(route::list(socket, family, None)?);
     }
     Ok((routes, rules))
 }

@@ -8,7 +8,7 @@ mod branch;
 use super::{Host, side};
 use crate::clock;
 use crate::error::{Context, Error, List, Result};
-use crate::model::naming::priority;
+use crate::model::naming::{self, priority};
 use crate::model::net::{Link, Rule, TABLE_MAIN};
 use crate::netlink::netns::Namespace;
 use crate::netlink::{KernelError, Request, Socket, addr, conntrack, link, neigh, route, rule, sysctl};
@@ -58,7 +58,7 @@ impl Host {
         made.links.push(outer.index);
         let pod_index =
             outer.parent.ok_or_else(|| Error::new(format!("{:?} shows no other end", interface.host_veth)))?;
-        self.host_sysctls(&interface.host_veth, interface.address.is_ipv6())?;
+        self.inside(|| host_sysctls(&interface.host_veth, interface.address.is_ipv6()))??;
         if interface.address.is_ipv6() {
             netns.run(|| pod_sysctls(&interface.ifname))??;
         }
@@ -70,15 +70,6 @@ impl Host {
             .run(&pod_side(number, interface, pod_index))
             .with_context(|| format!("in {}", netns.path().display()))?;
         if interface.address.is_ipv6() { settled(inside, pod_index, interface) } else { Ok(()) }
-    }
-
-    fn host_sysctls(&self, name: &str, v6: bool) -> Result<()> {
-        self.on_the_host(|| host_sysctls(name, v6))
-    }
-
-    /// `/proc/sys/net` is that of the thread that looks.
-    fn on_the_host(&self, work: impl FnOnce() -> Result<()> + Send) -> Result<()> {
-        if std::thread::current().id() == self.thread { work() } else { self.namespace.run(work)? }
     }
 
     /// Makes both ends in one message and reads the host's back.
@@ -138,10 +129,12 @@ impl Host {
     fn host_side(&mut self, interface: &PodInterface, outer: &Link, made: &mut Made) -> Result<()> {
         let stale = rule::delete(&Rule::from(interface.host_net(), priority::FROM_POD, 0));
         let wanted = interface.host_rules();
+        let alias = naming::veth_alias(interface.host_mac, interface.mtu);
         // The host asks for an IPv6 pod's MAC from its link's own address: given before, it is there when the link is.
         let mut requests = interface.host_link_local(outer.index).iter().map(addr::add).collect::<Vec<_>>();
         let before = requests.len();
-        requests.extend([link::set_up(outer.index), route::replace(&interface.host_route(outer.index)), stale.clone()]);
+        let up = link::set_up_as(outer.index, &alias);
+        requests.extend([up, route::replace(&interface.host_route(outer.index)), stale.clone()]);
         requests.extend(wanted.iter().map(rule::add));
         let mut outcomes = self.route.batch(&requests)?;
         for outcome in outcomes.drain(..before) {

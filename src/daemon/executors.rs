@@ -1,19 +1,17 @@
 //! The threads that carry out effects. Each owns what it talks to and sends the outcome back as an event.
 
-use super::former::Watch;
+use super::kernel::{self, Work};
 use super::metrics::Metrics;
 use super::{End, files, spawn};
-use crate::apply;
 use crate::aws::{ec2, imds};
-use crate::error::{Context, List, Result};
+use crate::error::{Context, Result};
 use crate::model::checkpoint::Checkpoint;
 use crate::model::ec2::{Call, Failure};
 use crate::model::imds::Query;
 use crate::model::kube;
-use crate::model::order::Gather as _;
 use crate::model::spool::{self, Record};
-use crate::plan::core::{Applied, Effect, Event, OpId};
-use crate::plan::host::Intent;
+use crate::model::wire::DelNetworkReply;
+use crate::plan::core::{Effect, Event, OpId};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,11 +24,6 @@ pub(super) const QUEUE_MAX: usize = 256;
 /// How often the folder of DELs that could not reach us is looked at.
 const SPOOL_EVERY: Duration = Duration::from_secs(5);
 
-enum Host {
-    Apply(OpId, Box<Intent>),
-    List,
-}
-
 enum Disk {
     Save(u64, Vec<(u32, Checkpoint)>),
     SetAside(u32),
@@ -41,7 +34,7 @@ enum Disk {
 pub(super) struct Executors {
     ec2: SyncSender<(OpId, Call)>,
     imds: SyncSender<(OpId, Query)>,
-    kernel: SyncSender<Host>,
+    kernel: kernel::Queue,
     disk: SyncSender<Disk>,
     kube: Option<SyncSender<(OpId, kube::Call)>>,
 }
@@ -66,13 +59,21 @@ impl Executors {
         let (sender, client) = (events.clone(), Arc::clone(imds));
         let beside = store.clone();
         spawn("imds", ended, move || imds_loop(&client, &queries, &sender, &beside))?;
-        let (kernel_queue, work) = sync_channel(QUEUE_MAX);
+        let (kernel_queue, inbox) = kernel::queue().context("make the kernel thread's queue")?;
         let (sender, metrics) = (events.clone(), Arc::clone(metrics));
-        spawn("kernel", ended, move || kernel_loop(&work, &sender, &metrics))?;
+        spawn("kernel", ended, move || kernel::run(&inbox, &sender, &metrics))?;
         let (disk_queue, work) = sync_channel(QUEUE_MAX);
         let sender = events.clone();
         spawn("disk", ended, move || disk_loop(&store, &work, &sender))?;
         Ok(Executors { ec2: ec2_queue, imds: imds_queue, kernel: kernel_queue, disk: disk_queue, kube })
+    }
+
+    /// To be told before the plugin is: what it takes away from now on is not to be put back.
+    pub(super) fn released(&self, reply: &DelNetworkReply) {
+        let texts = reply.allocations.iter().flat_map(|allocation| [&allocation.ipv4, &allocation.ipv6]);
+        let addresses = texts.filter_map(|text| text.parse().ok()).collect();
+        // If the queue is full, the rules may be put back; the core sweeps such rules away after a while.
+        self.kernel.try_send(Work::Released(addresses)).ok();
     }
 
     /// Hands an effect over; the event that it failed at once, if its queue is full.
@@ -95,9 +96,9 @@ impl Executors {
                 self.imds.try_send((op, query)).err().map(|error| Event::Imds(op, Err(full(&error))))
             }
             Effect::Kernel(op, intent) => {
-                self.kernel.try_send(Host::Apply(op, intent)).err().map(|error| Event::Kernel(op, Err(full(&error))))
+                self.kernel.try_send(Work::Apply(op, intent)).err().map(|error| Event::Kernel(op, Err(full(&error))))
             }
-            Effect::ListLinks => self.kernel.try_send(Host::List).err().map(|error| Event::Seen(Err(full(&error)))),
+            Effect::ListLinks => self.kernel.try_send(Work::List).err().map(|error| Event::Seen(Err(full(&error)))),
             Effect::Save(generation, content) => {
                 let work = Disk::Save(generation, content);
                 self.disk.try_send(work).err().map(|error| Event::Saved(generation, Err(full(&error))))
@@ -153,42 +154,6 @@ fn imds_loop(
         {
             log::warn!("keep what imds told: {error}"); // only a restart while IMDS is silent would need it
         }
-    }
-    Ok(())
-}
-
-fn kernel_loop(work: &Receiver<Host>, events: &SyncSender<Event>, metrics: &Metrics) -> Result<()> {
-    let mut host = apply::Host::open().context("open the host's netlink sockets")?;
-    let mut former = Watch::default();
-    while let Ok(work) = work.recv() {
-        let event = match work {
-            Host::Apply(op, intent) => {
-                let mut primary = String::new();
-                let result = host.host(&intent).and_then(|report| {
-                    primary = report.primary;
-                    for step in &report.steps {
-                        log::info!("{step}");
-                    }
-                    let mut errors = List::new();
-                    for error in report.errors {
-                        errors.note::<()>(Err(error));
-                    }
-                    errors.into_result()?;
-                    let failed = report.enis.into_iter();
-                    let failed =
-                        failed.filter_map(|(id, result)| result.err().map(|error| (id, error.to_string()))).gather();
-                    Ok(Applied { failed, trunks: report.trunks })
-                });
-                if result.is_ok() {
-                    former.look(&mut host, &intent, &primary, metrics);
-                }
-                let result = result.map_err(|error| error.to_string());
-                metrics.rules(result.as_ref().err().map(String::as_str));
-                Event::Kernel(op, result)
-            }
-            Host::List => Event::Seen(files::look_at_host().map_err(|error| error.to_string())),
-        };
-        events.send(event).context("tell the core")?;
     }
     Ok(())
 }

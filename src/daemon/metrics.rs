@@ -8,8 +8,9 @@ use crate::aws::{ec2, imds};
 use crate::clock;
 use crate::model::time::{Mono, Now, Wall};
 use crate::plan::core::Tally;
+use crate::plan::host::What;
 use crate::plan::pool::Cidr;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write as _;
 use std::fs;
 use std::sync::{Mutex, PoisonError};
@@ -19,6 +20,8 @@ use std::time::Duration;
 const SERIES_MAX: usize = 1000;
 /// Causes of errors that are kept apart.
 const CAUSES_MAX: usize = 64;
+/// Repairs that operators are shown.
+const REPAIRS_MAX: usize = 16;
 
 /// Name and help of what is counted, and the labels that are there from the start with 0, so that a rate can be taken of
 /// the first event.
@@ -36,7 +39,10 @@ const COUNTERS: &[(&str, &str, Start)] = &[
     ("awscni_no_available_ip_addresses", "requests that found no address", Start::Plain),
     ("awscni_pod_eni_error_count", "errors with ENIs of pods by place", Start::Absent),
     ("awscni_reconcile_count", "ENIs and addresses taken in or dropped by the reconciliation", Start::Absent),
+    ("awscni_repairs_total", "what others had changed of the host's network and was put back", Start::Absent),
     ("enibox_add_refused_total", "requests that found no address by cause", Start::Absent),
+    ("enibox_host_looks_total", "looks at the host's whole network by cause", Start::Absent),
+    ("enibox_repairs_held_total", "repairs left to the next regular look because others undo them", Start::Absent),
 ];
 
 #[derive(Clone, Copy)]
@@ -76,6 +82,14 @@ pub(super) struct Trouble {
     pub(super) text: String,
 }
 
+/// Something of the host's network that others had changed.
+#[derive(Clone, Debug)]
+pub(super) struct Repair {
+    pub(super) at: Wall,
+    pub(super) what: &'static str,
+    pub(super) text: String,
+}
+
 #[derive(Default)]
 struct Kept {
     counters: BTreeMap<&'static str, BTreeMap<Labels, u64>>,
@@ -83,6 +97,7 @@ struct Kept {
     latencies: BTreeMap<Labels, (f64, u64)>,
     histograms: BTreeMap<(&'static str, Labels), Histogram>,
     troubles: BTreeMap<String, Trouble>,
+    repairs: VecDeque<Repair>,
     initialising: Option<Mono>,
     legacy: bool,
 }
@@ -184,6 +199,32 @@ impl Metrics {
     /// Whether rules of a former installation are in `iptables-legacy`.
     pub(super) fn legacy(&self, present: bool) {
         self.kept().legacy = present;
+    }
+
+    /// The host's network is looked at, because the core asked for it or the kernel told of a change.
+    pub(super) fn host_look(&self, regular: bool) {
+        let cause = if regular { "core" } else { "notice" };
+        self.add("enibox_host_looks_total", vec![("cause", cause.to_owned())], 1);
+    }
+
+    /// Something of ours that others had changed was put back.
+    pub(super) fn repaired(&self, what: What, text: &str) {
+        self.add("awscni_repairs_total", vec![("what", what.name().to_owned())], 1);
+        let mut kept = self.kept();
+        if kept.repairs.len() >= REPAIRS_MAX {
+            kept.repairs.pop_front();
+        }
+        kept.repairs.push_back(Repair { at: clock::now().wall, what: what.name(), text: text.to_owned() });
+    }
+
+    /// Something was not put back, because others undo it again and again.
+    pub(super) fn repair_held(&self, what: What) {
+        self.add("enibox_repairs_held_total", vec![("what", what.name().to_owned())], 1);
+    }
+
+    /// The last repairs, the oldest first.
+    pub(super) fn repairs(&self) -> Vec<Repair> {
+        self.kept().repairs.iter().cloned().collect()
     }
 
     /// A call to EC2 has ended.

@@ -9,6 +9,7 @@ mod files;
 mod former;
 mod instance;
 mod introspect;
+mod kernel;
 mod kube;
 mod metrics;
 mod rpc_server;
@@ -307,7 +308,12 @@ fn core_loop(mut core: Core, inbox: &Receiver<Event>, hands: &Hands, rpc: impl F
         while let Some(event) = next.pop_front() {
             for effect in core.step(clock::now(), event) {
                 match effect {
-                    Effect::Reply(call, answer) => hands.calls.answer(call, answer),
+                    Effect::Reply(call, answer) => {
+                        if let Answer::Del(reply) = &answer {
+                            hands.executors.released(reply);
+                        }
+                        hands.calls.answer(call, answer);
+                    }
                     Effect::WakeAt(at) => wake_at = Some(at),
                     Effect::Log(level, text) => log::log!(log_level(level), "{text}"),
                     Effect::Tally(tally) => hands.metrics.count(tally),

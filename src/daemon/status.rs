@@ -20,6 +20,7 @@ pub(super) fn document(shown: &Shown, metrics: &Metrics, now: Now) -> Value {
         "pool": pool(&shown.view, now),
         "doing": shown.view.status.as_ref().map(|status| doing(status, now.mono)),
         "errors": errors(metrics),
+        "repairs": repairs(metrics),
         "settings": lines.map(|line| known.layered.line(&line)).collect::<Vec<_>>(),
         "pending": known.pending.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "wrong": known.wrong,
@@ -93,6 +94,11 @@ fn doing(status: &Status, now: Mono) -> Value {
             "warm_prefix": targets.warm_prefix,
         },
     })
+}
+
+fn repairs(metrics: &Metrics) -> Vec<Value> {
+    let repairs = metrics.repairs().into_iter();
+    repairs.map(|repair| json!({"at": repair.at.to_string(), "what": repair.what, "text": repair.text})).collect()
 }
 
 fn errors(metrics: &Metrics) -> Vec<Value> {

@@ -200,7 +200,7 @@ fn mend(look: &Look, host: &mut Host) -> Vec<String> {
     let Some(intent) = &look.intent else { return told };
     match host.host(intent) {
         Ok(report) => {
-            told.extend(report.steps.into_iter().map(|step| format!("done: {step}")));
+            told.extend(report.steps.into_iter().map(|step| format!("done: {}", step.text)));
             let refused = report.enis.into_iter().filter_map(|(eni, result)| Some(format!("{eni}: {}", result.err()?)));
             told.extend(report.errors.iter().map(|error| format!("failed: {error}")));
             told.extend(refused.map(|text| format!("failed: {text}")));

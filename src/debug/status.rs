@@ -93,6 +93,10 @@ fn page(document: &Value) -> String {
         let (cause, last, told) = (text(error, "cause"), text(error, "last"), text(error, "text"));
         line(&mut page, "error", &format!("{cause}: {told} ({} times, last {last})", error["count"]));
     }
+    for repair in items(document, "repairs") {
+        let [at, what, done] = ["at", "what", "text"].map(|name| text(repair, name));
+        line(&mut page, "repaired", &format!("{at} {what}: {done}"));
+    }
     for setting in items(document, "settings") {
         let value = text(setting, "value");
         line(&mut page, "setting", &format!("{}={value} ({})", text(setting, "variable"), text(setting, "layer")));
@@ -194,6 +198,7 @@ mod tests {
                 "targets": {"warm_eni": 1, "warm_ip": 0, "minimum_ip": 0, "warm_prefix": 0},
             },
             "errors": [{"cause": "refused: eni_limit", "count": 4, "last": "2026-11-21T01:30:00Z", "text": "full"}],
+            "repairs": [{"at": "2026-11-21T01:30:00Z", "what": "mark-rule", "text": "add rule 1024"}],
             "settings": [{"variable": "WARM_IP_TARGET", "value": "5", "layer": "label"}],
             "pending": ["MAX_ENI=2"], "wrong": ["setting X: bad"],
         });
@@ -211,6 +216,7 @@ doing      the node is cordoned: nothing grows
 doing      subnet-1 has no free addresses and is left alone for 119 s
 doing      new pods get no address (throttled): EC2 throttles
 error      refused: eni_limit: full (4 times, last 2026-11-21T01:30:00Z)
+repaired   2026-11-21T01:30:00Z mark-rule: add rule 1024
 setting    WARM_IP_TARGET=5 (label)
 next start MAX_ENI=2
 wrong      setting X: bad

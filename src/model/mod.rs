@@ -11,6 +11,7 @@ pub mod limits;
 pub mod naming;
 pub mod net;
 pub mod nft;
+pub mod notice;
 pub mod order;
 pub mod settings;
 pub mod spool;

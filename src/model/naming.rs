@@ -3,7 +3,7 @@
 //! Calico, the network policy agent and cached CNI results depend on every value here; none may change. Nothing here
 //! looks at the system.
 
-use super::net::TABLE_MAIN;
+use super::net::{Mac, TABLE_MAIN};
 use crate::error::{Error, Result};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -63,6 +63,18 @@ pub fn host_veth(prefix: &str, namespace: &str, pod: &str, index: usize) -> Resu
         return Err(Error::new(format!("veth prefix {prefix:?} is longer than {VETH_PREFIX_MAX} characters")));
     }
     Ok(format!("{prefix}{}", suffix(namespace, pod, index)))
+}
+
+/// Alias of a host veth: what it was made with. The pod's neighbour entry for its gateway names this MAC, and nothing else
+/// on the host knows it once somebody has changed the link's own.
+pub fn veth_alias(mac: Mac, mtu: u32) -> String {
+    format!("aws-cni mac {mac} mtu {mtu}")
+}
+
+/// MAC and MTU of an alias that [`veth_alias`] has made.
+pub fn of_veth_alias(alias: &str) -> Option<(Mac, u32)> {
+    let (mac, mtu) = alias.strip_prefix("aws-cni mac ")?.split_once(" mtu ")?;
+    Some((mac.parse().ok()?, mtu.parse().ok()?))
 }
 
 /// Name of the pod's end: `CNI_IFNAME` for the first interface, `mNicIf<index>` for the others.
@@ -165,6 +177,16 @@ mod tests {
             host_veth("calic", "a", "b", 0).unwrap_err().to_string(),
             "veth prefix \"calic\" is longer than 4 characters"
         );
+    }
+
+    #[test]
+    fn an_alias_tells_what_a_veth_was_made_with() {
+        let mac = Mac([2, 0, 0, 0, 0, 0x1f]);
+        assert_eq!(veth_alias(mac, 9001), "aws-cni mac 02:00:00:00:00:1f mtu 9001");
+        assert_eq!(of_veth_alias(&veth_alias(mac, 1500)), Some((mac, 1500)));
+        for other in ["", "uplink", "aws-cni mac 02:00 mtu 9001", "aws-cni mac 02:00:00:00:00:1f mtu -1"] {
+            assert_eq!(of_veth_alias(other), None, "{other}");
+        }
     }
 
     #[test]

@@ -113,6 +113,8 @@ pub struct Link {
     pub kind: Option<String>,
     /// IFLA_MASTER: the bridge or bond it belongs to.
     pub master: Option<u32>,
+    /// IFLA_IFALIAS: a text for people and programs, empty if there is none.
+    pub alias: String,
 }
 
 /// An address on a link.

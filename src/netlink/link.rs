@@ -124,6 +124,13 @@ pub fn set_up(index: u32) -> Request {
     Request::new(Rtm::Newlink, 0, header(index, IFF_UP, IFF_UP).to_vec(), format!("set link if{index} up"))
 }
 
+/// Sets the link up and gives it an alias, at most 255 bytes. (A link cannot be created with one.)
+pub fn set_up_as(index: u32, alias: &str) -> Request {
+    let mut writer = Writer::new(&header(index, IFF_UP, IFF_UP));
+    writer.text(Ifla::Ifalias, alias);
+    Request::new(Rtm::Newlink, 0, writer.finish(), format!("set link if{index} up alias {alias:?}"))
+}
+
 /// Sets the link down, which flushes its routes.
 pub fn set_down(index: u32) -> Request {
     Request::new(Rtm::Newlink, 0, header(index, 0, IFF_UP).to_vec(), format!("set link if{index} down"))
@@ -221,6 +228,7 @@ pub fn decode(body: &[u8]) -> Option<Link> {
             // 0 is what the kernel reports for tunnels without a lower link.
             Ifla::Link => link.parent = attr.u32().filter(|index| *index != 0),
             Ifla::Master => link.master = attr.u32(),
+            Ifla::Ifalias => link.alias = attr.text(),
             Ifla::Linkinfo => link.kind = attr.nested().find(IflaInfo::Kind).map(|kind| kind.text()),
             _ => {}
         }

@@ -2,58 +2,25 @@
 //!
 //! One monitor has a route socket and, if asked for, a netfilter socket. The kernel drops notifications when nobody reads
 //! them in time; that is told as [`Notice::Overrun`], after which the caller must read everything anew.
+//!
+//! Neighbours are left out: the kernel tells of every step of every ARP entry, which would wake up an idle node all the
+//! time, and the only entries that are ours stand inside of pods.
 
 use super::attr::Attrs;
 use super::netns::Namespace;
 use super::socket::{Message, Socket, messages};
-use super::{addr, link, neigh, nft, route, rule};
+use super::{addr, link, nft, route, rule};
 use crate::error::{Context, Result};
-use crate::model::net::{Address, Link, Neighbour, Route, Rule};
+pub use crate::model::notice::Notice;
 use crate::{clock, sys};
 use neli::consts::rtnl::Rtm;
 use neli::consts::socket::NlFamily;
 use std::collections::{BTreeSet, VecDeque};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 /// Receive queue of each socket in bytes: thousands of notifications.
 const QUEUE: usize = 1024 * 1024;
-
-/// What has changed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Notice {
-    /// A link is new or has changed.
-    Link(Link),
-    /// A link has gone.
-    LinkGone(Link),
-    /// An address is new or has changed.
-    Address(Address),
-    /// An address has gone.
-    AddressGone(Address),
-    /// A route is new or was replaced.
-    Route(Route),
-    /// A route has gone. (Those that go with their link are not told.)
-    RouteGone(Route),
-    /// A rule is new.
-    Rule(Rule),
-    /// A rule has gone.
-    RuleGone(Rule),
-    /// A neighbour entry is new or has changed.
-    Neighbour(Neighbour),
-    /// A neighbour entry has gone.
-    NeighbourGone(Neighbour),
-    /// A transaction of nf_tables was committed.
-    Ruleset {
-        /// The new generation.
-        generation: u32,
-        /// Names of the tables that were touched, of all families.
-        tables: BTreeSet<String>,
-        /// Name of the process that did it, if the kernel tells.
-        process: Option<String>,
-    },
-    /// Notifications were lost: read everything anew.
-    Overrun,
-}
 
 /// A subscription to the changes of one namespace.
 #[derive(Debug)]
@@ -65,18 +32,18 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Subscribes in the calling thread's namespace to links, addresses, routes, rules and neighbours of both families, and
-    /// to nf_tables if `nft` is set. Subscribe first and read the state then: so nothing is missed between.
+    /// Subscribes in the calling thread's namespace to links, addresses, routes and rules of both families, to IPv4's
+    /// settings of interfaces, and to nf_tables if `nft` is set. Subscribe first and read the state then: so nothing is missed between.
     pub fn open(nft: bool) -> Result<Monitor> {
         let groups = [
             libc::RTNLGRP_LINK,
-            libc::RTNLGRP_NEIGH,
             libc::RTNLGRP_IPV4_IFADDR,
             libc::RTNLGRP_IPV6_IFADDR,
             libc::RTNLGRP_IPV4_ROUTE,
             libc::RTNLGRP_IPV6_ROUTE,
             libc::RTNLGRP_IPV4_RULE,
             libc::RTNLGRP_IPV6_RULE,
+            libc::RTNLGRP_IPV4_NETCONF,
         ];
         let open = |family, groups: &[u32], what: &str| {
             let socket = Socket::open(family, groups).with_context(|| format!("subscribe to {what}"))?;
@@ -85,7 +52,7 @@ impl Monitor {
         };
         let group = libc::NFNLGRP_NFTABLES.cast_unsigned();
         Ok(Monitor {
-            route: open(NlFamily::Route, &groups, "links, addresses, routes, rules and neighbours")?,
+            route: open(NlFamily::Route, &groups, "links, addresses, routes and rules")?,
             nft: if nft { Some(open(NlFamily::Netfilter, &[group], "nf_tables")?) } else { None },
             touched: BTreeSet::new(),
             ready: VecDeque::new(),
@@ -118,6 +85,16 @@ impl Monitor {
                 return Ok(None);
             }
         }
+    }
+
+    /// Waits until there is a change, `other` is readable, or `timeout` has passed; whether `other` is. The changes are for
+    /// [`Monitor::next`].
+    pub fn wait(&self, other: BorrowedFd<'_>, timeout: Duration) -> Result<bool> {
+        let timeout = if self.ready.is_empty() { timeout } else { Duration::ZERO };
+        let sockets = std::iter::once(&self.route).chain(&self.nft).map(AsFd::as_fd);
+        let fds = std::iter::once(other).chain(sockets).collect::<Vec<_>>();
+        let readable = sys::poll_readable(&fds, timeout).context("wait for kernel notifications")?;
+        Ok(readable.first() == Some(&true))
     }
 
     fn read_route(&mut self) -> Result<()> {
@@ -165,10 +142,16 @@ fn notice(message: &Message<'_>) -> Option<Notice> {
         Rtm::Delroute => route::decode(body).map(Notice::RouteGone),
         Rtm::Newrule => rule::decode(body).map(Notice::Rule),
         Rtm::Delrule => rule::decode(body).map(Notice::RuleGone),
-        Rtm::Newneigh => neigh::decode(body).map(Notice::Neighbour),
-        Rtm::Delneigh => neigh::decode(body).map(Notice::NeighbourGone),
+        Rtm::Newnetconf => conf(body),
         _ => None,
     }
+}
+
+/// `struct netconfmsg` is one byte, padded; NETCONFA_IFINDEX and NETCONFA_RP_FILTER (`linux/netconf.h`).
+fn conf(body: &[u8]) -> Option<Notice> {
+    let attrs = Attrs::after(body, 4);
+    let dev = attrs.clone().find(1u16)?.u32()?.cast_signed();
+    Some(Notice::Conf { dev, rp_filter: attrs.clone().find(3u16).and_then(|value| value.u32()) })
 }
 
 /// The changes of a transaction come one by one, each with the table's name as its first attribute, and then the new

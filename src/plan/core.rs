@@ -155,7 +155,7 @@ enum Op {
     VpcCidrs,
     Groups,
     Describe,
-    Host { enis: BTreeSet<EniId>, gone: BTreeSet<IpAddr>, swept: BTreeMap<IpAddr, Mono> },
+    Host { enis: BTreeSet<EniId>, gone: BTreeSet<IpAddr>, swept: BTreeMap<IpAddr, Mono>, young: bool },
     Tags(EniId),
     ModifyGroups(EniId),
     Unassign(EniId, Vec<IpNet>),
@@ -215,6 +215,9 @@ const TRUST: Duration = Duration::from_secs(3);
 const AMEND_AGAIN: Duration = Duration::from_mins(10);
 /// A plugin needs less than this between the answer of the daemon and the end of its work on the host.
 const PLUGIN_MAX: Duration = Duration::from_secs(5);
+/// When a new pod's network is looked at for the first time: when its plugin has ended for sure, and then some, so that one
+/// look serves pods that come one after the other.
+const SETTLED: Duration = Duration::from_secs(6);
 /// How often the host's links are compared with the allocations (B18).
 const LINK_CHECK: Duration = Duration::from_secs(150);
 

@@ -12,6 +12,7 @@ mod pods;
 
 pub(super) use self::branches::gateway_rule;
 use self::planner::Planner;
+pub(super) use self::{enis::global, pods::veths_of};
 use super::branch::Branch;
 use super::ruleset;
 use crate::error::{Error, Result};
@@ -166,6 +167,8 @@ pub struct Observation {
     pub rules: Vec<Rule>,
     /// Our nf_tables tables.
     pub tables: Vec<Table>,
+    /// Those of [`sysctls`] that this kernel has, with their values.
+    pub sysctls: BTreeMap<String, String>,
 }
 
 /// One change.
@@ -177,6 +180,8 @@ pub enum Action {
     SetUp(u32),
     /// Sets the hardware address of the link with this index.
     SetMac(u32, Mac),
+    /// Makes the sysctl of this path hold this value.
+    SetSysctl(String, String),
     /// Adds an address.
     AddAddress(Address),
     /// Deletes an address.
@@ -226,8 +231,18 @@ pub enum What {
     BranchRule,
     /// The rule for the VPC's IPv6 router at 0.
     GatewayRule,
+    /// The route to a pod in main.
+    PodRoute,
+    /// The host's end of a pod's veth that is down.
+    PodLink,
+    /// MAC of the host's end of a pod's veth, which the pod has as its gateway's.
+    PodMac,
+    /// MTU of the host's end of a pod's veth.
+    PodMtu,
     /// Rules of a pod that is gone.
     GonePod,
+    /// A sysctl.
+    Sysctl,
     /// Our nf_tables tables.
     Ruleset,
 }
@@ -251,7 +266,12 @@ impl What {
             What::BranchRoute => "branch-route",
             What::BranchRule => "branch-rule",
             What::GatewayRule => "gateway-rule",
+            What::PodRoute => "pod-route",
+            What::PodLink => "pod-link",
+            What::PodMac => "pod-mac",
+            What::PodMtu => "pod-mtu",
             What::GonePod => "gone-pod",
+            What::Sysctl => "sysctl",
             What::Ruleset => "ruleset",
         }
     }
@@ -292,6 +312,19 @@ pub fn link_of(links: &[Link], mac: Mac) -> Option<&Link> {
     links.iter().find(|link| link.mac == Some(mac) && !stacked(link))
 }
 
+/// The sysctls that the data plane needs on a node whose primary ENI's link has this name (`spec/dataplane.md` 4): path
+/// below `/proc/sys`, and value. The init container writes them; others change them back.
+pub fn sysctls(intent: &Intent, primary: &str) -> Vec<(String, &'static str)> {
+    // Loose: answers to NodePort connections leave through the primary ENI for pods of others.
+    let mut wanted = vec![(format!("net/ipv4/conf/{primary}/rp_filter"), "2")];
+    if intent.v6 || intent.egress != Egress::Off {
+        wanted.push(("net/ipv6/conf/all/forwarding".into(), "1"));
+        // With forwarding on, 1 would mean that router advertisements are not listened to.
+        wanted.push((format!("net/ipv6/conf/{primary}/accept_ra"), "2"));
+    }
+    wanted
+}
+
 /// The steps that make `seen` what `intent` wants. An error when the primary ENI has no link (MAC and links are named) or
 /// the rule set cannot be made.
 pub fn diff(intent: &Intent, seen: &Observation) -> Result<Plan> {
@@ -313,6 +346,12 @@ pub fn diff(intent: &Intent, seen: &Observation) -> Result<Plan> {
             Action::SetMtu(primary.index, intent.eni_mtu),
             format!("set mtu {} on {}", intent.eni_mtu, primary.name),
         );
+    }
+    for (path, value) in sysctls(intent, &primary.name) {
+        if let Some(there) = seen.sysctls.get(&path).filter(|there| *there != value) {
+            let text = format!("set sysctl {path} to {value} instead of {there}");
+            planner.add(What::Sysctl, None, Action::SetSysctl(path, value.into()), text);
+        }
     }
     planner.mark_rule();
     planner.local_rule();
@@ -343,7 +382,7 @@ fn missing(mac: Mac, seen: &Observation) -> Error {
 }
 
 /// The address of a /32 or /128.
-fn single(net: IpNet) -> Option<IpAddr> {
+pub(super) fn single(net: IpNet) -> Option<IpAddr> {
     (net.prefix_len() == net.max_prefix_len()).then(|| net.addr())
 }
 

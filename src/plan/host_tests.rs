@@ -92,6 +92,7 @@ fn right() -> Observation {
             Rule::any(Family::V6, 0, TABLE_LOCAL),
         ],
         tables: ruleset::tables(&intent(), "eth0").unwrap(),
+        sysctls: BTreeMap::from([("net/ipv4/conf/eth0/rp_filter".into(), "2".into())]),
     }
 }
 
@@ -353,6 +354,7 @@ fn right_v6() -> (Intent, Observation) {
             Rule::from(net("2001:db8::5/128"), 32765, 2),
         ],
         tables: ruleset::tables(&wanted, "eth0").unwrap(),
+        ..Observation::default()
     };
     (wanted, seen)
 }
@@ -434,6 +436,7 @@ fn carry_out(seen: &mut Observation, step: &Step) {
             let at = by_index(&mut seen.links, *index);
             seen.links[at].mac = Some(*mac);
         }
+        Action::SetSysctl(path, value) => drop(seen.sysctls.insert(path.clone(), value.clone())),
         Action::AddAddress(address) => seen.addresses.push(*address),
         Action::DeleteAddress(address) => seen.addresses.retain(|there| there != address),
         Action::ReplaceRoute(route) => {
@@ -453,6 +456,109 @@ fn carry_out(seen: &mut Observation, step: &Step) {
         }
         Action::SetTables(tables) => seen.tables.clone_from(tables),
     }
+}
+
+#[test]
+fn what_the_plugin_has_made_of_a_pod_is_put_back() {
+    let digits = "0123456789a";
+    let named = |name: &str| HostPod { name: name.into(), veth: digits.into(), ..pod("10.20.12.60", 2) };
+    let mut wanted = intent();
+    wanted.pods = vec![named("default/one")];
+    let wired = || {
+        let mut seen = right();
+        seen.routes.retain(|route| route.dev != 10 && route.dev != 11);
+        seen.routes.push(route(254, "10.20.12.60/32", None, 10));
+        seen.links[4].alias = naming::veth_alias(mac(10), 9001);
+        seen
+    };
+    let check = |fault: &dyn Fn(&mut Observation), steps: &[&str]| {
+        let mut seen = wired();
+        fault(&mut seen);
+        let plan = diff(&wanted, &seen).unwrap();
+        assert_eq!(texts(&plan), steps);
+        plan.steps.iter().for_each(|step| carry_out(&mut seen, step));
+        assert_eq!(texts(&diff(&wanted, &seen).unwrap()), Vec::<&str>::new());
+    };
+    let lost = |seen: &mut Observation| seen.routes.retain(|route| route.dev != 10);
+    let route_back = "replace route 10.20.12.60 dev eni0123456789a";
+    check(&|_| {}, &[]);
+    check(&lost, &[route_back]);
+    check(
+        &|seen| {
+            lost(seen);
+            seen.rules.retain(|rule| !matches!(rule.priority, 512 | 1536));
+        },
+        &[route_back, "add rule 1536: from 10.20.12.60 lookup 2", "add rule 512: from all to 10.20.12.60 lookup main"],
+    );
+    check(&|seen| seen.links[4].mac = Some(mac(77)), &["set address 02:00:00:00:00:0a on eni0123456789a"]);
+    check(&|seen| seen.links[4].mtu = 1500, &["set mtu 9001 on eni0123456789a"]);
+    check(
+        &|seen| {
+            lost(seen);
+            seen.links[4].up = false;
+        },
+        &["set eni0123456789a up", route_back],
+    );
+    // A link of an older version tells neither MAC nor MTU.
+    check(
+        &|seen| {
+            seen.links[4].alias.clear();
+            seen.links[4].mac = Some(mac(77));
+            seen.links[4].mtu = 1500;
+        },
+        &[],
+    );
+    // Without its link a pod is on its way in or out.
+    check(
+        &|seen| {
+            lost(seen);
+            seen.links.remove(4);
+        },
+        &[],
+    );
+    // Another prefix is as good, the same digits elsewhere in a name are not.
+    check(
+        &|seen| {
+            lost(seen);
+            seen.links[4].name = format!("vlan{digits}");
+        },
+        &[&format!("replace route 10.20.12.60 dev vlan{digits}")],
+    );
+    check(
+        &|seen| {
+            lost(seen);
+            seen.links[4].name = format!("{digits}x");
+        },
+        &[],
+    );
+    // Which of two links it is, or which of two pods, nobody knows.
+    check(
+        &|seen| {
+            lost(seen);
+            seen.links[5].name = format!("veth{digits}");
+        },
+        &[],
+    );
+    let mut both = wanted.clone();
+    both.pods.push(HostPod { address: ip("10.20.12.61"), ..named("default/one") });
+    let mut seen = wired();
+    lost(&mut seen);
+    assert_eq!(texts(&diff(&both, &seen).unwrap()), Vec::<&str>::new());
+}
+
+#[test]
+fn sysctls_are_kept() {
+    let path = "net/ipv4/conf/eth0/rp_filter";
+    check(
+        |seen| drop(seen.sysctls.insert(path.into(), "1".into())),
+        &["set sysctl net/ipv4/conf/eth0/rp_filter to 2 instead of 1"],
+    );
+    check(|seen| seen.sysctls.clear(), &[]); // this kernel has none, or nobody looked
+    let of = |intent: &Intent| sysctls(intent, "ens5").into_iter().map(|(path, _)| path).collect::<Vec<_>>();
+    assert_eq!(of(&intent()), ["net/ipv4/conf/ens5/rp_filter"]);
+    let six = ["net/ipv4/conf/ens5/rp_filter", "net/ipv6/conf/all/forwarding", "net/ipv6/conf/ens5/accept_ra"];
+    assert_eq!(of(&Intent { v6: true, ..intent() }), six);
+    assert_eq!(of(&Intent { egress: Egress::Guard, ..intent() }), six);
 }
 
 proptest! {

@@ -11,5 +11,6 @@ pub mod host;
 pub mod pace;
 pub mod pod;
 pub mod pool;
+pub mod repair;
 pub mod ruleset;
 pub mod sizing;

@@ -8,6 +8,7 @@ mod kills;
 mod kube;
 mod lies;
 mod refusals;
+mod repair;
 mod restarts;
 mod settings;
 mod stage;

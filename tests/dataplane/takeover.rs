@@ -65,7 +65,7 @@ fn taken_over(version: Version, backend: Backend) {
     let tables = if version == Version::IptablesLegacy { 0 } else { 2 };
     assert_eq!(removed.len(), tables, "{removed:?}");
     assert_eq!(host.take_over().unwrap(), Vec::<String>::new(), "nothing is left");
-    assert_eq!(host.host(&intent()).unwrap().steps, Vec::<String>::new());
+    assert!(host.host(&intent()).unwrap().steps.is_empty());
     for program in ["iptables-nft-save", "iptables-legacy-save"] {
         let legacy = version == Version::IptablesLegacy && program == "iptables-legacy-save";
         if legacy {

@@ -95,7 +95,6 @@ fn changes_are_told_as_they_happen() {
             Notice::Address(address),
             Notice::Route(route),
             Notice::Rule(ours.clone()),
-            Notice::Neighbour(entry),
             Notice::RuleGone(ours),
             Notice::RouteGone(route),
             Notice::AddressGone(address),

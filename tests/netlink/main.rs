@@ -71,7 +71,7 @@ fn a_veth_is_complete_after_one_message() {
             up: true,
             parent: Some(parent),
             kind: Some("veth".into()),
-            master: None,
+            ..Link::default()
         };
         assert_eq!(near, expected(near.index, "eni0123456789a", HOST_MAC, far.index));
         assert_eq!(far, expected(far.index, "eth0", POD_MAC, near.index));

@@ -19,7 +19,7 @@ impl Host {
         let device = self.make_vlan(eni, branch.parent)?;
         made.links.push(device.index);
         let v6 = eni.gateway.is_ipv6();
-        self.on_the_host(|| vlan_sysctls(&device.name, v6))?;
+        self.inside(|| vlan_sysctls(&device.name, v6))??;
         let [gateway, default] = eni.routes(device.index);
         self.route.run(&[link::set_up(device.index), route::replace(&gateway), route::replace(&default)])
     }

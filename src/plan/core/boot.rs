@@ -3,7 +3,7 @@
 
 use super::freeing::Free;
 use super::subnets::Judgement;
-use super::{Applied, Core, Effect, LINK_CHECK, Level, Op, PATIENCE, PLUGIN_MAX, Phase, Seen, TRUST, Timer};
+use super::{Applied, Core, Effect, LINK_CHECK, Level, Op, PATIENCE, PLUGIN_MAX, Phase, SETTLED, Seen, TRUST, Timer};
 use crate::model::checkpoint::{Allocation, Checkpoint, Own};
 use crate::model::ids::{EniId, PodKey, PodName};
 use crate::model::imds::{self, Query};
@@ -244,7 +244,8 @@ impl Core {
         let swept = self.sweepable();
         let gone: BTreeSet<IpAddr> = self.gone.iter().copied().chain(swept.keys().copied()).gather();
         intent.gone = gone.iter().copied().collect();
-        let op = self.begin(Op::Host { enis: included, gone, swept });
+        let young = self.pool.allocations().any(|held| self.now.wall.since(held.owner.since) < PLUGIN_MAX);
+        let op = self.begin(Op::Host { enis: included, gone, swept, young });
         self.out.push(Effect::Kernel(op, Box::new(intent)));
     }
 
@@ -300,7 +301,7 @@ impl Core {
     }
 
     pub(super) fn kernel_done(&mut self, op: super::OpId, result: Result<Applied, String>) {
-        let Some(Op::Host { enis, gone, swept }) = self.ops.remove(&op) else { return };
+        let Some(Op::Host { enis, gone, swept, young }) = self.ops.remove(&op) else { return };
         match result {
             Err(error) => {
                 self.log(Level::Error, format!("set up the host's network: {error}"));
@@ -328,7 +329,10 @@ impl Core {
                 }
                 if failed.is_empty() {
                     self.succeeded(Timer::Host);
-                    self.set_timer(Timer::Host, super::WATCH);
+                    // Pods are watched over from the moment that their plugins have done their part, and what a DEL may
+                    // have left is swept away then.
+                    let soon = young || !self.released.is_empty();
+                    self.set_timer(Timer::Host, if soon { SETTLED } else { super::WATCH });
                 } else {
                     self.host_dirty = true;
                     self.retry(Timer::Host);

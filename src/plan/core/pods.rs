@@ -1,7 +1,7 @@
 //! Requests of the plugins: an address for a pod, and back (`spec/ipamd.md` 10.2, 10.3).
 
 use super::saver::Undo;
-use super::{Answer, CallId, Core, Effect, Level, PLUGIN_MAX, Phase, Seen, Tally, Timer};
+use super::{Answer, CallId, Core, Effect, Level, PLUGIN_MAX, Phase, SETTLED, Seen, Tally, Timer};
 use crate::model::ids::{PodKey, PodName};
 use crate::model::kube::Regarding;
 use crate::model::naming;
@@ -112,6 +112,7 @@ impl Core {
                 self.gone.remove(&place.address);
                 self.released.remove(&place.address);
             }
+            self.wake_for(Timer::Host, self.now.mono.plus(SETTLED));
             self.changed();
             undo = Undo::Assign(owner.key.clone(), fresh);
         }

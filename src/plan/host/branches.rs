@@ -104,6 +104,7 @@ impl Planner<'_> {
                 self.want_branch_route(route, device);
             }
             if wired.strict() {
+                self.pod_link(veth);
                 self.want_branch_route(pod.eni.pod_route(pod.address, veth.index), veth);
                 for rule in pod.eni.rules(&veth.name) {
                     self.want_rule(What::BranchRule, None, rule);

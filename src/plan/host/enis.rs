@@ -124,7 +124,8 @@ fn route_text(route: &Route, link: &Link) -> String {
     route.to_string().replace(&format!("dev if{}", link.index), &format!("dev {}", link.name))
 }
 
-fn global(address: IpAddr) -> bool {
+/// Whether an address is one that routes may lead to from elsewhere.
+pub(in crate::plan) fn global(address: IpAddr) -> bool {
     let link_local = match address {
         IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
         IpAddr::V6(v6) => v6.is_unicast_link_local(),

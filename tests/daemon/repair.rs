@@ -1,0 +1,339 @@
+//! What others flush or alter of the host's network is put back while traffic runs: how soon, and at what cost.
+
+use crate::settings::fetch;
+use crate::stage::{Stage, Subject, eventually};
+use crate::support::tool;
+use crate::talk::Talk;
+use enibox::apply::Host;
+use enibox::clock;
+use enibox::model::naming::host_veth;
+use enibox::model::net::{Family, Rule};
+use enibox::model::nft::Table;
+use enibox::netlink::{rule, sysctl};
+use enibox::plan::ruleset;
+use enibox::sandbox::world::HOSTS;
+use ipnet::IpNet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// The promise, and what a debug build on a busy machine is held to.
+const LIMIT: Duration = if cfg!(debug_assertions) { Duration::from_secs(4) } else { Duration::from_secs(1) };
+const SERVICE: &str = "198.18.0.0/15";
+const FOREIGN: [&str; 4] = [
+    "rule add pref 100 from 203.0.113.7 lookup 100",
+    "rule add pref 512 fwmark 0x1/0x1 lookup 100",
+    "rule add pref 32764 from 203.0.113.7 lookup 150",
+    "route add 203.0.113.64/26 dev lo table 100",
+];
+
+/// Packets of one UDP flow from a pod that is asked back, one every five milliseconds.
+struct Pings {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<(u64, u64)>,
+}
+
+impl Pings {
+    fn start(stage: &Stage, subject: &Subject, host: &str) -> Pings {
+        let host = HOSTS.iter().find(|there| there.name == host).unwrap();
+        let (far, near) = (stage.world.namespace(host.name).unwrap(), subject.pod.place.handle().unwrap());
+        let server = far.run(|| UdpSocket::bind((host.address, 0))).unwrap().unwrap();
+        let client = near.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap().unwrap();
+        let target: SocketAddr = server.local_addr().unwrap();
+        server.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        client.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let asked = Arc::clone(&stop);
+        let echo = std::thread::spawn({
+            let stop = Arc::clone(&stop);
+            move || {
+                let mut buffer = [0; 8];
+                while !stop.load(Ordering::Relaxed) {
+                    if let Ok((length, from)) = server.recv_from(&mut buffer) {
+                        _ = server.send_to(&buffer[..length], from); // the way back may be what is broken
+                    }
+                }
+            }
+        });
+        let thread = std::thread::spawn(move || {
+            let (mut sent, mut heard, mut buffer) = (0u64, 0, [0; 8]);
+            while !asked.load(Ordering::Relaxed) {
+                // Without a route the kernel refuses to send, which is a loss too.
+                _ = client.send_to(&sent.to_ne_bytes(), target);
+                sent += 1;
+                std::thread::sleep(Duration::from_millis(4));
+                while client.recv(&mut buffer).is_ok() {
+                    heard += 1;
+                }
+            }
+            echo.join().unwrap();
+            (sent, sent - heard)
+        });
+        Pings { stop, thread }
+    }
+
+    /// How many were sent, and lost.
+    fn finish(self) -> (u64, u64) {
+        std::thread::sleep(Duration::from_millis(100));
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap()
+    }
+}
+
+/// What the node's network is, as far as a repair has to restore it.
+#[derive(Debug, PartialEq)]
+struct Picture {
+    lines: BTreeSet<String>,
+    tables: Vec<Table>,
+}
+
+fn picture(stage: &Stage) -> Picture {
+    let look = || Host::open()?.observe();
+    let seen = stage.node.place.net.run(look).unwrap().unwrap();
+    let v4 = |address: IpAddr| address.is_ipv4();
+    let rules = seen.rules.iter().filter(|rule| rule.family == Family::V4).map(|rule| format!("rule {rule:?}"));
+    let routes = seen.routes.iter().filter(|route| v4(route.dst.addr())).map(|route| format!("route {route:?}"));
+    let addresses = seen.addresses.iter().filter(|address| v4(address.addr.addr()));
+    let links = seen.links.iter().map(|link| format!("link {} {:?} {} {}", link.name, link.mac, link.mtu, link.up));
+    let lines = rules.chain(routes).chain(addresses.map(|address| format!("address {address:?}"))).chain(links);
+    let mut lines: BTreeSet<String> = lines.collect();
+    for path in ["net/ipv4/conf/eth0/rp_filter"] {
+        lines.insert(format!("{path} {}", stage.node.place.net.run(|| sysctl::read(path)).unwrap().unwrap()));
+    }
+    Picture { lines, tables: seen.tables }
+}
+
+impl Picture {
+    fn differences(&self, now: &Picture) -> Vec<String> {
+        let lines = self.lines.symmetric_difference(&now.lines).cloned();
+        lines.chain(ruleset::differences(&self.tables, &now.tables)).collect()
+    }
+}
+
+fn counters(stage: &Stage, name: &str) -> BTreeMap<String, u64> {
+    let page = stage.node.place.net.run(|| fetch("127.0.0.1:61678", "/metrics")).unwrap();
+    let lines = page.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('{'));
+    let parse = |line: &str| {
+        let (labels, value) = line.rsplit_once("} ").unwrap();
+        (labels.split('"').nth(1).unwrap().to_owned(), value.parse().unwrap())
+    };
+    lines.map(parse).collect()
+}
+
+fn counter(stage: &Stage, name: &str, label: &str) -> u64 {
+    counters(stage, name).get(label).copied().unwrap_or(0)
+}
+
+fn repairs(stage: &Stage, what: &str) -> u64 {
+    counter(stage, "awscni_repairs_total", what)
+}
+
+fn looks(stage: &Stage) -> u64 {
+    counter(stage, "enibox_host_looks_total", "notice")
+}
+
+/// Commands in the node, `ip` where nothing else is named.
+fn meddle(stage: &Stage, commands: &[String]) {
+    let run = || {
+        for command in commands {
+            let words: Vec<&str> = command.split(' ').collect();
+            match words[..] {
+                ["nft", ref rest @ ..] => drop(tool("nft", rest)),
+                ["sysctl", path, value] => drop(sysctl::set(path, value)?),
+                _ => drop(tool("ip", &words)),
+            }
+        }
+        Ok::<_, enibox::error::Error>(())
+    };
+    stage.node.place.net.run(run).unwrap().unwrap();
+}
+
+/// A table as kube-proxy has one: as long as anybody has a chain for translation, the kernel goes on translating the packets
+/// of established connections.
+fn others(stage: &Stage) {
+    let chain = "nft add chain ip others nat { type nat hook postrouting priority 200 ; }";
+    meddle(stage, &["nft add table ip others".into(), chain.into()]);
+}
+
+/// A node with six pods on two ENIs and foreign entries, whose pods are watched over.
+fn watched(seed: u64) -> (Stage, Vec<Subject>) {
+    let env = [("AWS_EXTERNAL_SERVICE_CIDRS", SERVICE), ("WARM_ENI_TARGET", "0"), ("WARM_IP_TARGET", "1")];
+    let stage = Stage::ready("t3.small", seed, &env);
+    let pods: Vec<Subject> = (0..6).map(|number| stage.add(&format!("pod-{number}"))).collect();
+    meddle(&stage, &FOREIGN.map(str::to_owned));
+    others(&stage);
+    for subject in &pods {
+        let rule = Rule::to(IpNet::from(IpAddr::V4(subject.address())), 512, 254);
+        let delete = || stage.node.place.socket().unwrap().run(&[rule::delete(&rule)]);
+        let there = || rule::list(&mut stage.node.place.socket().unwrap(), Family::V4).unwrap().contains(&rule);
+        delete().unwrap();
+        // Until its ADD is long over, nobody knows that the rule is not just about to be made.
+        eventually(Duration::from_secs(50), &format!("{} is watched over", subject.name), || {
+            if there() { Ok(()) } else { Err(stage.log()) }
+        });
+    }
+    (stage, pods)
+}
+
+/// The fault under its name, what it is counted as, and how it is made.
+fn faults(pods: &[Subject], eni: &str, own: &str) -> Vec<(&'static str, &'static str, Vec<String>)> {
+    let pod = pods.last().unwrap(); // on the second ENI
+    let (address, veth) = (pod.address(), host_veth("eni", "tests", &pod.name, 0).unwrap());
+    let one = |text: String| vec![text];
+    vec![
+        ("rule 512 deleted", "to-pod-rule", one(format!("rule del pref 512 to {address}"))),
+        ("rule 1536 deleted", "from-pod-rule", one(format!("rule del pref 1536 from {address}"))),
+        ("rule 1536 to another table", "from-pod-rule", one(format!("rule add pref 1536 from {address} lookup 77"))),
+        ("rule 1024 deleted", "mark-rule", one("rule del pref 1024".into())),
+        ("rule 1024 of another mark", "mark-rule", one("rule add pref 1024 fwmark 0x40/0x40 lookup main".into())),
+        ("rule 1535 deleted", "service-rule", one(format!("rule del pref 1535 to {SERVICE}"))),
+        ("rule 32765 deleted", "eni-rule", one(format!("rule del pref 32765 from {own}"))),
+        ("table of the ENI flushed", "eni-route", one("route flush table 2".into())),
+        ("default route elsewhere", "eni-route", one("route replace default dev eth0 table 2".into())),
+        ("pod's route deleted", "pod-route", one(format!("route del {address}"))),
+        ("pod's route elsewhere", "pod-route", one(format!("route replace {address} dev eth0 scope link"))),
+        ("MTU of the primary", "primary-mtu", one("link set eth0 mtu 1500".into())),
+        ("MTU of the ENI", "eni-mtu", one(format!("link set {eni} mtu 1500"))),
+        ("ENI down", "eni-link", one(format!("link set {eni} down"))),
+        ("ENI down and up", "eni-route", vec![format!("link set {eni} down"), format!("link set {eni} up")]),
+        ("ENI's address flushed", "eni-address", one(format!("addr flush dev {eni}"))),
+        ("address added to the ENI", "eni-address", one(format!("addr add 192.0.2.9/24 dev {eni}"))),
+        ("veth's MAC rewritten", "pod-mac", one(format!("link set {veth} address 02:00:00:00:00:99"))),
+        ("veth's MTU", "pod-mtu", one(format!("link set {veth} mtu 1400"))),
+        ("veth down", "pod-link", one(format!("link set {veth} down"))),
+        ("nft rules flushed", "ruleset", one("nft flush chain ip aws-cni snat-mark".into())),
+        ("nft rule added", "ruleset", one("nft insert rule ip aws-cni nat-prerouting accept".into())),
+        ("nft table deleted", "ruleset", one("nft delete table ip aws-cni".into())),
+        ("rp_filter", "sysctl", one("sysctl net/ipv4/conf/eth0/rp_filter 1".into())),
+    ]
+}
+
+#[test]
+fn what_others_alter_is_put_back_while_traffic_runs() {
+    let (stage, pods) = watched(301);
+    let enis = stage.node.place.links().unwrap();
+    let eni = enis.iter().find(|link| link.name.starts_with("eth") && link.name != "eth0").expect("a second ENI");
+    let before = picture(&stage);
+    let own = before.lines.iter().find_map(|line| {
+        let (_, rest) = line.split_once("address Address { dev: ")?;
+        let (dev, rest) = rest.split_once(", addr: ")?;
+        (dev == eni.index.to_string()).then(|| rest.split('/').next().unwrap().to_owned())
+    });
+    // Everything at once, as a service that thinks that all rules and routes are its own.
+    let mut all: Vec<String> = ["1024", "1535", "32765"].map(|pref| format!("rule del pref {pref}")).into();
+    for subject in &pods {
+        all.push(format!("rule del pref 512 to {}", subject.address()));
+        all.push(format!("route del {}", subject.address()));
+    }
+    all.extend(["route flush table 2".into(), "nft flush ruleset".into()]);
+    let begin = clock::instant();
+    meddle(&stage, &all);
+    others(&stage);
+    eventually(Duration::from_secs(20), "all is put back", || {
+        let found = before.differences(&picture(&stage));
+        if found.is_empty() { Ok(()) } else { Err((found, stage.log())) }
+    });
+    let took = begin.elapsed();
+    println!("everything at once: {} ms", took.as_millis());
+    assert!(took < LIMIT, "{took:?}\n{}", stage.log());
+    println!("{:<28}{:>10}{:>10}{:>10}{:>14}", "fault", "ms", "sent", "lost", "tcp pause ms");
+    for (name, what, commands) in faults(&pods, &eni.name, &own.expect("the ENI has an address")) {
+        let counted = repairs(&stage, what);
+        let talk = Talk::start(&stage, &pods[4..]);
+        let pings = [Pings::start(&stage, &pods[5], "vpc-host"), Pings::start(&stage, &pods[5], "internet")];
+        std::thread::sleep(Duration::from_millis(200));
+        let begin = clock::instant();
+        meddle(&stage, &commands);
+        eventually(Duration::from_secs(20), name, || {
+            let found = before.differences(&picture(&stage));
+            if found.is_empty() { Ok(()) } else { Err((found, stage.log())) }
+        });
+        let took = begin.elapsed();
+        let said = talk.finish();
+        let lost = pings.map(Pings::finish);
+        let (sent, lost) = (lost[0].0 + lost[1].0, lost[0].1 + lost[1].1);
+        println!("{name:<28}{:>10}{sent:>10}{lost:>10}{:>14}", took.as_millis(), said.longest.as_millis());
+        assert!(took < LIMIT, "{name}: {took:?}\n{}", stage.log());
+        let now = repairs(&stage, what);
+        assert!(now > counted, "{name}: {what} is not counted: {:?}", counters(&stage, "awscni_repairs_total"));
+    }
+    stage.probe_all(&pods);
+    let status = stage.node.place.net.run(|| fetch("127.0.0.1:61679", "/v1/enibox/status")).unwrap();
+    assert!(status.contains("\"repairs\":[{") && status.contains("\"what\":\"ruleset\""), "{status}");
+    assert!(stage.log().contains("repair mark-rule: add rule 1024"), "{}", stage.log());
+    let listed = stage.node.place.net.run(|| tool("nft", &["list", "tables"])).unwrap();
+    assert!(listed.is_none_or(|listed| listed.contains("table ip others")));
+    pods.into_iter().for_each(|pod| stage.delete(pod));
+    stage.stop();
+}
+
+#[test]
+fn a_storm_costs_little_and_a_quarrel_is_given_up() {
+    let (stage, mut pods) = watched(302);
+    let foreign = Rule::from("203.0.113.0/24".parse().unwrap(), 700, 100);
+    let storm = |rule: &Rule| {
+        let mut socket = stage.node.place.socket().unwrap();
+        let begin = clock::instant();
+        for _ in 0..50 {
+            let pair = [rule::add(rule), rule::delete(rule)];
+            let many: Vec<_> = std::iter::repeat_n(pair, 100).flatten().collect();
+            for outcome in socket.batch(&many).unwrap() {
+                // The daemon may have been faster with one of ours.
+                assert!(outcome.as_ref().is_err_and(|error| error.not_found()) || outcome.is_ok(), "{outcome:?}");
+            }
+        }
+        begin.elapsed()
+    };
+    // Plugins at work, while nothing of older pods is touched.
+    let before = looks(&stage);
+    let more: Vec<Subject> = (0..3).map(|number| stage.add(&format!("more-{number}"))).collect();
+    more.into_iter().for_each(|pod| stage.delete(pod));
+    stage.delete(pods.remove(0));
+    std::thread::sleep(Duration::from_millis(1500));
+    assert_eq!(looks(&stage), before, "an ADD or a DEL has made the daemon look");
+
+    let took = storm(&foreign);
+    std::thread::sleep(Duration::from_millis(1500));
+    let few = looks(&stage) - before;
+    println!("10000 changes of a foreign rule in {took:?}: {few} looks");
+    assert!(few <= 3, "{few} looks"); // only an overrun is a reason
+
+    let before = looks(&stage);
+    let took = storm(&Rule { fwmark: Some((0x40, 0x40)), ..Rule::any(Family::V4, 1024, 254) });
+    std::thread::sleep(Duration::from_millis(2500));
+    let looked = looks(&stage) - before;
+    println!("10000 changes of a rule that might be ours in {took:?}: {looked} looks");
+    assert!(looked >= 1 && looked <= 12 + took.as_secs() * 10, "{looked} looks in {took:?}");
+
+    // Somebody who will not have our rule.
+    let marked = Rule { fwmark: Some((0x80, 0x80)), ..Rule::any(Family::V4, 1024, 254) };
+    let there = || rule::list(&mut stage.node.place.socket().unwrap(), Family::V4).unwrap().contains(&marked);
+    let begin = clock::instant();
+    let mut undone = 0;
+    while counter(&stage, "enibox_repairs_held_total", "mark-rule") == 0 {
+        assert!(begin.elapsed() < Duration::from_secs(60), "undone {undone} times\n{}", stage.log());
+        if there() {
+            stage.node.place.socket().unwrap().run(&[rule::delete(&marked)]).unwrap();
+            undone += 1;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    println!("given way after {undone} times in {:?}", begin.elapsed());
+    assert!((5..=8).contains(&undone), "{undone}");
+    assert_eq!(stage.log().matches("undone again and again").count(), 1, "{}", stage.log());
+    // Other things are put back as before.
+    meddle(&stage, &[format!("rule del pref 1535 to {SERVICE}")]);
+    let service = Rule::to(SERVICE.parse().unwrap(), 1535, 254);
+    eventually(LIMIT, "another rule is put back", || {
+        let rules = rule::list(&mut stage.node.place.socket().unwrap(), Family::V4).unwrap();
+        if rules.contains(&service) { Ok(()) } else { Err(stage.log()) }
+    });
+    // And this one after a while.
+    eventually(Duration::from_secs(20), "the rule is back", || if there() { Ok(()) } else { Err(stage.log()) });
+    stage.probe_all(&pods);
+    pods.into_iter().for_each(|pod| stage.delete(pod));
+    stage.stop();
+}
