@@ -185,7 +185,7 @@ impl World {
         for (eni, result) in &report.enis {
             assert!(result.is_ok(), "{eni}: {result:?}");
         }
-        report.steps
+        report.steps.into_iter().map(|step| step.text).collect()
     }
 
     fn pod(&self, name: &str, address: &str, mode: EnforcingMode) -> Pod {
