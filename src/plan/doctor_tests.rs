@@ -19,7 +19,12 @@ fn every_step_of_the_plan_has_its_texts() {
         What::BranchRoute,
         What::BranchRule,
         What::GatewayRule,
+        What::PodRoute,
+        What::PodLink,
+        What::PodMac,
+        What::PodMtu,
         What::GonePod,
+        What::Sysctl,
         What::Ruleset,
     ] {
         let finding = Finding::new(what.name(), "", "");

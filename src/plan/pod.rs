@@ -452,6 +452,11 @@ fn check_host<'a>(interface: &PodInterface, host: &'a Side, lines: &mut Vec<Stri
             if !link.up {
                 lines.push(format!("host interface {:?} is down", interface.host_veth));
             }
+            if let (Some((made, _)), Some(mac)) = (naming::of_veth_alias(&link.alias), link.mac)
+                && made != mac
+            {
+                lines.push(format!("host interface {:?} has MAC {mac} instead of {made}", interface.host_veth));
+            }
             if !has_route(host, &interface.host_route(link.index)) {
                 lines.push(format!("host route {} dev {} is missing", interface.address, interface.host_veth));
             }

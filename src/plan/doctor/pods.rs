@@ -151,6 +151,8 @@ fn one(
         note("pod-route", text, Place::Host, Some(Mend::Route(route)));
     }
     let inner = seat.inner.map(|(number, link)| (Place::Inside(number), link));
+    // What it was made with counts for its life.
+    let mtu = naming::of_veth_alias(&outer.alias).map_or(mtu, |(_, mtu)| mtu);
     for (place, link) in [(Place::Host, outer)].into_iter().chain(inner) {
         if link.mtu != mtu {
             let text = format!("{} has {} instead of {mtu}", link.name, link.mtu);

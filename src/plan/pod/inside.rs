@@ -2,6 +2,7 @@
 //! mends it.
 
 use super::{PodInterface, Side, has_route, pair};
+use crate::model::naming;
 use crate::model::net::{Address, Link, Neighbour, Route, Rule};
 
 /// One change, in the namespace where the flaw was seen.
@@ -68,7 +69,8 @@ pub fn flaws(number: usize, interface: &PodInterface, outer: Option<&Link>, netn
         note("inside-rule", format!("rule \"{rule}\" is missing in the pod"), Some(Mend::Rule(rule)));
     }
     let entry = inside.neighbours.iter().find(|entry| entry.dev == link.index && entry.addr == interface.gateway);
-    let wanted = outer.and_then(|outer| outer.mac);
+    // The MAC that the veth was made with, whatever somebody has made of it since.
+    let wanted = outer.and_then(|outer| naming::of_veth_alias(&outer.alias).map(|(mac, _)| mac).or(outer.mac));
     let mend = wanted.map(|mac| Mend::Neighbour(interface.pod_neighbour(link.index, mac)));
     match (entry.filter(|entry| entry.permanent).and_then(|entry| entry.mac), wanted) {
         (None, _) => note("inside-neighbour", format!("neighbour {} is missing on {name:?}", interface.gateway), mend),
