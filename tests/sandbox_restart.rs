@@ -74,7 +74,7 @@ impl Stage {
 
     fn every_flow_is_right(&self, when: &str) {
         let v6 = self.settings.enable_ipv6;
-        let expectation = Expectation { v6, snat: !self.settings.external_snat, excluded: Vec::new() };
+        let expectation = Expectation { v6, strict: false, snat: !self.settings.external_snat, excluded: Vec::new() };
         let outcomes = flows::run(&self.world, &self.pods, &expectation, &|| Ok(())).unwrap();
         let failed: Vec<_> = outcomes.iter().filter(|outcome| !outcome.ok).collect();
         assert!(failed.is_empty() && outcomes.len() > 50, "{when}: {failed:#?}");

@@ -29,6 +29,7 @@ use std::net::{IpAddr, Ipv4Addr};
 /// What the host's network should be. The daemon tells it to `enibox doctor` as JSON.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a setting of its own")]
 pub struct Intent {
     /// IPv6 mode.
     pub v6: bool,

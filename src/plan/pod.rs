@@ -376,7 +376,7 @@ impl Removal {
                 removal.push(request, number, address, allocation.route_table_id)?;
             }
         }
-        removal.with_branch(u32::try_from(reply.pod_vlan_id).unwrap_or(u32::MAX))
+        Ok(removal.with_branch(u32::try_from(reply.pod_vlan_id).unwrap_or(u32::MAX)))
     }
 
     /// From a cached result, when the daemon cannot tell. An error says why it is of no use.
@@ -390,13 +390,13 @@ impl Removal {
             let count = removal.addresses.len();
             return Err(Error::new(format!("found {count} containerIPs for {} in prevResult", request.ifname)));
         }
-        removal.with_branch(vlan.into())
+        Ok(removal.with_branch(vlan.into()))
     }
 
     // What there is to remove belongs to the pod's branch ENI.
-    fn with_branch(mut self, vlan: u32) -> Result<Removal> {
+    fn with_branch(mut self, vlan: u32) -> Removal {
         if vlan == 0 {
-            return Ok(self);
+            return self;
         }
         // A VLAN that cannot be wired never was: an error would only hold up the end of its pod.
         let table = naming::vlan_table(vlan).ok();
@@ -405,7 +405,7 @@ impl Removal {
             first.table = table;
             self.branch = Some(RemovedBranch { device: naming::vlan_device(vlan), table, address: first.address });
         }
-        Ok(self)
+        self
     }
 
     fn push(&mut self, request: &Request, number: usize, address: IpAddr, table: i32) -> Result<()> {

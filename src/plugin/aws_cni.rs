@@ -183,7 +183,7 @@ fn take_down(pod: &Pod) -> Result<()> {
     let removal = Removal {
         addresses: interfaces.clone().map(|i| RemovedAddress { address: i.address, table: i.table }).collect(),
         veths: interfaces.clone().map(|i| (i.host_veth.clone(), i.ifname.clone())).collect(),
-        branch: interfaces.filter_map(PodInterface::removed_branch).next(),
+        branch: interfaces.clone().find_map(PodInterface::removed_branch),
     };
     let namespace = Namespace::open(&pod.netns)?;
     Host::open()?.del_pod(&removal, Some(&namespace))

@@ -183,6 +183,8 @@ pub struct WiredPod {
     pub pod: Pod,
     /// Its address: that of the first interface.
     pub address: IpAddr,
+    /// Its address is that of a branch ENI of its own.
+    pub branch: bool,
     /// Names and addresses of its further interfaces.
     pub further: Vec<(String, IpAddr)>,
     /// How long the ADD took, from the start of the process to its end.
@@ -204,6 +206,11 @@ pub struct Runtime<'a> {
     /// What the installer makes the plugin's configuration of.
     pub settings: &'a Settings,
 }
+
+/// Until the daemon has found the trunk ENI of a node it refuses pods that want a branch of it, with these words.
+const NO_TRUNK: &str = "has no trunk ENI yet";
+/// It looks for one every five seconds.
+const TRUNK_MAX: Duration = Duration::from_secs(20);
 
 const CNI_VERSION: &str = "1.0.0";
 
@@ -278,13 +285,24 @@ impl Runtime<'_> {
         let container = format!("{0:032x}{0:032x}", u128::from_be_bytes(random));
         let pod = self.node.create_pod(&format!("cni-{name}"))?;
         let annotations = annotations.iter().map(|(key, value)| ((*key).to_owned(), json!(value))).collect::<Value>();
-        let (output, add) = self.call("ADD", &pod, name, &container, &self.config(&annotations, None))?;
+        let config = self.config(&annotations, None);
+        let end = clock::instant() + TRUNK_MAX;
+        let (output, add) = loop {
+            match self.call("ADD", &pod, name, &container, &config) {
+                // As the kubelet does; only this one refusal is to be expected.
+                Err(error) if error.to_string().contains(NO_TRUNK) && clock::instant() < end => {
+                    std::thread::sleep(LOOK_EVERY);
+                }
+                result => break result?,
+            }
+        };
         let what = || format!("result of ADD of {name}");
         let result: Value = serde_json::from_slice(output.as_bytes()).with_context(what)?;
         let mut interfaces = interfaces_of(&result).into_iter();
         let first = interfaces.next().ok_or_else(|| Error::new(format!("no address in {output}")).context(what()))?;
         let (name, further) = (name.to_owned(), interfaces.collect());
-        Ok(WiredPod { name, pod, address: first.1, further, add, container, annotations, result })
+        let branch = result["ips"][0]["gateway"].is_string();
+        Ok(WiredPod { name, pod, address: first.1, branch, further, add, container, annotations, result })
     }
 
     /// Takes a pod out of the network, twice (the second time must be as well), and removes it.

@@ -52,6 +52,11 @@ pub fn prepare(
     for node in &world.nodes {
         api.add_node(&node.name, limits.kubelet_pods.max(limits.max_pods()));
     }
+    if settings.pod_eni {
+        for node in &world.nodes {
+            api.add_cni_node(&node.name);
+        }
+    }
     if settings.custom_networking {
         add_eni_configs(world, &mut api)?;
     }

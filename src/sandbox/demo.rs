@@ -3,6 +3,7 @@
 
 use super::agents::{self, Agent, EVERY_CARD, Runtime, WiredPod};
 use super::cluster::{self, ApiServer};
+use super::controller::{self, BRANCHES_MAX, Trunk};
 use super::flows;
 use super::kube::Kind;
 use super::report::{NodeLine, PodLine, Report};
@@ -179,7 +180,10 @@ fn given(args: &Args) -> Vec<(String, String)> {
         Family::Ipv6 => &["ENABLE_IPv6", "ENABLE_PREFIX_DELEGATION"],
     };
     let family = family.iter().map(|name| ((*name).to_owned(), "true".to_owned()));
-    family.chain(args.set.iter().cloned()).collect()
+    // What the guides of strict mode ask for; without pods of it, it changes nothing.
+    let strict = args.set.iter().any(|(name, _)| name == "ENABLE_POD_ENI");
+    let strict = strict.then(|| ("DISABLE_TCP_EARLY_DEMUX".to_owned(), "true".to_owned()));
+    family.chain(strict).chain(args.set.iter().cloned()).collect()
 }
 
 fn settings_of(args: &Args) -> Settings {
@@ -190,7 +194,8 @@ fn settings_of(args: &Args) -> Settings {
 // What they mean for the source that others see.
 fn expectation(settings: &Settings) -> flows::Expectation {
     let v6 = settings.mode_wished() == Mode::Ipv6Prefixes;
-    flows::Expectation { v6, snat: !settings.external_snat, excluded: settings.exclude_snat_cidrs.clone() }
+    let strict = settings.pod_security_groups_strict();
+    flows::Expectation { v6, strict, snat: !settings.external_snat, excluded: settings.exclude_snat_cidrs.clone() }
 }
 
 fn print(args: &Args, report: &Report) -> Result<()> {
@@ -208,6 +213,8 @@ struct Stage {
     pods: Vec<Vec<WiredPod>>,
     nodes: Vec<Arc<Node>>,
     kube: Option<Arc<Kube>>,
+    // Of each node, if pods get branch ENIs.
+    trunks: Vec<Trunk>,
     world: World,
 }
 
@@ -223,7 +230,7 @@ impl Stage {
         // What runs is this very file, whatever happens to its name meanwhile.
         let program = PathBuf::from("/proc/self/exe");
         let settings = settings.clone();
-        Ok(Stage { program, settings, agents: Vec::new(), pods: Vec::new(), nodes, kube, world })
+        Ok(Stage { program, settings, agents: Vec::new(), pods: Vec::new(), nodes, kube, trunks: Vec::new(), world })
     }
 
     fn play(&mut self, args: &Args, settings: &Settings, report: &mut Report) -> Result<()> {
@@ -239,6 +246,7 @@ impl Stage {
         for (agent, node) in self.agents.iter_mut().zip(&self.nodes) {
             ready.push(agent.wait_ready(node, &going)?);
         }
+        self.attach_trunks(args)?;
         say(&format!("adding {} pods to each node", args.pods));
         let added = self.add_pods(usize::from(args.pods))?;
         let mut errors = List::new();
@@ -258,6 +266,25 @@ impl Stage {
         Ok(())
     }
 
+    // For security groups of pods. Without VLAN links in the kernel there are none.
+    fn attach_trunks(&mut self, args: &Args) -> Result<()> {
+        let Some(kube) = self.kube.as_ref().filter(|_| self.settings.pod_eni) else {
+            return Ok(());
+        };
+        if args.api_server != ApiServer::Answers || !limits::takes_trunk(&args.instance_type) {
+            return Ok(());
+        }
+        if !self.world.topology().takes_branches()? {
+            say("SKIP: no vlan device in this kernel, so no pod gets a branch ENI");
+            return Ok(());
+        }
+        say("attaching a trunk ENI to each node, for every second pod");
+        for node in &self.world.nodes {
+            self.trunks.push(controller::attach(&self.world, kube, node, &going)?);
+        }
+        Ok(())
+    }
+
     // On nodes with several network cards every second pod wants them all.
     fn annotations(&self, number: usize) -> &[(&str, &str)] {
         if self.settings.multi_nic && number % 2 == 1 { &[EVERY_CARD] } else { &[] }
@@ -266,15 +293,18 @@ impl Stage {
     // All nodes at once, the pods of a node one after the other. A failure leaves the pods that are there.
     fn add_pods(&self, count: usize) -> Result<Vec<(Vec<WiredPod>, Result<()>)>> {
         let logs = self.world.topology().run().logs();
-        let add = |node: &Node| {
+        let add = |(at, node): (usize, &Node)| {
             let runtime = Runtime { program: &self.program, logs: &logs, node, settings: &self.settings };
             let mut pods = Vec::new();
             for number in 1..=count {
                 let name = format!("pod-{number}");
+                let trunk = self.trunks.get(at).filter(|_| number % 2 == 0 && number <= 2 * BRANCHES_MAX);
                 if let Some(kube) = &self.kube {
-                    kube.change(|api| api.add_pod(&node.place.name, &name, &node.place.name, &json!({})));
+                    let spec = trunk.map_or_else(|| json!({}), |_| controller::wish());
+                    kube.change(|api| api.add_pod(&node.place.name, &name, &node.place.name, &spec));
                 }
-                match going().and_then(|()| runtime.add(&name, self.annotations(number))) {
+                let branch = trunk.map_or(Ok(()), |trunk| trunk.branch(&node.place.name, &name));
+                match branch.and_then(|()| going()).and_then(|()| runtime.add(&name, self.annotations(number))) {
                     Ok(pod) => pods.push(pod),
                     Err(error) => return (pods, Err(error)),
                 }
@@ -282,7 +312,8 @@ impl Stage {
             (pods, Ok(()))
         };
         std::thread::scope(|scope| {
-            let workers = self.nodes.iter().map(|node| scope.spawn(|| add(node))).collect::<Vec<_>>();
+            let workers = self.nodes.iter().enumerate();
+            let workers = workers.map(|(at, node)| scope.spawn(move || add((at, node)))).collect::<Vec<_>>();
             let finish = |worker: std::thread::ScopedJoinHandle<'_, _>| {
                 worker.join().map_err(|_| Error::new("adding pods panicked"))
             };
@@ -324,7 +355,8 @@ impl Stage {
         let of_pods = |net: &&IpNet| net.addr().is_ipv6() == v6;
         let size = |net: &IpNet| 1_u64 << (net.max_prefix_len() - net.prefix_len()).min(63);
         for (node, ready) in self.world.nodes.iter().zip(ready) {
-            let here = wires.iter().filter(|wire| wire.instance == node.instance).collect::<Vec<_>>();
+            let here = wires.iter().filter(|wire| wire.instance == node.instance && wire.trunk.is_none());
+            let here = here.collect::<Vec<_>>();
             let addresses = here.iter().flat_map(|wire| &wire.assigned).filter(of_pods).map(size).sum::<u64>();
             let own = here.iter().filter(|wire| !v6 || wire.own_v6.is_some()).count() as u64;
             report.nodes.push(NodeLine {

@@ -50,6 +50,8 @@ pub struct Outcome {
 pub struct Expectation {
     /// The family of the pods is IPv6: nothing is translated.
     pub v6: bool,
+    /// All traffic of pods with a branch ENI passes that ENI, also their node's (POD_SECURITY_GROUP_ENFORCING_MODE).
+    pub strict: bool,
     /// Pods are seen as their node outside of the VPC (AWS_VPC_K8S_CNI_EXTERNALSNAT is off).
     pub snat: bool,
     /// Outside of the VPC but left alone (AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS).
@@ -59,7 +61,12 @@ pub struct Expectation {
 impl Expectation {
     // The source that a host sees of a pod.
     fn seen_by(&self, host: &Host, node: &End, pod: &End) -> IpAddr {
-        let kept = host.in_vpc || self.v6 || !self.snat || self.excluded.iter().any(|net| net.contains(&host.address));
+        let by_itself = pod.branch && self.strict;
+        let kept = by_itself
+            || host.in_vpc
+            || self.v6
+            || !self.snat
+            || self.excluded.iter().any(|net| net.contains(&host.address));
         if kept { pod.address } else { node.address }
     }
 }
@@ -72,11 +79,13 @@ struct End {
     address: IpAddr,
     // A further interface of a pod: nothing leaves by it that does not ask for its address.
     further: bool,
+    // A pod with a branch ENI.
+    branch: bool,
 }
 
 impl End {
     fn new(name: String, net: Namespace, address: IpAddr) -> End {
-        End { name, net, address, further: false }
+        End { name, net, address, further: false, branch: false }
     }
 }
 
@@ -127,7 +136,7 @@ impl Ends {
                     let (name, net) = (format!("{name} {interface}"), pod.pod.place.handle()?);
                     further.push(End { further: true, ..End::new(name, net, *address) });
                 }
-                here.push(End::new(name, pod.pod.place.handle()?, pod.address));
+                here.push(End { branch: pod.branch, ..End::new(name, pod.pod.place.handle()?, pod.address) });
             }
             ends.pods.push(here);
             ends.further.push(further);
@@ -169,7 +178,7 @@ impl Ends {
                 plan.extend(others.map(|(_, other)| plain("pod to other node", pod, other, pod.address)));
             }
             plan.extend(self.further(at, expectation));
-            plan.extend(self.node_ports(at));
+            plan.extend(self.node_ports(at, expectation));
         }
         plan
     }
@@ -197,11 +206,11 @@ impl Ends {
         plan
     }
 
-    fn node_ports(&self, at: usize) -> Vec<Planned<'_>> {
+    fn node_ports(&self, at: usize, expectation: &Expectation) -> Vec<Planned<'_>> {
         let clients = self.hosts.iter().zip(HOSTS).filter(|(_, host)| matches!(host.name, "internet" | "vpc-host"));
         let mut plan = Vec::new();
         for (client, _) in clients {
-            for (port, pod) in ports_of(&self.pods[at]) {
+            for (port, pod) in ports_of(&self.pods[at], expectation) {
                 plan.push(Planned {
                     kind: "node port to pod",
                     client,
@@ -217,12 +226,14 @@ impl Ends {
     }
 }
 
-// The node ports of a node and the pods behind them.
-fn ports_of(pods: &[End]) -> impl Iterator<Item = (u16, &End)> {
-    let picked = match pods {
+// The node ports of a node and the pods behind them. A pod in strict mode answers by its own ENI, which knows nothing of the
+// node port (`spec/dataplane.md` 9.3), and so does any with a branch ENI in IPv6, where no mark leads back (13).
+fn ports_of<'a>(pods: &'a [End], expectation: &Expectation) -> impl Iterator<Item = (u16, &'a End)> + use<'a> {
+    let pods = pods.iter().filter(|pod| !(pod.branch && (expectation.strict || expectation.v6))).collect::<Vec<_>>();
+    let picked = match pods.as_slice() {
         [] => Vec::new(),
-        [only] => vec![only],
-        [first, .., last] => vec![first, last],
+        [only] => vec![*only],
+        [first, .., last] => vec![*first, *last],
     };
     (NODE_PORT..).zip(picked)
 }
@@ -236,7 +247,7 @@ pub fn run(
 ) -> Result<Vec<Outcome>> {
     let ends = Ends::of(world, pods, expectation.v6)?;
     for (node, pods) in ends.nodes.iter().zip(&ends.pods) {
-        let ports = ports_of(pods).map(|(port, pod)| (port, SocketAddr::new(pod.address, PORT)));
+        let ports = ports_of(pods, expectation).map(|(port, pod)| (port, SocketAddr::new(pod.address, PORT)));
         nodeport::open(&node.net, &ports.collect::<Vec<_>>())?;
     }
     let mut outcomes = Vec::new();

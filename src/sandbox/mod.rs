@@ -5,6 +5,7 @@
 
 pub mod agents;
 pub mod cluster;
+mod controller;
 pub mod demo;
 pub mod flows;
 pub mod kube;

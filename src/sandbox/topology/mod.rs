@@ -2,13 +2,15 @@
 //! its node.
 //!
 //! Like EC2's, the router takes from an ENI only packets whose source is assigned to that ENI, and delivers packets for an
-//! address only to the ENI that has it: an address has a route to its ENI, `rp_filter` is strict, and there is no default
-//! route. So a wrong rule or route on a node shows as a lost packet. ARP is answered for everything (`proxy_arp`), and
-//! delivery goes to the MAC of the ENI without asking, as on EC2.
+//! address only to the ENI that has it: an address has a route to its ENI, a rule checks the sources (`sources`), and there
+//! is no default route. So a wrong rule or route on a node shows as a lost packet. ARP is answered for everything
+//! (`proxy_arp`), and delivery goes to the MAC of the ENI without asking, as on EC2.
 //!
-//! IPv6 is the same with two differences that Linux forces: the source check is a rule of nf_tables, and nobody but the
-//! router is on the link, because a router cannot answer for every address of a subnet. So a node's subnet has no
-//! connected route, and everything goes through the gateway, which is `fe80:ec2::1` as on EC2.
+//! IPv6 is the same with a difference that Linux forces: nobody but the router is on the link, because a router cannot answer
+//! for every address of a subnet. So a node's subnet has no connected route, and everything goes through the gateway, which
+//! is `fe80:ec2::1` as on EC2.
+//!
+//! A branch ENI is a VLAN link on the router's end of its trunk, and for all the rest an ENI like the others.
 
 mod place;
 mod sources;
@@ -49,7 +51,7 @@ struct Port {
     instance: InstanceId,
     name: String,  // the router's end
     index: u32,    // of the router's end
-    inner: String, // the node's end
+    inner: String, // the node's end; a branch has none
     own: Ipv4Addr,
     mac: Mac,
     routed: BTreeSet<IpNet>,
@@ -73,8 +75,8 @@ impl Topology {
         let router = Place::create(&run, "router")?;
         router.sysctls(&[
             ("net/ipv4/ip_forward", "1"),
-            ("net/ipv4/conf/all/rp_filter", "1"),
-            ("net/ipv4/conf/default/rp_filter", "1"),
+            ("net/ipv4/conf/all/rp_filter", "0"),
+            ("net/ipv4/conf/default/rp_filter", "0"),
             ("net/ipv4/conf/default/proxy_arp", "1"),
             // Redirects would teach nodes shortcuts that EC2 does not know.
             ("net/ipv4/conf/all/send_redirects", "0"),
@@ -160,7 +162,7 @@ impl Topology {
 
     /// Names of the ENIs' links on their nodes.
     pub fn link_names(&self, instance: &InstanceId) -> BTreeMap<EniId, String> {
-        let ours = self.ports.iter().filter(|(_, port)| port.instance == *instance);
+        let ours = self.ports.iter().filter(|(_, port)| port.instance == *instance && !port.inner.is_empty());
         ours.map(|(eni, port)| (eni.clone(), port.inner.clone())).gather()
     }
 
@@ -193,11 +195,13 @@ impl Topology {
         for eni in gone {
             errors.note(self.unplug(&eni));
         }
+        // Branches after their trunks.
+        let (trunks, branches): (Vec<_>, Vec<_>) = wires.iter().partition(|wire| wire.trunk.is_none());
         // An address may move from one ENI to another in one step: everything is taken away before anything is given.
         for wire in wires {
             errors.note(self.withdraw(wire));
         }
-        for wire in wires {
+        for wire in trunks.into_iter().chain(branches) {
             errors.note(self.provide(wire).with_context(|| format!("wire {}", wire.eni)));
         }
         errors.into_result()
@@ -237,7 +241,10 @@ impl Topology {
         let Some(node) = self.nodes.get(&wire.instance).cloned() else {
             return Err(Error::new(format!("instance {} has no node", wire.instance)));
         };
-        let port = self.plug_eni(wire, &node, gateway)?;
+        let port = match &wire.trunk {
+            Some((trunk, vlan)) => self.plug_branch(wire, trunk, *vlan)?,
+            None => self.plug_eni(wire, &node, gateway)?,
+        };
         self.ports.insert(wire.eni.clone(), port);
         Ok(())
     }
@@ -246,28 +253,63 @@ impl Topology {
         let taken = node.place.links()?.into_iter().map(|link| link.name).gather::<BTreeSet<_>>();
         let mut names = (0..=taken.len()).map(|number| format!("eth{number}"));
         let inner = names.find(|name| !taken.contains(name)).ok_or_else(|| Error::new("no free name"))?;
-        // Eleven digits of the id tell ENIs apart.
-        let digits = wire.eni.as_str();
-        let name = format!("eni-{}", &digits[digits.len().saturating_sub(11)..]);
+        let name = port_name(&wire.eni);
         let index = self.plug(&name, &inner, Some(wire.mac), &node.place)?;
-        let own = wire.own;
-        let near = IpNet::from(IpAddr::V4(own));
-        let neighbour = |addr| Neighbour { dev: index, addr, mac: Some(wire.mac), permanent: true };
-        self.socket.run(&[
-            link::set_up(index),
-            route::add(&direct(near, index)),
-            neigh::replace(&neighbour(own.into())),
-            addr::add(&gateway_on(index)),
-            neigh::replace(&neighbour(wire.mac.link_local().into())),
-        ])?;
+        self.deliver(wire, index)?;
         if (wire.card, wire.device) == (0, 0) {
             // What DHCP does on an instance; all others are left to the daemon.
-            let address = IpNet::V4(Ipv4Net::new(own, wire.subnet.prefix_len())?);
+            let address = IpNet::V4(Ipv4Net::new(wire.own, wire.subnet.prefix_len())?);
             node.place.configure(&inner, address, Some(gateway.into()))?;
             lead_v6(wire, node, &inner)?;
         }
-        let (routed, mac) = (std::iter::once(near).gather(), wire.mac);
-        Ok(Port { instance: wire.instance.clone(), name, index, inner, own, mac, routed })
+        Ok(Port::of(wire, name, index, inner))
+    }
+
+    // The router's end of a branch ENI; the node's is made by the plugin.
+    fn plug_branch(&mut self, wire: &Wire, trunk: &EniId, vlan: u16) -> Result<Port> {
+        let below = self.ports.get(trunk).ok_or_else(|| Error::new(format!("trunk {trunk} is not wired")))?.index;
+        let name = port_name(&wire.eni);
+        self.socket.run(&[link::create_vlan(&name, below, vlan, None)])?;
+        let made = link::by_name(&mut self.socket, &name)?.ok_or_else(|| Error::new("it is gone"))?;
+        self.router.sysctls(&[(&format!("net/ipv4/neigh/{name}/proxy_delay"), "0")])?;
+        self.deliver(wire, made.index)?;
+        Ok(Port::of(wire, name, made.index, String::new()))
+    }
+
+    // What comes for an ENI goes to its MAC.
+    fn deliver(&mut self, wire: &Wire, index: u32) -> Result<()> {
+        let neighbour = |addr| Neighbour { dev: index, addr, mac: Some(wire.mac), permanent: true };
+        self.socket.run(&[
+            link::set_up(index),
+            route::add(&direct(IpNet::from(IpAddr::V4(wire.own)), index)),
+            neigh::replace(&neighbour(wire.own.into())),
+            addr::add(&gateway_on(index)),
+            neigh::replace(&neighbour(wire.mac.link_local().into())),
+        ])
+    }
+
+    /// Whether this kernel has the VLAN links that branch ENIs need.
+    pub fn takes_branches(&mut self) -> Result<bool> {
+        let end = |name| link::End { name, mac: None, netns: None };
+        let veth = link::Veth { end: end("try-a"), peer: end("try-b"), mtu: 0, up: false };
+        self.socket.run(&[link::create_veth(&veth)])?;
+        let below = link::by_name(&mut self.socket, "try-a")?.map_or(0, |link| link.index);
+        let takes = self.socket.run(&[link::create_vlan("try-vlan", below, 1, None)]).is_ok();
+        self.socket.run(&[link::delete_by_name("try-a")])?;
+        Ok(takes)
+    }
+}
+
+// Eleven digits of the id tell ENIs apart.
+fn port_name(eni: &EniId) -> String {
+    let digits = eni.as_str();
+    format!("eni-{}", &digits[digits.len().saturating_sub(11)..])
+}
+
+impl Port {
+    fn of(wire: &Wire, name: String, index: u32, inner: String) -> Port {
+        let routed = std::iter::once(IpNet::from(IpAddr::V4(wire.own))).gather();
+        Port { instance: wire.instance.clone(), name, index, inner, own: wire.own, mac: wire.mac, routed }
     }
 }
 

@@ -2,7 +2,8 @@
 //! whatever happens to it; nothing is mounted in the host's mount namespace.
 
 use crate::error::{Context, Result};
-use crate::model::net::{Address, Family, Link, Route, Scope, TABLE_MAIN};
+use crate::model::naming;
+use crate::model::net::{Address, Family, Link, Route, Rule, Scope, TABLE_MAIN};
 use crate::model::settings::Settings;
 use crate::netlink::netns::Namespace;
 use crate::netlink::socket::Socket;
@@ -116,18 +117,22 @@ impl Place {
         socket.run(&[addr::add(&address), link::set_up(dev), route::add(&default)]).with_context(what)
     }
 
-    /// What the kernel still has about an address: links whose name starts with `prefix`, rules and routes.
+    /// What the kernel still has about an address: links whose name starts with `prefix`, rules and routes. Also all that there
+    /// is about branch ENIs.
     pub fn traces(&self, prefix: &str, addresses: &[impl Into<IpAddr> + Copy]) -> Result<Vec<String>> {
         let mut socket = self.socket()?;
         let ours = |net: &IpNet| {
             net.prefix_len() == net.max_prefix_len() && addresses.iter().any(|addr| (*addr).into() == net.addr())
         };
         let mut traces = Vec::new();
-        let links = link::list(&mut socket)?.into_iter().filter(|link| link.name.starts_with(prefix));
+        let prefixes = [prefix, naming::VLAN_PREFIX];
+        let ours_by_name = |link: &Link| prefixes.iter().any(|prefix| link.name.starts_with(prefix));
+        let links = link::list(&mut socket)?.into_iter().filter(ours_by_name);
         traces.extend(links.map(|link| format!("{}: link {}", self.name, link.name)));
         for family in [Family::V4, Family::V6] {
             let rules = rule::list(&mut socket, family)?.into_iter();
-            let rules = rules.filter(|rule| rule.src.iter().chain(&rule.dst).any(ours));
+            let branch = |rule: &Rule| rule.priority == naming::priority::BRANCH;
+            let rules = rules.filter(|rule| branch(rule) || rule.src.iter().chain(&rule.dst).any(ours));
             traces.extend(rules.map(|rule| format!("{}: rule {rule}", self.name)));
             let routes = route::list(&mut socket, family, None)?.into_iter().filter(|route| ours(&route.dst));
             traces.extend(routes.map(|route| format!("{}: route {route}", self.name)));
@@ -167,7 +172,14 @@ impl Node {
     /// What the init container sets for these settings besides (`spec/dataplane.md` 4).
     pub fn prepare(&self, settings: &Settings) -> Result<()> {
         let early_demux = if settings.tcp_early_demux_disabled { "0" } else { "1" };
-        self.place.sysctls(&[("net/ipv4/conf/eth0/rp_filter", "2"), ("net/ipv4/tcp_early_demux", early_demux)])
+        self.place.sysctls(&[
+            ("net/ipv4/conf/eth0/rp_filter", "2"),
+            ("net/ipv4/tcp_early_demux", early_demux),
+            // Answers to a connected UDP socket of the node are forwarded once before they arrive when they come from a pod
+            // in strict mode, and what early demultiplexing has given to a socket is not forwarded (`ip_forward` in
+            // net/ipv4/ip_forward.c). Both families look at this one.
+            ("net/ipv4/udp_early_demux", early_demux),
+        ])
     }
 
     /// Runs `work` where the node's files are seen.

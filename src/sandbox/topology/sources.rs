@@ -1,6 +1,7 @@
-//! The router's check of IPv6 sources. For IPv4 the kernel has `rp_filter`; for IPv6 a rule of nf_tables must do it:
-//! `ip6 saddr != fe80::/10 ip6 saddr != :: fib saddr . iif oif missing drop` (`linux/netfilter/nf_tables.h`). A link-local
-//! source or none at all is neighbour discovery, which stays on its link anyhow.
+//! The router's check of sources by a rule of nf_tables: `fib saddr . iif oif missing drop`, for IPv6 with `ip6 saddr !=
+//! fe80::/10 ip6 saddr != ::` before it (`linux/netfilter/nf_tables.h`): a link-local source or none at all is neighbour
+//! discovery, which stays on its link anyhow. For IPv4 the kernel has `rp_filter`, but that one also refuses the question for
+//! a gateway's MAC that a node asks on a VLAN device, which has no address, with another address of the node's.
 
 use crate::error::{Context, Result};
 use crate::model::net::Family;
@@ -31,25 +32,35 @@ pub(super) fn check(namespace: &Namespace) -> Result<()> {
         compare(writer, true, &link_local);
         source(writer);
         compare(writer, true, &[0; 16]);
-        elem(writer, "fib", |writer| {
-            writer.u32_be(1u16, 1);
-            writer.u32_be(2u16, 1); // NFT_FIB_RESULT_OIF
-            writer.u32_be(3u16, 1 | 8 | 32); // NFTA_FIB_F_SADDR, _IIF, _PRESENT
-        });
-        compare(writer, false, &[0]);
-        elem(writer, "immediate", |writer| {
-            writer.u32_be(1u16, 0); // NFT_REG_VERDICT
-            writer.nest_flagged(2u16, |writer| writer.nest_flagged(2u16, |writer| writer.u32_be(1u16, 0))); // drop
-        });
+        drop_strays(writer);
     };
+    let mut socket = Socket::netfilter_in(namespace)?;
+    commit(&mut socket, Family::V4, drop_strays)?;
+    commit(&mut socket, Family::V6, rule)
+}
+
+fn commit(socket: &mut Socket, family: Family, rule: impl Fn(&mut Writer)) -> Result<()> {
     let requests = vec![
-        request(Family::V6, TABLE, &Part::Head, |_| ()),
+        request(family, TABLE, &Part::Head, |_| ()),
         // prerouting, before connection tracking
-        request(Family::V6, TABLE, &Part::Chain(CHAIN, 0, -300, "filter"), |_| ()),
-        request(Family::V6, TABLE, &Part::Rule(CHAIN), rule),
+        request(family, TABLE, &Part::Chain(CHAIN, 0, -300, "filter"), |_| ()),
+        request(family, TABLE, &Part::Rule(CHAIN), rule),
     ];
-    nft::transaction(&mut Socket::netfilter_in(namespace)?, requests, &format!("commit table {TABLE}"))
-        .context("check IPv6 sources")
+    nft::transaction(socket, requests, &format!("commit table {TABLE}")).context("check sources")
+}
+
+// Drops what comes from a source that is routed elsewhere.
+fn drop_strays(writer: &mut Writer) {
+    elem(writer, "fib", |writer| {
+        writer.u32_be(1u16, 1);
+        writer.u32_be(2u16, 1); // NFT_FIB_RESULT_OIF
+        writer.u32_be(3u16, 1 | 8 | 32); // NFTA_FIB_F_SADDR, _IIF, _PRESENT
+    });
+    compare(writer, false, &[0]);
+    elem(writer, "immediate", |writer| {
+        writer.u32_be(1u16, 0); // NFT_REG_VERDICT
+        writer.nest_flagged(2u16, |writer| writer.nest_flagged(2u16, |writer| writer.u32_be(1u16, 0))); // drop
+    });
 }
 
 // `ip6 saddr` into register 1.

@@ -11,7 +11,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-type Done<T> = Result<T, Refusal>;
+pub(super) type Done<T> = Result<T, Refusal>;
 
 impl Vpc {
     pub(super) fn act(&mut self, now: Now, call: &Call) -> Done<Reply> {
@@ -142,7 +142,7 @@ impl Vpc {
         Ok(id)
     }
 
-    fn attach(&mut self, now: Mono, eni: &EniId, instance: &InstanceId, place: (u32, u32)) -> Done<Reply> {
+    pub(super) fn attach(&mut self, now: Mono, eni: &EniId, instance: &InstanceId, place: (u32, u32)) -> Done<Reply> {
         let (device, card) = place;
         self.known(eni)?;
         let Some(host) = self.instances.get(instance) else {
@@ -298,7 +298,7 @@ impl Vpc {
         }
     }
 
-    fn fill_v6(&mut self, eni: &EniId, subnet: &SubnetId, wanted: u32) -> Done<Vec<IpNet>> {
+    pub(super) fn fill_v6(&mut self, eni: &EniId, subnet: &SubnetId, wanted: u32) -> Done<Vec<IpNet>> {
         let mut given = Vec::new();
         for _ in 0..wanted {
             let (net, nth) = self.next_v6(subnet)?;
@@ -417,7 +417,7 @@ impl Vpc {
         Ok(Reply::Done)
     }
 
-    fn remove(&mut self, eni: &EniId) {
+    pub(super) fn remove(&mut self, eni: &EniId) {
         let Some(EniState { interface, .. }) = self.enis.remove(eni) else { return };
         self.touched.insert(eni.clone());
         let Some(place) = self.subnets.get_mut(&interface.subnet) else { return };

@@ -9,6 +9,7 @@ mod actions;
 mod describe;
 mod faults;
 mod space;
+mod trunk;
 mod view;
 
 pub use describe::Filter;
@@ -158,6 +159,7 @@ pub struct Vpc {
     loose: BTreeSet<EniId>, // detached in anything that Describe tells or will tell; may hold more
     vanishing: BTreeSet<(Mono, EniId)>, // deleted, and told of until then
     tokens: BTreeMap<String, (Create, EniId)>,
+    branches: BTreeMap<EniId, (EniId, u16)>, // branch ENI: its trunk and VLAN
     touched: BTreeSet<EniId>,
     touched_instances: BTreeSet<InstanceId>,
     journal: Journal,
@@ -206,6 +208,7 @@ impl Vpc {
             loose: BTreeSet::new(),
             vanishing: BTreeSet::new(),
             tokens: BTreeMap::new(),
+            branches: BTreeMap::new(),
             touched: BTreeSet::new(),
             touched_instances: BTreeSet::new(),
             journal: Journal::default(),

@@ -1,6 +1,6 @@
 //! What others see of the model: an instance through IMDS, and the topology what is wired where.
 
-use super::Vpc;
+use super::{EniState, Vpc};
 use crate::model::ec2::Interface;
 use crate::model::ids::{EniId, GroupId, InstanceId, SubnetId};
 use crate::model::imds::{Eni, Identity};
@@ -30,6 +30,8 @@ pub struct Wire {
     pub device: u32,
     /// Network card.
     pub card: u32,
+    /// A branch ENI: its trunk, and the VLAN on it.
+    pub trunk: Option<(EniId, u16)>,
     /// Hardware address of the instance's end.
     pub mac: Mac,
     /// CIDR of the subnet; its first address is the router's.
@@ -95,27 +97,37 @@ impl Vpc {
 
     /// What is wired, in order of ENI ids. An ENI that is being detached is not.
     pub fn wires(&self) -> Vec<Wire> {
-        let wired = self.enis.values().filter(|state| state.detached_at.is_none()).filter_map(|state| {
-            let interface = &state.interface;
-            let (at, own) = (interface.attachment.as_ref()?, interface.primary_ipv4?);
-            let v4 = std::iter::once(&own).chain(&interface.secondary_ipv4s).map(|addr| IpNet::from(IpAddr::V4(*addr)));
-            let v6 = interface.ipv6s.iter().map(|addr| IpNet::from(IpAddr::V6(*addr)));
-            let prefixes = interface.v4_prefixes.iter().copied().map(IpNet::V4);
-            let assigned = v4.chain(prefixes).chain(v6).chain(interface.v6_prefixes.iter().copied()).collect();
-            Some(Wire {
-                eni: interface.id.clone(),
-                instance: at.instance.clone(),
-                device: at.device,
-                card: at.card,
-                mac: interface.mac?,
-                subnet_v6: self.subnets.get(&interface.subnet)?.v6,
-                own_v6: interface.ipv6s.first().copied(),
-                subnet: self.subnet_cidr(&interface.subnet)?,
-                own,
-                assigned,
-            })
-        });
+        let wired = self.enis.values().filter_map(|state| self.wire(state));
         wired.collect()
+    }
+
+    fn wire(&self, state: &EniState) -> Option<Wire> {
+        let interface = &state.interface;
+        let trunk = self.branches.get(&interface.id).cloned();
+        // A branch is where its trunk is.
+        let carrier = match &trunk {
+            Some((trunk, _)) => self.enis.get(trunk)?,
+            None => state,
+        };
+        let at = carrier.interface.attachment.as_ref().filter(|_| carrier.detached_at.is_none())?;
+        let own = interface.primary_ipv4?;
+        let v4 = std::iter::once(&own).chain(&interface.secondary_ipv4s).map(|addr| IpNet::from(IpAddr::V4(*addr)));
+        let v6 = interface.ipv6s.iter().map(|addr| IpNet::from(IpAddr::V6(*addr)));
+        let prefixes = interface.v4_prefixes.iter().copied().map(IpNet::V4);
+        let assigned = v4.chain(prefixes).chain(v6).chain(interface.v6_prefixes.iter().copied()).collect();
+        Some(Wire {
+            eni: interface.id.clone(),
+            instance: at.instance.clone(),
+            device: at.device,
+            card: at.card,
+            trunk,
+            mac: interface.mac?,
+            subnet_v6: self.subnets.get(&interface.subnet)?.v6,
+            own_v6: interface.ipv6s.first().copied(),
+            subnet: self.subnet_cidr(&interface.subnet)?,
+            own,
+            assigned,
+        })
     }
 
     pub(super) fn imds_truth(&self, instance: &InstanceId) -> Vec<ImdsEni> {
