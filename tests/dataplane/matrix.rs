@@ -23,7 +23,7 @@ use Cell::{Own, P, X};
 
 /// How the client addresses the server.
 #[derive(Clone, Copy, Debug)]
-enum Way {
+pub enum Way {
     Direct,
     Cluster,
     Local(&'static str),
@@ -38,7 +38,7 @@ const NEVER: [Cell; 4] = [X; 4];
 const WITH_NODE_PORTS: [Cell; 4] = [Own, X, Own, X];
 
 /// Client's address, way, server's address; SNAT with node ports, SNAT without, external SNAT with and without.
-const ROWS: &[(&str, Way, &str, [Cell; 4])] = &[
+const ROWS: &[Row] = &[
     (POD1, Direct, INTERNET, TO_INTERNET),
     (POD2, Direct, INTERNET, TO_INTERNET),
     (POD2, Direct, PEERED, TO_INTERNET),
@@ -113,27 +113,34 @@ fn ends(column: usize, row: usize) -> (Option<Service>, SocketAddr, SocketAddr) 
 
 /// Runs all flows of a column at once; a line for each that went differently.
 pub fn differences(world: &World, column: usize) -> Vec<String> {
-    differences_of(world, column, |_| true, None)
+    differences_of(world, column, |row| Some(row.3[column]))
 }
 
-/// The same for the direct flows from one address to another that are chosen, or what is expected of them instead.
-pub fn differences_of(
-    world: &World,
-    column: usize,
-    chosen: impl Fn((&str, &str)) -> bool,
-    instead: Option<Cell>,
-) -> Vec<String> {
+pub type Row = (&'static str, Way, &'static str, [Cell; 4]);
+
+/// What IPVS makes of a row. It routes answers by the address that they leave from, so that node ports need no mark; but what
+/// it sends to an endpoint is routed anew by the pod's address, with no mark on it, as with the original.
+fn beside_ipvs(row: &Row, column: usize) -> Cell {
+    match (row.1, row.3[column]) {
+        (Local(_), X) => Own,
+        (Masqueraded(_), X) => P,
+        (Cluster, P) if row.0 == POD2 => X,
+        (_, cell) => cell,
+    }
+}
+
+/// The same for chosen flows, with what is expected of each.
+pub fn differences_of(world: &World, column: usize, expected: impl Fn(&Row) -> Option<Cell>) -> Vec<String> {
     std::thread::scope(|scope| {
         let mut running = Vec::new();
-        for (row, (client, way, server, cells)) in ROWS.iter().enumerate().filter(|(_, row)| chosen((row.0, row.2))) {
-            if instead.is_some() && !matches!(way, Direct) {
-                continue;
-            }
-            let (_, target, listen) = ends(column, row);
-            let wanted = match instead.unwrap_or(cells[column]) {
-                Own => Some(ip(client)),
-                P => Some(ip(NODE_IP)),
-                X => None,
+        for (number, row) in ROWS.iter().enumerate() {
+            let (client, way, server, _) = row;
+            let (_, target, listen) = ends(column, number);
+            let wanted = match expected(row) {
+                None => continue,
+                Some(Own) => Some(ip(client)),
+                Some(P) => Some(ip(NODE_IP)),
+                Some(X) => None,
             };
             for proto in BOTH {
                 let flow = Flow { client: place(world, client), target, server: place(world, server), listen };
@@ -177,7 +184,10 @@ fn matrix(backend: Backend, proxy_first: bool) {
         if column == 0 {
             world.wire_pods();
         }
-        let found = differences(&world, column);
+        let found = match backend {
+            Backend::Ipvs => differences_of(&world, column, |row| Some(beside_ipvs(row, column))),
+            _ => differences(&world, column),
+        };
         wrong.extend(found.into_iter().map(|line| format!("column {names:?}: {line}")));
         let steps = host.host(&column_intent(column)).unwrap().steps;
         assert!(steps.is_empty(), "beside {backend:?}: {steps:?}");
