@@ -76,6 +76,11 @@ fn wear(topology: &Topology, world: &World, node: usize, name: &str, address: im
     let dev = link::by_name(&mut socket, name).unwrap().unwrap().index;
     let address = Address { dev, addr: IpNet::from(address.into()), no_prefix_route: true, no_dad: true };
     socket.run(&[link::set_up(dev), addr::add(&address)]).unwrap();
+    let end = clock::instant() + PATIENT;
+    while !route::is_local(&mut socket, address.addr.addr()).unwrap() {
+        assert!(clock::instant() < end, "{address} does not become usable");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 // From a node, bound to an address, to a host; the source that the host saw.

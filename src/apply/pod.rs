@@ -69,7 +69,7 @@ impl Host {
         inside
             .run(&pod_side(number, interface, pod_index))
             .with_context(|| format!("in {}", netns.path().display()))?;
-        if interface.address.is_ipv6() { settled(inside, pod_index, interface) } else { Ok(()) }
+        if interface.address.is_ipv6() { settled(inside, interface) } else { Ok(()) }
     }
 
     /// Makes both ends in one message and reads the host's back.
@@ -286,13 +286,14 @@ fn pod_sysctls(ifname: &str) -> Result<()> {
     sysctl::set(&format!("net/ipv6/conf/{ifname}/accept_dad"), "0").map(drop)
 }
 
-/// Waits until the pod's address may be used. It needs no duplicate detection and is not tentative for a moment; the limit is
-/// for kernels that see it otherwise. The link's own address is not waited for: a work item of the kernel's makes it, which
-/// comes late when many pods start at once, and the pod's traffic does not need it (the gateway has a fixed entry).
-fn settled(inside: &mut Socket, index: u32, interface: &PodInterface) -> Result<()> {
-    let (end, own, ifname) = (clock::instant() + DAD_LIMIT, interface.host_net(), &interface.ifname);
-    while addr::tentative(inside, index)?.iter().any(|address| address.addr == own) {
+/// Waits until the pod gets packets for its address. It needs no duplicate detection, so that is a matter of one work item of
+/// the kernel's; the limit is for kernels that detect all the same. The link's own address is not waited for: the pod's
+/// traffic does not need it, since the gateway has a fixed entry.
+fn settled(inside: &mut Socket, interface: &PodInterface) -> Result<()> {
+    let (end, own) = (clock::instant() + DAD_LIMIT, interface.address);
+    while !route::is_local(inside, own)? {
         if clock::instant() > end {
+            let ifname = &interface.ifname;
             return Err(Error::new(format!("link {ifname:?} still has tentative addresses after {DAD_LIMIT:?}")));
         }
         std::thread::sleep(DAD_POLL);

@@ -60,24 +60,6 @@ pub fn list(socket: &mut Socket, family: Option<Family>) -> Result<Vec<Address>>
     Ok(addresses)
 }
 
-/// Whether an IPv6 address in the body of an RTM_NEWADDR message may not be used yet or ever: IFA_F_TENTATIVE or
-/// IFA_F_DADFAILED.
-fn unusable(body: &[u8]) -> bool {
-    const TENTATIVE_OR_FAILED: u32 = 0x40 | 0x08;
-    flags(body) & TENTATIVE_OR_FAILED != 0
-}
-
-/// The IPv6 addresses of a link that duplicate address detection has not finished with, or has refused
-/// (`spec/plugin.md` 13.1, step 13).
-pub fn tentative(socket: &mut Socket, dev: u32) -> Result<Vec<Address>> {
-    let mut header = [0; HEADER];
-    header[0] = family_byte(Family::V6);
-    let request = Request::new(Rtm::Getaddr, 0, header.to_vec(), "list IPv6 addresses".into());
-    socket.dump(&request, |message: &Message<'_>| {
-        decode(message.body).filter(|address| address.dev == dev && unusable(message.body))
-    })
-}
-
 fn flags(body: &[u8]) -> u32 {
     let short = body.get(2).copied().map_or(0, u32::from);
     Attrs::after(body, HEADER).find(Ifa::Flags).and_then(|attr| attr.u32()).unwrap_or(short)

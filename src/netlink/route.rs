@@ -146,6 +146,11 @@ pub fn decode(body: &[u8]) -> Option<Route> {
 /// The route that a packet to `to` would take in the socket's namespace, if there is one: `ip route get`. With `mark`,
 /// `from` and `iif` (index) for packets that are forwarded.
 pub fn lookup(socket: &mut Socket, to: IpAddr, from: Option<IpAddr>, iif: u32, mark: u32) -> Result<Option<Route>> {
+    Ok(find(socket, to, from, iif, mark)?.iter().find_map(|body| decode_lookup(body, to)))
+}
+
+/// The kernel's answers to a look-up; none without a route.
+fn find(socket: &mut Socket, to: IpAddr, from: Option<IpAddr>, iif: u32, mark: u32) -> Result<Vec<Vec<u8>>> {
     let bits = if to.is_ipv4() { 32 } else { 128 };
     let mut header = [0; HEADER];
     header[0] = family_byte(Family::of(to));
@@ -164,12 +169,17 @@ pub fn lookup(socket: &mut Socket, to: IpAddr, from: Option<IpAddr>, iif: u32, m
     }
     let request = Request::new(Rtm::Getroute, 0, writer.finish(), format!("look up the route to {to}"));
     match socket.ask(&request) {
-        Ok(answers) => Ok(answers.iter().find_map(|body| decode_lookup(body, to))),
         Err(error) if error.find::<KernelError>().is_some_and(|e| e.not_found() || e.errno == libc::ENETUNREACH) => {
-            Ok(None)
+            Ok(Vec::new())
         }
-        Err(error) => Err(error),
+        outcome => outcome,
     }
+}
+
+/// Whether packets to `to` are delivered inside the socket's namespace. For an IPv6 address of a link that begins some time
+/// after it was added, duplicate detection or not: a work item of the kernel's makes the entry in the table `local`.
+pub fn is_local(socket: &mut Socket, to: IpAddr) -> Result<bool> {
+    Ok(find(socket, to, None, 0, 0)?.iter().any(|body| body.get(7) == Some(&Rtn::Local.into())))
 }
 
 /// An answer to a look-up is marked as cloned and echoes the source: only the way is read.

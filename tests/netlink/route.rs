@@ -46,8 +46,13 @@ fn duplicate_address_detection_can_be_watched() {
         let (a, _) = veth_here(&mut socket);
         let checked = Address { dev: a.index, addr: net("fd00::9/64"), no_prefix_route: false, no_dad: false };
         must(&mut socket, &[addr::add(&checked)]);
-        assert!(!addr::tentative(&mut socket, a.index).unwrap().is_empty());
-        assert!(addr::tentative(&mut socket, 1).unwrap().is_empty(), "lo has none");
+        assert!(!route::is_local(&mut socket, ip("fd00::9")).unwrap(), "it is being checked");
+        must(&mut socket, &[addr::add(&Address { addr: net("fd00::a/64"), no_dad: true, ..checked })]);
+        let end = enibox::clock::instant() + std::time::Duration::from_secs(10);
+        while !route::is_local(&mut socket, ip("fd00::a")).unwrap() {
+            assert!(enibox::clock::instant() < end, "nothing is to be checked");
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
     });
 }
 
