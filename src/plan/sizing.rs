@@ -241,7 +241,7 @@ impl Sizing {
         let stats = self.with_demand(pool.stats_of_mode(now, self.card));
         let mut over = match (self.deviation(&stats, pool.prefix_mode()), pool.prefix_mode()) {
             (Some((_, over)), _) => over,
-            (None, true) => stats.free_prefixes.saturating_sub(self.warm_prefix().max(1)),
+            (None, true) => stats.free_prefixes.saturating_sub(self.warm_prefix().max(1)).min(self.undemanded(&stats)),
             (None, false) => 0,
         };
         if over == 0 {
@@ -259,6 +259,14 @@ impl Sizing {
             }
         }
         surplus
+    }
+
+    // Prefixes that go beyond the targets and what pods are going to ask for: those would be asked for again at once.
+    fn undemanded(&self, stats: &Stats) -> usize {
+        if self.demand == 0 {
+            return usize::MAX;
+        }
+        stats.available().saturating_sub(self.warm_prefix() * PREFIX_ADDRESSES) / PREFIX_ADDRESSES
     }
 
     /// An ENI that the pool can do without, if there is one (6.9 "remove-extra" and "free one ENI", B27).
@@ -306,7 +314,9 @@ impl Sizing {
         match self.ip_targets() {
             Some((warm, minimum)) => others.available() >= whole(warm) && others.total >= whole(minimum),
             None if prefix_mode => {
-                others.free_prefixes >= self.warm_prefix() && (self.warm_prefix() > 0 || others.available() > 0)
+                let demanded = self.demand == 0 || others.available() >= self.warm_prefix() * PREFIX_ADDRESSES;
+                let any = self.warm_prefix() > 0 || others.available() > 0;
+                others.free_prefixes >= self.warm_prefix() && any && demanded
             }
             None if pool.prefix_mode() => others.available() >= WARM_SINGLES,
             None => others.available() >= self.targets.warm_eni * self.slots && others.available() > 0,
