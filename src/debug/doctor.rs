@@ -157,7 +157,13 @@ fn look(args: &Args, environment: &Settings, host: &mut Host) -> Result<Look> {
         }
         let mtu = if settings.pod_mtu == 0 { intent.eni_mtu } else { settings.pod_mtu };
         let found = doctor::pods::pods(intent, &look.seen, &look.namespaces, mtu, args.pod.as_deref());
-        look.findings.extend(found.findings);
+        // What the host's plan has found already is told once.
+        let planned = std::mem::take(&mut look.findings);
+        let new = |finding: &Finding| {
+            !planned.iter().any(|known| (known.name, &known.subject) == (finding.name, &finding.subject))
+        };
+        look.findings.extend(found.findings.into_iter().filter(new));
+        look.findings.extend(planned);
         look.mends.extend(found.mends);
         if found.hidden > 0 {
             let text = format!("the namespaces of {} pods are not seen from here", found.hidden);

@@ -122,8 +122,9 @@ pub const FAULTS: &[Fault] = &[
     ours("chains of the original", "former-rules", "nft add table ip nat; nft add chain ip nat AWS-SNAT-CHAIN-0"),
     theirs("ufw", "firewall", "nft add table ip filter; nft add chain ip filter ufw-user-forward", "nft delete table ip filter"),
     theirs("forwarding off", "ip-forward", "echo 0 > /proc/sys/net/ipv4/ip_forward", "echo 1 > /proc/sys/net/ipv4/ip_forward"),
-    theirs("strict reverse path of all", "rp-filter", "echo 1 > /proc/sys/net/ipv4/conf/all/rp_filter", "echo 0 > /proc/sys/net/ipv4/conf/all/rp_filter"),
-    theirs("strict reverse path of the primary", "rp-filter", "echo 1 > /proc/sys/net/ipv4/conf/$ETH/rp_filter", "echo 2 > /proc/sys/net/ipv4/conf/$ETH/rp_filter"),
+    theirs("strict reverse path", "rp-filter", "echo 1 > /proc/sys/net/ipv4/conf/all/rp_filter; echo 0 > /proc/sys/net/ipv4/conf/$ETH/rp_filter",
+        "echo 0 > /proc/sys/net/ipv4/conf/all/rp_filter; echo 2 > /proc/sys/net/ipv4/conf/$ETH/rp_filter"),
+    ours("reverse path of the primary", "sysctl", "echo 1 > /proc/sys/net/ipv4/conf/$ETH/rp_filter"),
     // Files of the host.
     theirs("conflist of another CNI", "conflist-order", "echo {} > $R/etc/cni/net.d/05-other.conflist", "rm $R/etc/cni/net.d/05-other.conflist"),
     theirs("no conflist", "conflist-missing", "rm $R/etc/cni/net.d/10-aws.conflist", "echo {} > $R/etc/cni/net.d/10-aws.conflist"),
