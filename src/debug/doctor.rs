@@ -141,6 +141,8 @@ fn look(args: &Args, environment: &Settings, host: &mut Host) -> Result<Look> {
     let seen = host.observe()?;
     let source = Source::find(&args.asking, environment, &seen, !args.no_ec2)?;
     let Source { daemon, settings, cloud, intent, mut findings } = source;
+    // Which sysctls are ours depends on the intent.
+    let seen = intent.as_ref().map_or(Ok(seen), |intent| host.observe_for(intent))?;
     if daemon && let Ok(status) = args.asking.ask(environment, "/v1/enibox/status") {
         troubles(&status, &mut findings);
     }
