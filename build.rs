@@ -6,6 +6,7 @@ use std::env::var;
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=build.ld");
+    println!("cargo::rustc-check-cfg=cfg(lean)");
     let has = |name: &str, value: &str| var(name).is_ok_and(|found| found.split(',').any(|one| one == value));
     let release = has("PROFILE", "release") && has("CARGO_CFG_TARGET_ENV", "gnu");
     if !release || !has("CARGO_CFG_TARGET_FEATURE", "crt-static") {
@@ -17,7 +18,8 @@ fn main() {
     // No tables for unwinding: see build.ld.
     println!("cargo::rustc-link-arg-bins=-Wl,--no-eh-frame-hdr");
     println!("cargo::rustc-link-arg-bins=-Wl,-T,{}/build.ld", var("CARGO_MANIFEST_DIR").unwrap_or_default());
-    // src/sys.rs replaces one function out of a larger member of libgcc's archive: the first definition stays.
+    // src/sys/lean.rs replaces functions out of larger members of archives: the first definition stays.
+    println!("cargo::rustc-cfg=lean");
     println!("cargo::rustc-link-arg-bins=-Wl,-z,muldefs");
     // Functions with the same machine code become one, 30 KB. Nothing may tell them apart by their addresses: Rust promises
     // none for functions, and nothing here compares any. Only lld can do it, which rustc brings along and uses

@@ -1,10 +1,14 @@
 //! The dozen system calls that the standard library does not offer, behind safe functions. The only `unsafe` of the
-//! program.
+//! program, but for what stands in `lean` in place of other people's functions.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
+
+// Not where a panic unwinds, as in tests, which are no releases; the tests of the functions themselves export none.
+#[cfg(all(any(test, all(lean, panic = "abort")), any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod lean;
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
@@ -375,15 +379,4 @@ pub fn signal(process: u32, signal: i32) -> io::Result<()> {
     let process = i32::try_from(process).ok().filter(|process| *process > 1).ok_or(io::ErrorKind::InvalidInput)?;
     // SAFETY: kill takes two numbers; a positive one means this one process and no group.
     check(unsafe { libc::kill(process, signal) }).map(drop)
-}
-
-/// Ends every walk over the stack before it begins. The executable that this stands in has neither tables for unwinding
-/// nor symbols (build.ld), so that the unwinder of libgcc, which this replaces, could not find a single frame either; but
-/// with a walk that never yields a frame the optimiser drops the standard library's reader of debug information, 220 KB.
-/// A panic still tells its place and its reason.
-#[cfg(all(panic = "abort", target_feature = "crt-static", target_env = "gnu", not(debug_assertions)))]
-#[unsafe(no_mangle)]
-extern "C" fn _Unwind_Backtrace(_each: *const libc::c_void, _state: *const libc::c_void) -> libc::c_int {
-    const END_OF_STACK: libc::c_int = 5; // _URC_END_OF_STACK in unwind.h
-    END_OF_STACK
 }
