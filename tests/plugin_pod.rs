@@ -294,7 +294,7 @@ fn an_ipv6_pod_waits_for_no_duplicate_detection() {
             assert_cleared(&before);
         }
         eprintln!("the fastest ADD of two IPv6 interfaces took {fastest:?}");
-        assert!(fastest < Duration::from_millis(1000), "{fastest:?}: somebody waits for duplicate detection");
+        assert!(fastest < Duration::from_secs(1), "{fastest:?}: somebody waits for duplicate detection");
     });
 }
 

@@ -174,7 +174,9 @@ fn lines(stage: &Stage) -> Vec<(Namespace, Namespace, IpAddr)> {
 fn story(name: &str, instance_type: &str, env: &[(&str, &str)], interfaces: usize) {
     let mut stage = Stage::new(name, instance_type, env);
     for node in 0..2 {
-        ["a", DELETED, "c"].iter().for_each(|pod| stage.add(node, pod));
+        for pod in ["a", DELETED, "c"] {
+            stage.add(node, pod);
+        }
     }
     assert!(stage.pods.iter().flatten().all(|pod| addresses(pod).len() == interfaces));
     stage.every_flow_is_right("at first");
@@ -205,7 +207,9 @@ fn story(name: &str, instance_type: &str, env: &[(&str, &str)], interfaces: usiz
     for node in 0..2 {
         let pods = std::mem::take(&mut stage.pods[node]);
         let all = pods.iter().flat_map(addresses).collect::<Vec<_>>();
-        pods.into_iter().for_each(|pod| stage.runtime(node).delete(pod).unwrap());
+        for pod in pods {
+            stage.runtime(node).delete(pod).unwrap();
+        }
         assert_eq!(stage.nodes[node].place.traces("no such link", &all).unwrap(), Vec::<String>::new(), "{name}");
     }
     stage.agents.into_iter().flatten().for_each(|agent| agent.stop().unwrap());

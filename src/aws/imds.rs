@@ -221,7 +221,7 @@ impl Client {
 
     /// What the next run should know, if that has changed since the last call: answers by path, nothing secret.
     pub fn to_keep(&self) -> Option<serde_json::Map<String, serde_json::Value>> {
-        self.memory().to_keep()
+        self.memory().take_news()
     }
 
     fn memory(&self) -> MutexGuard<'_, Memory> {
@@ -236,7 +236,7 @@ impl Client {
     fn read(&self, path: &str) -> std::result::Result<Option<String>, ImdsError> {
         let start = clock::now().mono;
         if let Some(remembered) = self.memory().while_silent(path, start) {
-            return Ok(remembered);
+            return Ok(remembered.as_str().map(str::to_owned));
         }
         let result = self.attempts(path, start);
         let end = clock::now().mono;
@@ -246,7 +246,7 @@ impl Client {
             Err(error) if error.status == 0 || error.status >= 500 => {
                 if let Some(remembered) = self.memory().failed(path, end) {
                     log::warn!("{error}; taking what it told before the restart");
-                    return Ok(remembered);
+                    return Ok(remembered.as_str().map(str::to_owned));
                 }
             }
             Err(_) => {}

@@ -207,7 +207,9 @@ impl Keeper<'_> {
         });
         let end = clock::now().mono;
         self.pace.looked(end, end.since(begin));
-        left.into_iter().for_each(|until| self.pace.leave(until));
+        for until in left {
+            self.pace.leave(until);
+        }
         let mut report = report?;
         self.watch = Some(Watch::new(intent, &report.seen));
         self.tell(&report, &repairs);

@@ -139,12 +139,8 @@ fn serve(settings: &Settings, tuner: Tuner) -> Result<()> {
     let (ended, ends) = sync_channel(16);
     let board = Board::new(settings, tuner.known().clone());
     introspect::start(settings, &board, &metrics, &ended)?;
-    let counted = Arc::clone(&metrics);
     let store = PathBuf::from(&settings.backing_store);
-    // Where EC2 is not to be asked, nothing could tell what has changed since.
-    let told = if settings.imds_only { serde_json::Map::new() } else { files::read_metadata(&store) };
-    let imds = imds::Client::new(imds::Config::from_env(env))?.remembering(told);
-    let imds = Arc::new(imds.observed_by(move |seen| counted.imds(seen)));
+    let imds = Arc::new(imds_client(settings, &store, &metrics)?);
     let identity = identify(settings, &imds)?;
     let creds = Arc::new(creds::Chain::from_env(env, Arc::clone(&imds))?);
     let counted = Arc::clone(&metrics);
@@ -156,14 +152,7 @@ fn serve(settings: &Settings, tuner: Tuner) -> Result<()> {
         log::warn!("{warning}");
     }
     let config = configure(settings, &valid, &limits, &identity)?;
-    let policy = NetworkPolicyAgentConfig {
-        network_policy_mode: config.network_policy_mode.clone(),
-        multi_nic_enabled: settings.multi_nic,
-        node_ipv4: if config.v6 { String::new() } else { identity.local_ipv4.to_string() },
-        node_ipv6: identity.local_ipv6.filter(|_| config.v6).map(|ip| ip.to_string()).unwrap_or_default(),
-        instance_id: identity.instance.0.clone(),
-        region: identity.region.clone(),
-    };
+    let policy = policy(settings, &config, &identity);
 
     let Some(api) = kube::reach(settings)? else { return Ok(()) };
     let (events, inbox) = sync_channel(EVENTS_MAX);
@@ -200,6 +189,26 @@ fn serve(settings: &Settings, tuner: Tuner) -> Result<()> {
     }
     log::info!("stopped");
     result
+}
+
+fn imds_client(settings: &Settings, store: &Path, metrics: &Arc<Metrics>) -> Result<imds::Client> {
+    // Where EC2 is not to be asked, nothing could tell what has changed since.
+    let told = if settings.imds_only { serde_json::Map::new() } else { files::read_metadata(store) };
+    let imds = imds::Client::new(imds::Config::from_env(|name| std::env::var(name).ok()))?.remembering(told);
+    let counted = Arc::clone(metrics);
+    Ok(imds.observed_by(move |seen| counted.imds(seen)))
+}
+
+// What the network policy agent asks for.
+fn policy(settings: &Settings, config: &Config, identity: &Identity) -> NetworkPolicyAgentConfig {
+    NetworkPolicyAgentConfig {
+        network_policy_mode: config.network_policy_mode.clone(),
+        multi_nic_enabled: settings.multi_nic,
+        node_ipv4: if config.v6 { String::new() } else { identity.local_ipv4.to_string() },
+        node_ipv6: identity.local_ipv6.filter(|_| config.v6).map(|ip| ip.to_string()).unwrap_or_default(),
+        instance_id: identity.instance.0.clone(),
+        region: identity.region.clone(),
+    }
 }
 
 // Who we are; with the node's IPv6 address where it is used.

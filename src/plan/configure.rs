@@ -98,6 +98,10 @@ fn egress(settings: &Settings, identity: &Identity, v6: bool) -> Egress {
     }
 }
 
+fn size(n: u32) -> usize {
+    usize::try_from(n).unwrap_or(usize::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -134,8 +138,4 @@ mod tests {
         check(&[("ENABLE_V6_EGRESS", "true")], None, Egress::Guard);
         check(&[v6, ("ENABLE_V6_EGRESS", "true"), ("ENABLE_V4_EGRESS", "false")], Some(V6), Egress::Guard);
     }
-}
-
-fn size(n: u32) -> usize {
-    usize::try_from(n).unwrap_or(usize::MAX)
 }

@@ -80,7 +80,7 @@ impl Bucket {
 
 fn mean_pause(level: u32) -> Duration {
     let whole = PAUSE.saturating_mul(1 << (level / 2));
-    if level % 2 == 0 { whole } else { whole * 3 / 2 }
+    if level.is_multiple_of(2) { whole } else { whole * 3 / 2 }
 }
 
 /// A call and how often EC2 has refused it for its rate.

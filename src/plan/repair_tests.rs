@@ -69,8 +69,8 @@ fn marked(bits: u32) -> Rule {
 }
 
 #[track_caller]
-fn check(notice: Notice, look: bool) {
-    assert_eq!(watch().concerns(&notice), look, "{notice:?}");
+fn check(notice: &Notice, look: bool) {
+    assert_eq!(watch().concerns(notice), look, "{notice:?}");
 }
 
 #[test]
@@ -96,8 +96,8 @@ fn rules() {
         (Rule::any(Family::V4, 100, 100), false, false),
         (Rule { foreign: true, ..marked(0x80) }, false, false),
     ] {
-        check(Notice::Rule(rule.clone()), new);
-        check(Notice::RuleGone(rule), gone);
+        check(&Notice::Rule(rule.clone()), new);
+        check(&Notice::RuleGone(rule), gone);
     }
 }
 
@@ -116,8 +116,8 @@ fn routes() {
         (route(TABLE_MAIN, "10.20.11.0/24", None, 3), false, false),
         (route(100, "0.0.0.0/0", Some("10.20.12.1"), 4), false, false),
     ] {
-        check(Notice::Route(route), new);
-        check(Notice::RouteGone(route), gone);
+        check(&Notice::Route(route), new);
+        check(&Notice::RouteGone(route), gone);
     }
 }
 
@@ -138,9 +138,9 @@ fn links_addresses_and_the_rest() {
         (Link { mtu: 1400, ..veth() }, true),
         (Link { index: 12, mac: Some(mac(12)), up: false, ..veth() }, false), // an ADD
     ] {
-        check(Notice::Link(link), look);
+        check(&Notice::Link(link), look);
     }
-    check(Notice::LinkGone(eth1), false);
+    check(&Notice::LinkGone(eth1), false);
     let address = |dev, text: &str| Address { dev, addr: net(text), no_prefix_route: false, no_dad: false };
     for (address, new, gone) in [
         (address(4, "10.20.12.5/24"), false, true),
@@ -149,17 +149,17 @@ fn links_addresses_and_the_rest() {
         (address(4, "fe80::1/64"), false, false),
         (address(3, "10.20.11.162/24"), false, false),
     ] {
-        check(Notice::Address(address), new);
-        check(Notice::AddressGone(address), gone);
+        check(&Notice::Address(address), new);
+        check(&Notice::AddressGone(address), gone);
     }
     for (dev, rp_filter, look) in [(3, Some(1), true), (3, Some(2), false), (3, None, false), (4, Some(1), false)] {
-        check(Notice::Conf { dev, rp_filter }, look);
+        check(&Notice::Conf { dev, rp_filter }, look);
     }
-    check(Notice::Conf { dev: -1, rp_filter: Some(1) }, false);
-    check(Notice::Overrun, true);
+    check(&Notice::Conf { dev: -1, rp_filter: Some(1) }, false);
+    check(&Notice::Overrun, true);
     for (table, look) in [("aws-cni", true), ("kube-proxy", false)] {
         let tables = BTreeSet::from([table.to_owned()]);
-        check(Notice::Ruleset { generation: 7, tables, process: None }, look);
+        check(&Notice::Ruleset { generation: 7, tables, process: None }, look);
     }
 }
 

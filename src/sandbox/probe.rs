@@ -56,7 +56,7 @@ impl Flow<'_> {
     }
 
     fn tcp(&self, timeout: Duration) -> Result<SocketAddr> {
-        let listener = self.bind("tcp", timeout, |at| TcpListener::bind(at))?;
+        let listener = self.bind("tcp", timeout, TcpListener::bind)?;
         listener.set_nonblocking(true)?;
         let mut near = self.client.run(|| self.connect(timeout))??;
         let deadline = clock::instant() + timeout;
@@ -109,7 +109,7 @@ impl Flow<'_> {
     }
 
     fn udp(&self, timeout: Duration) -> Result<SocketAddr> {
-        let server = self.bind("udp", timeout, |at| UdpSocket::bind(at))?;
+        let server = self.bind("udp", timeout, UdpSocket::bind)?;
         server.set_read_timeout(Some(timeout))?;
         let any: IpAddr =
             if self.target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };

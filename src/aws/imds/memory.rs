@@ -38,19 +38,19 @@ impl Memory {
         self.before.contains_key(path)
     }
 
-    /// What is remembered of `path`, if IMDS has just failed to answer.
-    pub(super) fn while_silent(&mut self, path: &str, now: Mono) -> Option<Option<String>> {
+    /// What is remembered of `path`, if IMDS has just failed to answer; null for a path that was not there.
+    pub(super) fn while_silent(&mut self, path: &str, now: Mono) -> Option<Value> {
         self.failed.filter(|at| now.since(*at) < QUIET).and_then(|_| self.recall(path))
     }
 
     /// IMDS did not answer: what is remembered of `path`.
-    pub(super) fn failed(&mut self, path: &str, now: Mono) -> Option<Option<String>> {
+    pub(super) fn failed(&mut self, path: &str, now: Mono) -> Option<Value> {
         self.failed = Some(now);
         self.recall(path)
     }
 
-    fn recall(&mut self, path: &str) -> Option<Option<String>> {
-        let told = self.before.get(path)?.as_str();
+    fn recall(&mut self, path: &str) -> Option<Value> {
+        let told = self.before.get(path)?.clone();
         self.recalled = true;
         if path == MACS {
             // A new ENI is read by its MAC, and stands in a listing only with the next scan.
@@ -58,9 +58,9 @@ impl Memory {
                 |path: &str| path.strip_suffix("/interface-id").map(|mac| mac.rsplit('/').next().map(str::to_owned));
             let there = self.before.iter().filter(|(_, told)| told.is_string());
             let macs = there.filter_map(|(path, _)| id(path).flatten()).collect::<Vec<_>>();
-            return Some(Some(macs.join("\n")));
+            return Some(Value::String(macs.join("\n")));
         }
-        Some(told.map(str::to_owned))
+        Some(told)
     }
 
     /// IMDS has answered.
@@ -93,7 +93,7 @@ impl Memory {
     }
 
     /// What the next run should know, if that has changed since the last call.
-    pub(super) fn to_keep(&mut self) -> Option<Map<String, Value>> {
+    pub(super) fn take_news(&mut self) -> Option<Map<String, Value>> {
         std::mem::take(&mut self.changed).then(|| self.now.clone())
     }
 }

@@ -84,7 +84,10 @@ impl Core {
             && (enough.version, enough.cordoned, &enough.sizings) == (version, cordoned, &sizings)
         {
             // An earlier wake-up for something else may have taken the place of this one.
-            return enough.wake.into_iter().for_each(|at| self.wake_for(Timer::Shrink, at));
+            if let Some(at) = enough.wake {
+                self.wake_for(Timer::Shrink, at);
+            }
+            return;
         }
         let rested = self.last_shrink.is_none_or(|last| now.since(last) > SHRINK_EVERY);
         for sizing in sizings.iter().filter(|_| rested) {
@@ -100,7 +103,9 @@ impl Core {
         let until = self.next_surplus();
         // One millisecond later, so that "more than" holds.
         let wake = until.filter(|_| self.may_shrink()).map(|at| at.plus(Duration::from_millis(1)));
-        wake.into_iter().for_each(|at| self.wake_for(Timer::Shrink, at));
+        if let Some(at) = wake {
+            self.wake_for(Timer::Shrink, at);
+        }
         if version == self.pool.version() {
             let until = until.unwrap_or(Mono::from_nanos(u64::MAX));
             self.enough = Some(Enough { version, cordoned, sizings, from: now, until, wake });

@@ -29,7 +29,7 @@ impl Vpc {
             state.interface.interface_type = "trunk".into();
         }
         let taken = |device: u32| self.attachments(instance).any(|at| at.card == 0 && at.device == device);
-        let device = (1..).find(|device| !taken(*device)).unwrap_or(u32::MAX);
+        let device = (1..u32::MAX).find(|device| !taken(*device)).unwrap_or(u32::MAX);
         self.attach(now.mono, &eni, instance, (device, 0))?;
         Ok(eni)
     }
