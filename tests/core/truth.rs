@@ -1,8 +1,9 @@
 //! What is believed and what is: IMDS that lags, omits or invents, EC2 that is not there, ENIs of the dead.
 
 use super::world::{DEFAULT, World};
-use enibox::model::ec2::Call;
+use enibox::model::ec2::{Call, Reply};
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::time::Duration;
 
 const MINUTE: Duration = Duration::from_mins(1);
@@ -189,6 +190,26 @@ fn a_repeated_add_gets_its_address_while_imds_is_behind_and_ec2_away() {
     // Its place is known too, so that rules can lead there.
     let pool = world.core.as_ref().unwrap().pool();
     assert!(pool.allocations().all(|held| held.table.is_some()));
+}
+
+// A second address for the same key: the DEL released one of the two, and the other stayed for ever.
+#[test]
+fn a_repeated_add_of_a_pod_whose_address_others_took_before_a_restart_is_refused() {
+    let mut world = World::new("t3.small", DEFAULT);
+    world.settle();
+    assert!(world.add("pod"));
+    world.settle();
+    let IpAddr::V4(taken) = world.pods["pod"] else { panic!("{:?}", world.pods) };
+    world.crash();
+    let (now, eni) = (world.now(), world.vpc.identity(&world.instance).unwrap().primary_eni);
+    let call = Call::UnassignAddresses { eni, addresses: vec![taken] };
+    assert_eq!(world.vpc.execute(now, &call).result, Ok(Reply::Done));
+    world.start();
+    world.pass(MINUTE);
+    assert!(!world.add("pod"), "{:#?}", world.log);
+    let pool = world.core.as_ref().unwrap().pool();
+    assert_eq!(pool.allocations().count(), 0, "the DEL took all back: {:#?}", world.log);
+    assert!(world.add("pod"), "{:#?}", world.log);
 }
 
 // The veth bears the pod's name, so that the first sandbox's allocation looks alive through the second's.

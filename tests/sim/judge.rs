@@ -276,10 +276,10 @@ impl Judge {
                 attached.insert(eni.id.clone());
                 if managed(eni, node) && (!v6 || !eni.ipv6s.is_empty()) {
                     truth.extend(held_by(eni, v6).into_iter().map(|net| (eni.id.0.clone(), net)));
-                    // Of several IPv6 prefixes any one will do.
-                    let one = |net: &IpNet| held.contains(&(eni.id.0.clone(), *net));
-                    if let Some(used) = eni.v6_prefixes.iter().find(|net| one(net)).filter(|_| v6) {
-                        held.remove(&(eni.id.0.clone(), *used));
+                    // Of several IPv6 prefixes any one will do, and all in which pods have lived.
+                    let before = held.len();
+                    held.retain(|(id, net)| *id != eni.id.0 || !eni.v6_prefixes.contains(net));
+                    if held.len() < before {
                         held.extend(held_by(eni, v6).into_iter().map(|net| (eni.id.0.clone(), net)));
                     }
                     assert!(

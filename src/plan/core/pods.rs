@@ -73,9 +73,14 @@ impl Core {
     // Gives what is wanted if all of it is there; the reply leaves when it is durable.
     fn try_assign(&mut self, call: CallId, owner: &Owner, every_card: bool) -> bool {
         self.judge_again();
-        // What it has is not listed yet; a second address would cut off what runs with the first.
-        if self.described.is_none() && !self.config.imds_only && self.pool.has_orphan(&owner.key) {
-            return false;
+        // What it has is not listed; a second address would cut off what runs with the first, and one of the two would
+        // outlive its DEL.
+        if self.pool.has_orphan(&owner.key) {
+            let decided = self.described.is_some() || self.config.imds_only;
+            if decided {
+                self.refuse(call, &owner.key, "it has an address already, which is not listed as this node's");
+            }
+            return decided;
         }
         let held = self.pool.cards_of(&owner.key);
         // An ordinary pod takes the first card that has an address. Whoever asks twice gets the same again.
