@@ -50,10 +50,14 @@ pub mod priority {
 
 /// The first eleven hex digits of SHA-1 of `namespace.pod`, or of `namespace.pod.index` for the second interface and on.
 pub fn suffix(namespace: &str, pod: &str, index: usize) -> String {
-    let text = if index == 0 { format!("{namespace}.{pod}") } else { format!("{namespace}.{pod}.{index}") };
-    let mut digits = sha1_smol::Sha1::from(text).digest().to_string();
-    digits.truncate(SUFFIX_LEN);
-    digits
+    let mut text = [namespace, ".", pod].concat();
+    if index > 0 {
+        text += &format!(".{index}");
+    }
+    // By hand: every pod of the node is named whenever the host's network is looked at.
+    let bytes = sha1_smol::Sha1::from(text).digest().bytes();
+    let digit = |n: usize| char::from(b"0123456789abcdef"[usize::from(bytes[n / 2] >> (4 - n % 2 * 4) & 15)]);
+    (0..SUFFIX_LEN).map(digit).collect()
 }
 
 /// Name of the host end of a pod's interface; `index` is the position in the daemon's reply. An error when the prefix is

@@ -422,6 +422,9 @@ impl Node {
     }
 
     fn tell_answer(&self, sky: &mut Sky, asked: Asked, answer: &Answer) {
+        if !sky.watched {
+            return;
+        }
         let (Asked::Add(id) | Asked::AddAgain(id) | Asked::Del(id)) = asked;
         let Some(key) = self.kubelet.sandboxes.get(&id).map(|sandbox| sandbox.key.clone()) else { return };
         let happening = match answer {
@@ -518,8 +521,8 @@ impl Node {
         let silent = outcome.result.as_ref().is_err_and(|failure| failure.status == 0);
         sky.called(self.index, &call, &outcome.result, at_stake);
         if let Err(failure) = &outcome.result {
-            let (what, index) = (failure.to_string(), self.index);
-            self.note(|| format!("EC2 to {index}: {what}"), sky.nanos);
+            let index = self.index;
+            self.note(|| format!("EC2 to {index}: {failure}"), sky.nanos);
             // Ours paces throttled calls in the core; the SDK repeats them by itself.
             let again = if failure.throttled() { self.setup.original } else { silent || failure.internal() };
             let again = again && (call.idempotent() || self.setup.original);
@@ -547,6 +550,10 @@ impl Node {
             Query::VpcCidrs { v6: true } => imds::Answer::Cidrs(sky.vpc.v6_cidrs()),
             Query::SecurityGroups => imds::Answer::Groups(self.groups(sky, now)),
             Query::Scan => imds::Answer::Enis(self.told(sky, now).into_iter().map(|seen| seen.eni).collect()),
+            Query::Eni(mac) if matches!(self.faults.imds, Lie::None) => {
+                let mut all = sky.vpc.imds(now, &self.instance).into_iter().flatten();
+                imds::Answer::Eni(all.find(|seen| seen.eni.mac == *mac).map(|seen| seen.eni.clone()))
+            }
             Query::Eni(mac) => {
                 imds::Answer::Eni(self.told(sky, now).into_iter().map(|seen| seen.eni).find(|eni| eni.mac == *mac))
             }
@@ -555,16 +562,16 @@ impl Node {
     }
 
     fn groups(&self, sky: &mut Sky, now: Now) -> Vec<GroupId> {
-        let all = sky.vpc.imds(now, &self.instance).unwrap_or_default();
-        let primary = all.into_iter().find(|seen| (seen.eni.card, seen.eni.device) == (0, 0));
-        let mut groups = primary.map(|seen| seen.groups).unwrap_or_default();
+        let mut all = sky.vpc.imds(now, &self.instance).into_iter().flatten();
+        let primary = all.find(|seen| (seen.eni.card, seen.eni.device) == (0, 0));
+        let mut groups = primary.map(|seen| seen.groups.clone()).unwrap_or_default();
         order::sort(&mut groups);
         groups
     }
 
     /// What IMDS tells of the ENIs.
     pub fn told(&self, sky: &mut Sky, now: Now) -> Vec<ImdsEni> {
-        let mut all = sky.vpc.imds(now, &self.instance).unwrap_or_default();
+        let mut all = sky.vpc.imds(now, &self.instance).cloned().unwrap_or_default();
         self.faults.imds.tell(&mut all);
         all
     }

@@ -60,8 +60,9 @@ struct Stats {
     free_prefixes: usize,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 enum Doing {
+    Nothing,
     BootDescribe,
     BootScan(Vec<EniId>),
     BootTags(Vec<EniId>),
@@ -141,9 +142,6 @@ impl Original {
     /// Takes one event and says what is to be done.
     pub fn step(&mut self, now: Now, event: Event) -> Vec<Effect> {
         self.now = now;
-        if !matches!(event, Event::Tick) {
-            self.figures = None; // what a wake-up changes says so itself
-        }
         match event {
             Event::Started { .. } => {
                 self.ask_imds(Query::SecurityGroups);
@@ -200,6 +198,7 @@ impl Original {
                 slots.insert(address, Slot { owner: Some(key.clone()), freed: None });
             }
             self.index.insert(key.clone(), (eni, net, address));
+            self.figures = None;
         }
         let mut reply = AddNetworkReply::default();
         if let Some((_, _, address)) = self.index.get(key) {
@@ -238,6 +237,7 @@ impl Original {
 
     fn del(&mut self, key: &PodKey) -> Answer {
         let Some((eni, net, address)) = self.index.remove(key) else { return Answer::Error(UNKNOWN_POD.into()) };
+        self.figures = None;
         if let Some(slots) = self.enis.get_mut(&eni).and_then(|eni| eni.cidrs.get_mut(&net)) {
             slots.insert(address, Slot { owner: None, freed: Some(self.now.mono) });
         }
@@ -506,7 +506,7 @@ impl Original {
     }
 
     fn told(&mut self, result: Result<imds::Answer, String>) {
-        match (self.doing.clone(), result) {
+        match (std::mem::replace(&mut self.doing, Doing::Nothing), result) {
             (Doing::BootDescribe, Ok(imds::Answer::Groups(groups))) => {
                 self.groups = groups;
                 self.boot();
@@ -538,7 +538,7 @@ impl Original {
                 self.pause(WAIT.cap, Doing::Wait { eni, count, tries: tries + 1, asked: false });
             }
             (_, Err(_)) => self.pause(HALF, Doing::BootDescribe),
-            _ => {}
+            (doing, Ok(_)) => self.doing = doing,
         }
     }
 
@@ -548,6 +548,7 @@ impl Original {
         let cidrs = singles.chain(seen.v4_prefixes.iter().copied()).map(|net| (net, BTreeMap::new())).gather();
         let primary = seen.id == self.config.identity.primary_eni;
         let eni = Eni { device: seen.device, primary, own, added: self.now.mono, cidrs };
+        self.figures = None;
         self.enis.entry(seen.id.clone()).or_insert(eni);
     }
 
@@ -589,7 +590,8 @@ impl Original {
     }
 
     fn answered(&mut self, result: Result<Reply, Failure>) {
-        match (self.doing.clone(), result) {
+        // Every branch says what is done next.
+        match (std::mem::replace(&mut self.doing, Doing::Nothing), result) {
             (Doing::BootDescribe, Ok(Reply::Interfaces(found))) => {
                 let own = self.config.identity.instance.as_str();
                 let tagged = |i: &&Interface| {
@@ -705,7 +707,8 @@ impl Original {
         }
         if failure.subnet_exhausted() {
             if self.config.subnet_discovery {
-                return self.allocate(want.max(small(self.wanted(&self.stats(None)).min(self.config.slots))));
+                let stats = self.total();
+                return self.allocate(want.max(small(self.wanted(&stats).min(self.config.slots))));
             }
             self.exhausted = Some(self.now.mono);
         }
@@ -713,6 +716,7 @@ impl Original {
     }
 
     fn take_in(&mut self, id: &EniId, nets: Vec<IpNet>) {
+        self.figures = None;
         if let Some(eni) = self.enis.get_mut(id) {
             for net in nets {
                 eni.cidrs.entry(net).or_default();
@@ -739,6 +743,7 @@ impl Original {
     // 9.1: IMDS is believed, except where EC2 is asked.
     fn reconcile(&mut self, listed: Vec<imds::Eni>) {
         let now = self.now.mono;
+        self.figures = None;
         self.freed.retain(|_, at| now.since(*at) < RECONCILE);
         self.enis.retain(|id, _| listed.iter().any(|seen| seen.id == *id));
         let enis = &self.enis;

@@ -309,7 +309,7 @@ impl World {
     fn imds_tells(&mut self, query: &Query) -> Told {
         let now = self.now();
         let enis: Vec<_> =
-            self.vpc.imds(now, &self.instance.clone()).unwrap().into_iter().map(|seen| seen.eni).collect();
+            self.vpc.imds(now, &self.instance.clone()).unwrap().iter().map(|seen| seen.eni.clone()).collect();
         match query {
             Query::Scan => Told::Enis(enis),
             Query::Eni(mac) => Told::Eni(enis.into_iter().find(|eni| eni.mac == *mac)),

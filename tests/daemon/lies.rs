@@ -123,7 +123,7 @@ fn at_rest(stage: &Stage) {
 // What IMDS tells now, to be told from now on.
 fn freeze(stage: &Stage) {
     let instance = &stage.world.nodes[0].instance;
-    let told = stage.world.cloud.vpc().imds(clock::now(), instance).unwrap();
+    let told = stage.world.cloud.vpc().imds(clock::now(), instance).unwrap().clone();
     stage.world.cloud.lie(Lie::Stale(told));
 }
 

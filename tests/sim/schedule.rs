@@ -279,7 +279,7 @@ impl Life {
             3 => Lie::Down,
             4 => {
                 let instance = self.fleet.nodes[0].instance.clone();
-                Lie::Stale(self.fleet.sky.vpc.imds(now, &instance).unwrap_or_default())
+                Lie::Stale(self.fleet.sky.vpc.imds(now, &instance).cloned().unwrap_or_default())
             }
             _ => Lie::None,
         };

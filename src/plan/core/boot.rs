@@ -186,8 +186,8 @@ impl Core {
             .attached
             .values()
             .filter(|eni| {
-                self.managed(&eni.id)
-                    && !self.wanted.contains_key(&eni.id)
+                !self.wanted.contains_key(&eni.id)
+                    && self.managed(&eni.id)
                     && !self.freeing.contains_key(&eni.id)
                     && !coming.contains(&eni.id)
                     && eni.own_address(self.config.v6).is_some()
@@ -282,11 +282,13 @@ impl Core {
     fn host_pod(&self, held: Held<'_>) -> Option<HostPod> {
         let pod = &held.owner.pod;
         let named = !pod.namespace.is_empty() && !pod.name.is_empty();
-        let position = self.pool.cards_of(&held.owner.key).range(..held.card).count();
+        // Nothing lies below card 0, which is that of most pods.
+        let below = (held.card > 0).then(|| self.pool.cards_of(&held.owner.key));
+        let position = below.map_or(0, |cards| cards.range(..held.card).count());
         Some(HostPod {
             address: held.address,
             table: held.table?,
-            name: if named { pod.to_string() } else { String::new() },
+            name: if named { [pod.namespace.as_str(), "/", &pod.name].concat() } else { String::new() },
             veth: if named { naming::suffix(&pod.namespace, &pod.name, position) } else { String::new() },
         })
     }

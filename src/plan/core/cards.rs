@@ -41,7 +41,7 @@ impl Core {
         };
         let omitted = self.devices.keys().filter(|id| !self.attached.contains_key(*id));
         let on_card = |id: &&EniId| self.card_of(id) == Some(card);
-        self.attached.keys().chain(omitted).filter(on_card).filter(stranger).count()
+        self.attached.keys().chain(omitted).filter(stranger).filter(on_card).count()
     }
 
     /// Whether EC2 lists an attached ENI of ours that IMDS has not shown yet: it may be enough.

@@ -117,7 +117,7 @@ fn find(tree: &BTreeMap<String, String>, path: &str) -> Option<String> {
 
 fn tree(cloud: &Cloud, now: Now, identity: &Identity) -> Option<BTreeMap<String, String>> {
     let mut vpc = cloud.vpc();
-    let mut enis = vpc.imds(now, &identity.instance)?;
+    let mut enis = vpc.imds(now, &identity.instance)?.clone();
     hold(&cloud.lie).tell(&mut enis);
     let mut tree = BTreeMap::new();
     let mut put = |path: String, text: String| tree.insert(path, text);

@@ -238,7 +238,7 @@ fn the_real_imds_client_reads_the_tree() {
     let client = bed.imds_client();
     let identity = client.identity(false).unwrap();
     assert_eq!(Some(identity), bed.cloud.vpc().identity(&bed.instance));
-    let truth = bed.cloud.vpc().imds(clock::now(), &bed.instance).unwrap().remove(0);
+    let truth = bed.cloud.vpc().imds(clock::now(), &bed.instance).unwrap()[0].clone();
     assert_eq!(client.query(&Query::Scan).unwrap(), Answer::Enis(vec![truth.eni.clone()]));
     assert_eq!(client.query(&Query::Eni(truth.eni.mac)).unwrap(), Answer::Eni(Some(truth.eni)));
     assert_eq!(client.query(&Query::SecurityGroups).unwrap(), Answer::Groups(truth.groups));

@@ -479,9 +479,12 @@ impl Vpc {
         self.knobs.meet("IMDS", now.mono)
     }
 
-    /// A fresh request id.
+    /// A fresh request id; none as long as calls are only counted.
     pub fn request_id(&mut self) -> String {
         let (high, low) = (self.dice(), self.dice());
+        if self.journal.counts_only {
+            return String::new(); // millions of refusals whose ids nobody reads
+        }
         format!(
             "{:08x}-{:04x}-4{:03x}-a{:03x}-{:012x}",
             high >> 32,

@@ -67,9 +67,9 @@ impl Vpc {
     }
 
     /// The ENIs that IMDS lists for an instance at that moment, by device index.
-    pub fn imds(&mut self, now: Now, instance: &InstanceId) -> Option<Vec<ImdsEni>> {
+    pub fn imds(&mut self, now: Now, instance: &InstanceId) -> Option<&Vec<ImdsEni>> {
         self.settle(now);
-        self.instances.get_mut(instance)?.seen.seen(now.mono).cloned()
+        self.instances.get_mut(instance)?.seen.seen(now.mono)
     }
 
     /// Since when an ENI is attached to an instance, as the host sees it; None if it is not, or is being detached.
