@@ -5,7 +5,7 @@ use super::metrics::Metrics;
 use super::{End, files, spawn};
 use crate::aws::{ec2, imds};
 use crate::error::{Context, Result};
-use crate::model::checkpoint::Checkpoint;
+use crate::model::checkpoint::Draft;
 use crate::model::ec2::{Call, Failure};
 use crate::model::imds::Query;
 use crate::model::kube;
@@ -25,7 +25,7 @@ pub(super) const QUEUE_MAX: usize = 256;
 const SPOOL_EVERY: Duration = Duration::from_secs(5);
 
 enum Disk {
-    Save(u64, Vec<(u32, Checkpoint)>),
+    Save(u64, Vec<(u32, Draft)>),
     SetAside(u32),
     SpoolDone(Vec<Record>),
 }

@@ -11,12 +11,13 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 /// The only version there is.
 pub const VERSION: &str = "vpc-cni-ipam/1";
 
 /// The whole file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Checkpoint {
     /// [`VERSION`].
     pub version: String,
@@ -24,7 +25,7 @@ pub struct Checkpoint {
     #[serde(default, deserialize_with = "null_is_empty")]
     pub allocations: Vec<Allocation>,
     /// Ours; absent in a file that the original wrote.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub enibox: Option<Own>,
 }
 
@@ -58,6 +59,11 @@ impl Allocation {
     /// The address.
     pub fn address(&self) -> Option<IpAddr> {
         self.ipv4.map(IpAddr::V4).or(self.ipv6.map(IpAddr::V6))
+    }
+
+    /// Its entry in the file.
+    pub fn to_text(&self) -> String {
+        serde_json::to_string(self).expect("an allocation has only string keys")
     }
 }
 
@@ -179,10 +185,44 @@ impl Checkpoint {
         }
     }
 
+    /// The file's content.
+    pub fn to_text(&self) -> String {
+        let allocations = self.allocations.iter().map(|allocation| allocation.to_text().into()).collect();
+        Draft { allocations, enibox: self.enibox.clone() }.to_text()
+    }
+}
+
+/// A checkpoint to be written. A node has a thousand allocations, and each write changes one of them: the rest are shared with
+/// the draft before.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Draft {
+    /// [`Allocation::to_text`] of each.
+    pub allocations: Vec<Arc<str>>,
+    /// Our own part.
+    pub enibox: Option<Own>,
+}
+
+impl Draft {
     /// The file's content: one JSON document on one line.
     pub fn to_text(&self) -> String {
-        let mut text = serde_json::to_string(self).expect("a checkpoint has only string keys");
-        text.push('\n');
+        let own = self.enibox.as_ref().map_or_else(String::new, |own| {
+            let own = serde_json::to_string(own).expect("our part has only string keys");
+            format!(r#","enibox":{own}"#)
+        });
+        let length = self.allocations.iter().map(|entry| entry.len() + 1).sum::<usize>();
+        let mut text = String::with_capacity(length + own.len() + 64);
+        text.push_str(r#"{"version":""#);
+        text.push_str(VERSION);
+        text.push_str(r#"","allocations":["#);
+        for (number, entry) in self.allocations.iter().enumerate() {
+            if number > 0 {
+                text.push(',');
+            }
+            text.push_str(entry);
+        }
+        text.push(']');
+        text.push_str(&own);
+        text.push_str("}\n");
         text
     }
 }

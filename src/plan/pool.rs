@@ -5,6 +5,8 @@
 //! has at most one address on each card, found through one index; [`Pool::check`] asserts both after every step of the
 //! core. The pool decides nothing: how large it should be is `sizing`'s, when EC2 is called is `core`'s.
 
+mod check;
+
 use crate::model::ids::{EniId, PodKey, PodName, SubnetId};
 use crate::model::net::Mac;
 use crate::model::order::{self, Gather as _};
@@ -13,7 +15,7 @@ use ipnet::IpNet;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// What an ENI is for.
@@ -130,7 +132,7 @@ impl Cidr {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Slot {
     /// Who has it.
-    pub owner: Option<Owner>,
+    pub owner: Option<Arc<Owner>>,
     /// When it was last released.
     pub freed: Option<Mono>,
 }
@@ -160,7 +162,7 @@ pub struct Held<'a> {
     /// The address.
     pub address: IpAddr,
     /// Who has it.
-    pub owner: &'a Owner,
+    pub owner: &'a Arc<Owner>,
     /// Network card.
     pub card: u32,
     /// Host route table of its ENI; absent as long as its CIDR has not been seen.
@@ -216,7 +218,7 @@ pub struct Released {
     /// Network card.
     pub card: u32,
     /// The former owner.
-    pub owner: Owner,
+    pub owner: Arc<Owner>,
     before: Option<Mono>,
 }
 
@@ -255,10 +257,17 @@ pub struct Pool {
     index: BTreeMap<At, (EniId, IpNet, IpAddr)>,
     // Addresses of living pods whose CIDR has not been seen since the restart: kept, so that they are neither forgotten
     // nor handed out when their CIDR turns up (B6).
-    orphans: BTreeMap<At, (IpAddr, Owner)>,
-    // Something changed since the last check.
-    touched: bool,
+    orphans: BTreeMap<At, (IpAddr, Arc<Owner>)>,
+    // What changed since the last check.
+    touched: Touched,
     memo: Memo,
+}
+
+/// What changed since the last [`Pool::check`]: everything, or who has these addresses.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Touched {
+    all: bool,
+    addresses: Vec<IpAddr>,
 }
 
 /// The figures that were asked for last, by card, and until when they hold if nothing changes: most steps of the core ask
@@ -303,13 +312,23 @@ impl Pool {
             enis: BTreeMap::new(),
             index: BTreeMap::new(),
             orphans: BTreeMap::new(),
-            touched: false,
+            touched: Touched::default(),
             memo: Memo::default(),
         }
     }
 
     fn touch(&mut self) {
-        self.touched = true;
+        self.touched.all = true;
+        self.forget();
+    }
+
+    /// Like [`Pool::touch`], where only the owner of one address changes.
+    fn touch_one(&mut self, address: IpAddr) {
+        self.touched.addresses.push(address);
+        self.forget();
+    }
+
+    fn forget(&mut self) {
         self.memo.1 += 1;
         self.memo.0.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
     }
@@ -491,9 +510,9 @@ impl Pool {
     pub fn owner(&self, key: &PodKey) -> Option<&Owner> {
         let all = (key.clone(), 0)..=(key.clone(), u32::MAX);
         let placed = self.index.range(all.clone()).next().and_then(|(_, (eni, cidr, address))| {
-            self.enis.get(eni)?.cidrs.get(cidr)?.slots.get(address)?.owner.as_ref()
+            self.enis.get(eni)?.cidrs.get(cidr)?.slots.get(address)?.owner.as_deref()
         });
-        placed.or_else(|| self.orphans.range(all).next().map(|(_, (_, owner))| owner))
+        placed.or_else(|| self.orphans.range(all).next().map(|(_, (_, owner))| &**owner))
     }
 
     fn place(&self, id: &EniId, cidr: IpNet, address: IpAddr) -> Place {
@@ -511,13 +530,13 @@ impl Pool {
             let stats = self.stats(now.mono, card);
             return Err(NoAddress { total: stats.total, cooling: stats.cooling });
         };
-        self.touch();
+        self.touch_one(address);
         let place = self.place(&eni_id, net, address);
         self.index.insert((owner.key.clone(), card), (eni_id.clone(), net, address));
         let cidr = self.enis.get_mut(&eni_id).and_then(|eni| eni.cidrs.get_mut(&net));
         let slot = cidr.expect("choose names a CIDR of the pool").slots.entry(address).or_default();
         assert!(slot.owner.is_none(), "{address} has an owner already");
-        slot.owner = Some(owner);
+        slot.owner = Some(Arc::new(owner));
         Ok((place, true))
     }
 
@@ -563,12 +582,13 @@ impl Pool {
 
     /// Takes the address of a key on a card back; its cooldown starts now. `None`: it has none there.
     pub fn release(&mut self, now: Now, key: &PodKey, card: u32) -> Option<Released> {
-        self.touch();
         let at = (key.clone(), card);
         if let Some((address, owner)) = self.orphans.remove(&at) {
+            self.touch_one(address);
             return Some(Released { place: None, address, card, owner, before: None });
         }
         let (eni, net, address) = self.index.remove(&at)?;
+        self.touch_one(address);
         let place = self.place(&eni, net, address);
         let slot = self.slot_mut(&eni, &net, address);
         let owner = slot.owner.take().expect("the index leads to an owned address");
@@ -597,7 +617,7 @@ impl Pool {
             .filter(|place| self.enis.get(&place.eni).is_some_and(|eni| eni.cidrs.contains_key(&place.cidr)))
         else {
             // Its CIDR may have been seen meanwhile. Nobody else has the address: it rests.
-            let restored = self.restore(card, released.address, released.owner);
+            let restored = self.restore_shared(card, released.address, released.owner);
             debug_assert!(restored.is_ok(), "{key}: {restored:?}");
             return;
         };
@@ -608,7 +628,6 @@ impl Pool {
     }
 
     fn slot_mut(&mut self, eni: &EniId, net: &IpNet, address: IpAddr) -> &mut Slot {
-        self.touch();
         let cidr = self.enis.get_mut(eni).and_then(|eni| eni.cidrs.get_mut(net));
         cidr.expect("a CIDR with an owner is not removed").slots.entry(address).or_default()
     }
@@ -616,6 +635,10 @@ impl Pool {
     /// Puts back an allocation read from the checkpoint: in its CIDR if that is known, else among the orphans. The error
     /// names the other owner of the address.
     pub fn restore(&mut self, card: u32, address: IpAddr, owner: Owner) -> Result<(), PodKey> {
+        self.restore_shared(card, address, Arc::new(owner))
+    }
+
+    fn restore_shared(&mut self, card: u32, address: IpAddr, owner: Arc<Owner>) -> Result<(), PodKey> {
         self.touch();
         let found = self.enis.iter().find_map(|(id, eni)| eni.cidr_of(address).map(|net| (id.clone(), eni.card, net)));
         if let Some((_, other)) = self.orphans.values().find(|(ip, _)| *ip == address) {
@@ -748,23 +771,9 @@ impl Pool {
         idle.map(|(net, _)| *net).collect()
     }
 
-    /// Asserts what must always hold: the index and the owners are two views of one thing, and no address has two owners.
-    /// Looks only if something changed since the last time.
-    pub fn check(&mut self) {
-        if !std::mem::take(&mut self.touched) {
-            return;
-        }
-        let mut held: Vec<IpAddr> = self.allocations().map(|held| held.address).collect();
-        order::sort(&mut held);
-        let twice = held.windows(2).find(|pair| pair[0] == pair[1]);
-        assert_eq!(twice, None, "an address has two owners");
-        // As many entries as owners, and each leads to another owner: so none is missing.
-        assert_eq!(held.len(), self.index.len() + self.orphans.len(), "the index and the owners differ");
-        for ((key, card), (eni, net, address)) in &self.index {
-            let eni = self.enis.get(eni).filter(|eni| eni.card == *card);
-            let owner = eni.and_then(|eni| eni.cidrs.get(net)?.slots.get(address)?.owner.as_ref());
-            assert!(owner.is_some_and(|owner| owner.key == *key), "the index leads {key} to {address} of another");
-        }
+    /// Number of addresses that pods have.
+    pub fn held(&self) -> usize {
+        self.index.len() + self.orphans.len()
     }
 }
 

@@ -5,7 +5,7 @@
 //! deleted like every other.
 
 use super::fleet::Sky;
-use super::node::{File, Happening, Item, Node, addresses};
+use super::node::{Happening, Item, Node, addresses};
 use crate::model::checkpoint::{Allocation, Checkpoint};
 use crate::model::ids::{PodKey, PodName};
 use crate::model::kube;
@@ -263,17 +263,7 @@ impl Node {
         let others = |a: &&Allocation| a.container != sandbox.key.container;
         let mut free: Vec<IpAddr> = sandbox.addresses.iter().copied().filter(|_| !self.disk.files.is_empty()).collect();
         for file in self.disk.files.values() {
-            let parsed;
-            let checkpoint: &Checkpoint = match file {
-                File::Whole(checkpoint) => checkpoint,
-                File::Text(text) => match Checkpoint::parse(text) {
-                    Ok(checkpoint) => {
-                        parsed = checkpoint;
-                        &parsed
-                    }
-                    Err(_) => return Vec::new(),
-                },
-            };
+            let Ok(checkpoint) = Checkpoint::parse(&file.text()) else { return Vec::new() };
             let given = |address: &IpAddr| {
                 let mut entries = checkpoint.allocations.iter().filter(others);
                 entries.any(|a| a.address() == Some(*address))

@@ -10,7 +10,7 @@ use super::fleet::Sky;
 use super::kubelet::{Asked, Kubelet};
 use super::original::Original;
 use super::vpc::ImdsEni;
-use crate::model::checkpoint::Checkpoint;
+use crate::model::checkpoint::Draft;
 use crate::model::ec2::{Call, Failure, Interface, Reply};
 use crate::model::ids::{GroupId, InstanceId, PodKey};
 use crate::model::imds::{self, Query};
@@ -116,7 +116,7 @@ pub(super) enum Item {
 #[derive(Clone, Debug)]
 pub enum File {
     /// As it was written; most are never read, and so need no text.
-    Whole(Box<Checkpoint>),
+    Whole(Box<Draft>),
     /// As somebody else has left it.
     Text(String),
 }
@@ -140,7 +140,7 @@ pub struct Disk {
     pub aside: usize,
     /// Records of DELs that no daemon took.
     pub spool: Vec<Record>,
-    writing: Option<(u64, Vec<(u32, Checkpoint)>)>,
+    writing: Option<(u64, Vec<(u32, Draft)>)>,
 }
 
 /// What the kernel has of pods.

@@ -1,7 +1,7 @@
 //! What the core is told and what it wants done.
 
 use super::Tunables;
-use crate::model::checkpoint::Checkpoint;
+use crate::model::checkpoint::Draft;
 use crate::model::ec2::{Call, Failure, Reply};
 use crate::model::ids::{EniId, PodName};
 use crate::model::imds::{self, Query};
@@ -151,7 +151,7 @@ pub enum Effect {
     /// Make the host's network so.
     Kernel(OpId, Box<Intent>),
     /// Write the checkpoints: generation, and those that changed by network card.
-    Save(u64, Vec<(u32, Checkpoint)>),
+    Save(u64, Vec<(u32, Draft)>),
     /// The checkpoint of this card that was read cannot be used, for this reason: keep it under another name.
     SetAside(u32, String),
     /// Look at the host's links and rules.

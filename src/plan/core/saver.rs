@@ -3,14 +3,18 @@
 //! that requests which arrive meanwhile share the next one.
 
 use super::{Answer, Core, Effect, Level, Op, Timer};
-use crate::model::checkpoint::{Allocation, Checkpoint, EniFacts, Freeing, Metadata, Own, VERSION};
+use crate::model::checkpoint::{Allocation, Draft, EniFacts, Freeing, Metadata, Own};
 use crate::model::ec2::{Call, Failure};
 use crate::model::ids::{EniId, PodKey};
 use crate::model::kube;
 use crate::model::order::Gather as _;
-use crate::plan::pool::{Eni, Released};
+use crate::plan::pool::{Eni, Held, Owner, Released};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::Arc;
+
+/// Entries of pods that are gone which may be kept, besides as many as there are pods.
+const ENTRIES_SPARE: usize = 64;
 
 // An effect that waits for a generation. If that cannot be made durable, the change is undone and the caller is told.
 #[derive(Debug)]
@@ -34,7 +38,9 @@ pub(super) struct Saver {
     written: u64,
     in_flight: bool,
     // What was last written for the cards above 0. Only what differs is written: a node may have 32 of them.
-    cards: BTreeMap<u32, Checkpoint>,
+    cards: BTreeMap<u32, Draft>,
+    // Entries of the files by address, each with the owner that it was made of.
+    entries: BTreeMap<IpAddr, (Arc<Owner>, Arc<str>)>,
     pending: Vec<Pending>,
 }
 
@@ -59,6 +65,28 @@ fn never_sent(call: &Call, error: &str) -> Failure {
         request_id: String::new(),
         maybe_applied: false,
     }
+}
+
+fn entry_of(held: &Held<'_>) -> (Arc<Owner>, Arc<str>) {
+    let owner = held.owner;
+    let (ipv4, ipv6) = match held.address {
+        IpAddr::V4(ip) => (Some(ip), None),
+        IpAddr::V6(ip) => (None, Some(ip)),
+    };
+    let allocation = Allocation {
+        network: owner.key.network.clone(),
+        container: owner.key.container.clone(),
+        ifname: owner.key.ifname.clone(),
+        ipv4,
+        ipv6,
+        timestamp: owner.since.as_unix_nanos(),
+        metadata: Metadata {
+            namespace: owner.pod.namespace.clone(),
+            name: owner.pod.name.clone(),
+            interfaces: owner.interfaces,
+        },
+    };
+    (Arc::clone(owner), allocation.to_text().into())
 }
 
 impl Core {
@@ -92,8 +120,11 @@ impl Core {
         let paused = self.timers.contains_key(&Timer::Save);
         if !self.saver.in_flight && !paused && self.saver.written < self.saver.current {
             self.saver.in_flight = true;
-            let cards = self.config.cards.keys().map(|card| (*card, self.checkpoint(*card)));
-            let mut content: Vec<(u32, Checkpoint)> = cards.collect();
+            if self.saver.entries.len() > 2 * self.pool.held() + ENTRIES_SPARE {
+                self.saver.entries.clear(); // most are of pods that are gone
+            }
+            let cards: Vec<u32> = self.config.cards.keys().copied().collect();
+            let mut content: Vec<(u32, Draft)> = cards.into_iter().map(|card| (card, self.checkpoint(card))).collect();
             content.retain(|(card, file)| *card == 0 || self.saver.cards.get(card) != Some(file));
             self.saver.cards.extend(content.iter().filter(|(card, _)| *card > 0).cloned());
             self.out.push(Effect::Save(self.saver.current, content));
@@ -149,29 +180,16 @@ impl Core {
     }
 
     // Each card's file holds its allocations; what is ours stands in that of card 0.
-    fn checkpoint(&self, card: u32) -> Checkpoint {
-        let allocations = self.pool.allocations().filter(|held| held.card == card).map(|held| {
-            let (ipv4, ipv6) = match held.address {
-                IpAddr::V4(ip) => (Some(ip), None),
-                IpAddr::V6(ip) => (None, Some(ip)),
-            };
-            let owner = held.owner;
-            Allocation {
-                network: owner.key.network.clone(),
-                container: owner.key.container.clone(),
-                ifname: owner.key.ifname.clone(),
-                ipv4,
-                ipv6,
-                timestamp: owner.since.as_unix_nanos(),
-                metadata: Metadata {
-                    namespace: owner.pod.namespace.clone(),
-                    name: owner.pod.name.clone(),
-                    interfaces: owner.interfaces,
-                },
+    fn checkpoint(&mut self, card: u32) -> Draft {
+        let mut allocations = Vec::with_capacity(self.pool.held());
+        for held in self.pool.allocations().filter(|held| held.card == card) {
+            let entry = self.saver.entries.entry(held.address).or_insert_with(|| entry_of(&held));
+            if !Arc::ptr_eq(&entry.0, held.owner) {
+                *entry = entry_of(&held);
             }
-        });
-        let allocations = allocations.collect();
-        Checkpoint { version: VERSION.into(), allocations, enibox: (card == 0).then(|| self.own()) }
+            allocations.push(Arc::clone(&entry.1));
+        }
+        Draft { allocations, enibox: (card == 0).then(|| self.own()) }
     }
 
     // What EC2 has confirmed may be trusted after a restart, should EC2 not answer then.
