@@ -89,11 +89,11 @@ fn step(pods: usize, (few, crowd): (&Stage, &Stage), bare: (&mut Bare, &mut Bare
                 both.1.push(crowd);
             }
         };
-        let (one, other) = (bare.0.round(), bare.1.round());
+        let (one, other) = in_turn(round, || bare.0.round(), || bare.1.round());
         note("bare ADD", one.0, other.0);
         note("bare DEL", one.1, other.1);
         let before = [few.processor(), crowd.processor()];
-        let (one, other) = (few.round(), crowd.round());
+        let (one, other) = in_turn(round, || few.round(), || crowd.round());
         note("ADD", one[0], other[0]);
         note("DEL", one[1], other[1]);
         note("of it AddNetwork", one[2], other[2]);
@@ -121,6 +121,20 @@ fn step(pods: usize, (few, crowd): (&Stage, &Stage), bare: (&mut Bare, &mut Bare
         threads.map(|(name, time)| format!("{name} {}", per(*time))).collect::<Vec<_>>().join(", ")
     };
     println!("{pods:>5} pods  daemon             {}\n            beside {FEW} pods    {}", text(crowd), text(few));
+}
+
+/// Both, in an order that changes from round to round. What a link's end leaves to the kernel is done in the pauses.
+fn in_turn<T>(round: usize, one: impl FnOnce() -> T, other: impl FnOnce() -> T) -> (T, T) {
+    let pause = || std::thread::sleep(Duration::from_millis(40));
+    pause();
+    if round.is_multiple_of(2) {
+        let first = one();
+        pause();
+        return (first, other());
+    }
+    let second = other();
+    pause();
+    (one(), second)
 }
 
 fn program() -> PathBuf {

@@ -300,6 +300,49 @@ fn del_without_a_namespace_leaves_the_veth_to_the_kernel() {
     assert!(!left.routes.iter().any(|route| route.to_string().contains("10.20.12.60")));
 }
 
+/// What other pods have on the host.
+fn fill(node: &Netns, pods: std::ops::Range<u8>) {
+    let mut socket = node.route();
+    for number in pods {
+        let address = ip(&format!("10.20.13.{number}"));
+        let net = ipnet::IpNet::from(address);
+        let name = format!("other{number}");
+        socket.run(&[stub(&name)]).unwrap();
+        let dev = link::by_name(&mut socket, &name).unwrap().unwrap().index;
+        let (gateway, scope, prefsrc) = (None, Scope::Link, None);
+        let way = Route { table: TABLE_MAIN, dst: net, gateway, dev, scope, prefsrc, metric: 0 };
+        let mac = Some(Mac([2, 0, 0, 0, 0, number]));
+        socket
+            .run(&[
+                route::add(&way),
+                rule::add(&Rule::to(net, 512, TABLE_MAIN)),
+                rule::add(&Rule::from(net, 1536, 2)),
+                neigh::add(&Neighbour { dev, addr: address, mac, permanent: true }),
+            ])
+            .unwrap();
+    }
+}
+
+#[test]
+fn add_and_del_read_as_much_beside_many_pods_as_beside_few() {
+    let node = node();
+    let mut read = Vec::new();
+    for others in [0..10, 10..200] {
+        fill(&node, others);
+        let (pod, sandbox) = (pod_of("guest", &[("10.20.12.60", 2)]), sandbox());
+        let bytes = node.run(|| {
+            let mut host = Host::open().unwrap();
+            host.add_pod(&pod, sandbox.handle()).unwrap();
+            let added = host.bytes_read();
+            host.del_pod(&removal_of(&pod), Some(sandbox.handle())).unwrap();
+            (added, host.bytes_read() - added)
+        });
+        read.push(bytes);
+    }
+    assert!(read[0].0 > 0 && read[0].1 > 0, "{read:?}");
+    assert_eq!(read[0], read[1], "bytes of ADD and DEL beside 10 and beside 200 pods");
+}
+
 #[test]
 fn check_finds_what_is_taken_away() {
     let (node, sandbox) = (node(), sandbox());

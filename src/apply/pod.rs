@@ -1,7 +1,8 @@
 //! A pod's network on the kernel: ADD, DEL, CHECK (`spec/plugin.md` 9, 10, 13, 14).
 //!
 //! ADD sends three batches: the veth, the host's side, the pod's side. It dumps nothing and, as long as nothing is in its
-//! way, looks nothing up but the link it has made. A branch ENI (`branch`) takes two more, for its VLAN device.
+//! way, looks nothing up but the link it has made. A branch ENI (`branch`) takes two more, for its VLAN device. DEL lists
+//! the tracked connections, and nothing that grows with the pods; the host's neighbour entry goes with the pod's link.
 
 mod branch;
 
@@ -187,7 +188,6 @@ impl Host {
         for removed in &removal.addresses {
             errors.note(self.remove_address(removed));
             errors.note(self.forget_connections(removed.address));
-            errors.note(neigh::delete_everywhere(&mut self.route, removed.address));
         }
         if let Some(branch) = &removal.branch {
             errors.note(self.remove_branch(branch));
@@ -242,6 +242,11 @@ impl Host {
             Some(outer) if pair(&outer, &inner) => self.route.run(&[link::delete(outer.index).or_not_found()]),
             _ => Ok(()),
         }
+    }
+
+    /// Bytes that the kernel has sent to the route socket so far.
+    pub fn bytes_read(&self) -> usize {
+        self.route.bytes_read()
     }
 
     /// What is missing or wrong of the pod's network, a line each.

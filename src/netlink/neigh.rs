@@ -49,18 +49,6 @@ pub fn delete(dev: u32, addr: IpAddr) -> Request {
     request(Rtm::Delneigh, 0, "delete", &Neighbour { dev, addr, mac: None, permanent: false })
 }
 
-/// Deletes the entries of an address on all links; how many there were. One that vanishes meanwhile is no error.
-pub fn delete_everywhere(socket: &mut Socket, addr: IpAddr) -> Result<usize> {
-    let entries = list(socket, Some(Family::of(addr)))?;
-    let requests = entries
-        .iter()
-        .filter(|entry| entry.addr == addr)
-        .map(|entry| delete(entry.dev, addr).or_not_found())
-        .collect::<Vec<_>>();
-    socket.run(&requests)?;
-    Ok(requests.len())
-}
-
 /// The entries of the socket's namespace, of one family or of both; those of links that need none (NUD_NOARP) included.
 pub fn list(socket: &mut Socket, family: Option<Family>) -> Result<Vec<Neighbour>> {
     let mut header = [0; HEADER];

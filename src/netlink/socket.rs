@@ -173,6 +173,7 @@ pub struct Socket {
     port: u32,
     sequence: u32,
     buffer: Vec<u8>,
+    read: usize,
 }
 
 impl fmt::Debug for Socket {
@@ -220,7 +221,7 @@ impl Socket {
             socket.enable_strict_checking(true).ok();
         }
         let port = socket.pid()?;
-        Ok(Socket { inner: socket, port, sequence: 0, buffer: vec![0; BUFFER] })
+        Ok(Socket { inner: socket, port, sequence: 0, buffer: vec![0; BUFFER], read: 0 })
     }
 
     /// Sends the requests together and reads all answers. The kernel carries every one out, also those behind a refused
@@ -325,7 +326,10 @@ impl Socket {
                 Ok((length, _)) if length > self.buffer.len() => {
                     return Err(Error::new(format!("receive: a message of {length} bytes is larger than the buffer")));
                 }
-                Ok((length, _)) => return Ok(length),
+                Ok((length, _)) => {
+                    self.read = self.read.wrapping_add(length);
+                    return Ok(length);
+                }
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                     return Err(Error::from(error).context("receive: no answer within 5 s"));
@@ -333,6 +337,11 @@ impl Socket {
                 Err(error) => return Err(Error::from(error).context("receive")),
             }
         }
+    }
+
+    /// Bytes that were read so far: what is looked up or listed shows in them.
+    pub fn bytes_read(&self) -> usize {
+        self.read
     }
 
     /// The datagram that [`Socket::receive`] read.

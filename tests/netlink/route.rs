@@ -240,7 +240,7 @@ fn neighbours_are_added_replaced_and_deleted() {
             let other = Neighbour { mac: Some(POD_MAC), ..entry };
             must(&mut socket, &[neigh::replace(&other), neigh::add(&Neighbour { dev: b.index, ..entry })]);
             assert!(neigh::list(&mut socket, None).unwrap().contains(&other));
-            assert_eq!(neigh::delete_everywhere(&mut socket, addr).unwrap(), 2);
+            must(&mut socket, &[neigh::delete(a.index, addr), neigh::delete(b.index, addr)]);
             assert!(!neigh::list(&mut socket, None).unwrap().iter().any(|entry| entry.addr == addr));
             let error = socket.run(&[neigh::delete(a.index, addr)]).unwrap_err();
             assert!(kernel_error(&error).not_found(), "{error}");
