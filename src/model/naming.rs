@@ -50,10 +50,7 @@ pub mod priority {
 
 /// The first eleven hex digits of SHA-1 of `namespace.pod`, or of `namespace.pod.index` for the second interface and on.
 pub fn suffix(namespace: &str, pod: &str, index: usize) -> String {
-    let mut text = [namespace, ".", pod].concat();
-    if index > 0 {
-        text += &format!(".{index}");
-    }
+    let text = if index == 0 { format!("{namespace}.{pod}") } else { format!("{namespace}.{pod}.{index}") };
     // By hand: every pod of the node is named whenever the host's network is looked at.
     let bytes = sha1_smol::Sha1::from(text).digest().bytes();
     let digit = |n: usize| char::from(b"0123456789abcdef"[usize::from(bytes[n / 2] >> (4 - n % 2 * 4) & 15)]);
