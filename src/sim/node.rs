@@ -94,7 +94,7 @@ pub enum Happening {
 pub(super) enum Item {
     Core(u32, Box<Event>),
     Tick(u32, Mono),
-    Ec2 { life: u32, op: OpId, call: Box<Call>, attempt: u32 },
+    Ec2 { life: u32, op: OpId, call: Box<Call>, attempt: u32, unclear: bool },
     Imds(u32, OpId, Query),
     Kernel(u32, OpId, Box<Intent>),
     Write(u32, u64),
@@ -390,7 +390,8 @@ impl Node {
                 }
             }
             Effect::Ec2(op, call) => {
-                self.later(sky, times.ec2 / 2, Item::Ec2 { life, op, call: Box::new(call), attempt: 1 });
+                let call = Box::new(call);
+                self.later(sky, times.ec2 / 2, Item::Ec2 { life, op, call, attempt: 1, unclear: false });
             }
             Effect::Imds(op, query) => self.later(sky, times.imds / 2, Item::Imds(life, op, query)),
             Effect::Kube(op, call) => self.later(sky, times.api, Item::Kube(life, op, Box::new(call))),
@@ -451,7 +452,7 @@ impl Node {
             }
             // A dead process repeats nothing; what it has sent gets there.
             Item::Ec2 { life, attempt, .. } if attempt > 1 && life != self.life => {}
-            Item::Ec2 { life, op, call, attempt } => self.ec2(sky, life, op, call, attempt),
+            Item::Ec2 { life, op, call, attempt, unclear } => self.ec2(sky, (life, op), call, attempt, unclear),
             Item::Imds(life, op, query) if life == self.life => self.imds(sky, op, &query),
             Item::Kernel(life, op, intent) if life == self.life => self.kernel(sky, op, intent),
             Item::Write(life, generation) if life == self.life => self.write(sky, generation),
@@ -503,7 +504,8 @@ impl Node {
         }
     }
 
-    fn ec2(&mut self, sky: &mut Sky, life: u32, op: OpId, call: Box<Call>, attempt: u32) {
+    // `unclear`: an earlier attempt may have been carried out, which stays so whatever the answer to a later one.
+    fn ec2(&mut self, sky: &mut Sky, (life, op): (u32, OpId), call: Box<Call>, attempt: u32, unclear: bool) {
         let times = self.setup.latencies;
         if self.faults.ec2_down {
             let failure = Failure {
@@ -512,16 +514,17 @@ impl Node {
                 message: "connect: timed out".into(),
                 status: 0,
                 request_id: String::new(),
-                maybe_applied: false,
+                maybe_applied: unclear,
             };
             return self.later(sky, times.ec2_timeout, Item::Core(life, Box::new(Event::Ec2(op, Err(failure)))));
         }
         let at_stake = if sky.watched { at_stake(sky, &call) } else { Vec::new() };
-        let outcome = sky.vpc.execute(self.now(sky), &call);
+        let mut outcome = sky.vpc.execute(self.now(sky), &call);
         let silent = outcome.result.as_ref().is_err_and(|failure| failure.status == 0);
         sky.called(self.index, &call, &outcome.result, at_stake);
-        if let Err(failure) = &outcome.result {
-            let index = self.index;
+        if let Err(failure) = &mut outcome.result {
+            failure.maybe_applied |= unclear;
+            let (index, failure) = (self.index, &*failure);
             self.note(|| format!("EC2 to {index}: {failure}"), sky.nanos);
             // Ours paces throttled calls in the core; the SDK repeats them by itself.
             let again = if failure.throttled() { self.setup.original } else { silent || failure.internal() };
@@ -530,7 +533,8 @@ impl Node {
                 // The SDKs' pause: random, below 1, 2, 4 ... seconds.
                 let after = if silent { times.ec2_timeout } else { outcome.after };
                 let pause = Duration::from_millis(self.dice.below(1000 << attempt.min(4)));
-                return self.later(sky, after + pause, Item::Ec2 { life, op, call, attempt: attempt + 1 });
+                let unclear = failure.maybe_applied;
+                return self.later(sky, after + pause, Item::Ec2 { life, op, call, attempt: attempt + 1, unclear });
             }
         }
         let after = if silent { times.ec2_timeout } else { outcome.after + times.ec2 / 2 };

@@ -92,6 +92,9 @@ impl Judge {
 
     /// Looks at everything that happened in the last step.
     pub fn look(&mut self, fleet: &mut Fleet) {
+        if fleet.nodes.iter().any(|node| node.faults.ec2_down) {
+            self.hold_foreign(fleet.nanos());
+        }
         for (index, happening) in std::mem::take(&mut fleet.sky.happened) {
             let node = &fleet.nodes[index as usize];
             match happening {
@@ -133,6 +136,16 @@ impl Judge {
                 let pool: BTreeMap<IpAddr, PodKey> =
                     core.pool().allocations().map(|held| (held.address, held.owner.key.clone())).collect();
                 assert_eq!(pool, on_disk(node), "the pool (left) and the checkpoint of a node at rest");
+            }
+        }
+    }
+
+    // As long as nobody can ask EC2, nobody can know what others took away: no time passes for that.
+    fn hold_foreign(&mut self, nanos: u64) {
+        let prefixes = self.foreign_prefixes.iter_mut().map(|(_, at)| at);
+        for at in self.foreign.values_mut().chain(self.foreign_enis.values_mut()).chain(prefixes) {
+            if nanos - *at < FOREIGN {
+                *at = nanos;
             }
         }
     }
@@ -404,10 +417,13 @@ fn branched(node: &Node, key: &PodKey, address: IpAddr) {
 fn limits(core: &Core, node: &Node) {
     let (enis, slots) = core.room();
     assert!(
-        core.pool().enis().count() <= enis.max(node.limits.cards.iter().sum::<u32>() as usize),
+        core.pool().enis().filter(|(_, eni)| !eni.missing).count()
+            <= enis.max(node.limits.cards.iter().sum::<u32>() as usize),
         "more ENIs than the type takes"
     );
     for (id, eni) in core.pool().enis() {
-        assert!(eni.cidr_count() <= slots, "more CIDRs on {id} than fit");
+        // One that is barred is kept until EC2 has spoken.
+        let open = eni.cidrs().filter(|(_, cidr)| !cidr.barred).count();
+        assert!(open <= slots, "more CIDRs on {id} than fit");
     }
 }

@@ -3,7 +3,8 @@
 
 use super::freeing::Free;
 use super::subnets::Judgement;
-use super::{Applied, Core, Effect, LINK_CHECK, Level, Op, PATIENCE, PLUGIN_MAX, Phase, SETTLED, Seen, TRUST, Timer};
+use super::{Applied, Core, Effect, LINK_CHECK, Level, Op, PATIENCE, PLUGIN_MAX, Phase, RECONCILE};
+use super::{SETTLED, Seen, TRUST, Timer};
 use crate::model::checkpoint::{Allocation, Checkpoint, Own};
 use crate::model::ids::{EniId, PodKey, PodName};
 use crate::model::imds::{self, Query};
@@ -156,7 +157,9 @@ impl Core {
         let before = std::mem::replace(&mut self.attached, enis.into_iter().map(|eni| (eni.id.clone(), eni)).gather());
         self.note_attached(&before);
         let first = !std::mem::replace(&mut self.scanned, true);
-        if self.phase != Phase::Booting || !first {
+        if self.phase == Phase::Booting && (first || !self.asked_ec2) {
+            self.set_timer(Timer::Scan, self.scan_every()); // the start may take long
+        } else {
             self.compare_scan();
         }
     }
@@ -393,7 +396,10 @@ impl Core {
             told
         });
         // What only IMDS lists may be gone: nobody new gets it before EC2 has said so.
-        let confirmed = self.listed.contains_key(id) || self.config.imds_only;
+        // The same holds for what EC2 listed long ago, while IMDS or the host kept the node from starting.
+        let stale = |at: Mono| self.phase == Phase::Booting && self.now.mono.since(at) >= RECONCILE;
+        let listed = self.listed.contains_key(id) && !self.described.is_some_and(stale);
+        let confirmed = listed || self.config.imds_only;
         for net in cidrs {
             // IMDS alone is no reason to take it from another ENI.
             if !self.resting(&net) && (confirmed || !self.held_beside(id, &net)) {

@@ -82,7 +82,7 @@ impl Core {
             }
             (Wants::Del { uid }, Ok(Reply::Pod(pod))) => {
                 let answer = self.branch_deleted(&uid, &pod).map_or_else(Answer::Error, Answer::Del);
-                self.out.push(Effect::Reply(call, answer));
+                self.when_durable(Effect::Reply(call, answer), Undo::Nothing);
             }
             // The pod is gone, and with it its branch ENI (B50).
             (Wants::Del { .. }, Err(failure)) if failure.status == 404 => {
@@ -91,7 +91,8 @@ impl Core {
                     network_policy_mode: self.config.network_policy_mode.clone(),
                     ..DelNetworkReply::default()
                 };
-                self.out.push(Effect::Reply(call, Answer::Del(reply)));
+                // An earlier DEL may have released an address a moment ago.
+                self.when_durable(Effect::Reply(call, Answer::Del(reply)), Undo::Nothing);
             }
             (Wants::Del { .. }, result) => {
                 let why = result.map_or_else(|failure| failure.to_string(), |reply| format!("{reply:?}"));

@@ -70,7 +70,9 @@ impl Free {
 impl Core {
     /// Gives back what is too much: single CIDRs at most every 30 s, then a whole ENI.
     pub(super) fn shrink(&mut self) {
-        let idle = self.phase == Phase::Ready && !self.growing_now() && self.freeing.is_empty();
+        // A node that boots may have to make room for what it needs to serve.
+        let serving = self.phase == Phase::Ready || (self.phase == Phase::Booting && self.grown_once);
+        let idle = serving && !self.growing_now() && self.freeing.is_empty();
         let settled = self.absent.values().all(|absent| absent.confirmed);
         let allowed = self.config.provisioning && !self.config.v6 && self.described.is_some() && settled;
         if !idle || !allowed || !self.waiting.is_empty() || self.ops.values().any(|op| matches!(op, Op::Unassign(..))) {
@@ -96,7 +98,9 @@ impl Core {
                 self.unassign(&eni, &nets);
             }
         }
-        let spare = sizings.iter().filter(|_| !cordoned).find_map(|sizing| sizing.spare_eni(&self.pool, now));
+        // An address that a pod has and nobody lists yet may be on any ENI.
+        let whole = !cordoned && self.pool.orphan_count() == 0;
+        let spare = sizings.iter().filter(|_| whole).find_map(|sizing| sizing.spare_eni(&self.pool, now));
         if let Some(eni) = spare {
             return self.free_eni(&eni);
         }

@@ -201,7 +201,8 @@ impl Core {
             return self.look_up_deleted(call, request);
         }
         if released.is_empty() {
-            return self.out.push(Effect::Reply(call, Answer::Error(UNKNOWN_POD.into())));
+            // Perhaps unknown since a moment ago: the runtime may forget the pod only when that is durable.
+            return self.when_durable(Effect::Reply(call, Answer::Error(UNKNOWN_POD.into())), Undo::Nothing);
         }
         self.changed();
         let mut allocations = Vec::new();

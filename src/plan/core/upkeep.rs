@@ -257,6 +257,10 @@ impl Core {
         match self.absent.entry(key) {
             Entry::Vacant(entry) => {
                 entry.insert(Absent { since: now, confirmed: false });
+                if !self.config.imds_only {
+                    // Seen in a look at one ENI, too: nothing else would ever ask again.
+                    self.wake_for(Timer::Describe, now.plus(OBSERVE_AGAIN.saturating_add(Duration::from_secs(1))));
+                }
                 Some(false)
             }
             Entry::Occupied(mut entry) => {
@@ -310,9 +314,10 @@ impl Core {
     /// A scan of IMDS after the first: differences from what is believed are put before EC2.
     pub(super) fn compare_scan(&mut self) {
         self.set_timer(Timer::Scan, self.scan_every());
-        let quiet = self.now.mono.since(self.last_action) >= self.scan_every();
+        // A growth may take long: on a full disk it does not even begin.
+        let quiet = self.growths.is_empty() && self.now.mono.since(self.last_action) >= self.scan_every();
         let overdue = self.now.mono.since(self.last_reconcile) >= RECONCILE_MAX;
-        if !self.growths.is_empty() || !(quiet || overdue) || self.phase == Phase::Stopping {
+        if !(quiet || overdue) || self.phase == Phase::Stopping {
             return;
         }
         self.last_reconcile = self.now.mono;
@@ -328,9 +333,9 @@ impl Core {
             self.describe();
         } else if self.devices.keys().any(|id| !self.attached.contains_key(id) && !self.freeing.contains_key(id)) {
             // EC2 listed an ENI that IMDS does not show. If somebody has detached it, it takes no slot any more, which no
-            // difference would ever tell; if IMDS never shows it, asking for ever would be of no use.
-            if self.looks < LOOKS_MAX {
-                self.looks += 1;
+            // difference would ever tell; if IMDS never shows it, asking for ever is of use only to pods without an address.
+            if self.looks < LOOKS_MAX || self.demand(0) > 0 {
+                self.looks = self.looks.saturating_add(1);
                 self.describe();
             }
         }
@@ -373,6 +378,12 @@ impl Core {
         let missing = known
             .filter(|id| !self.attached.contains_key(*id) && !self.absent.contains_key(&((*id).clone(), None)))
             .find(|id| !self.freeing.contains_key(*id));
-        missing.map(|id| format!("{id} is missing"))
+        if let Some(id) = missing {
+            return Some(format!("{id} is missing"));
+        }
+        // Somebody may have detached it, and IMDS may be behind. Asked once, since a link may be in a container for good.
+        let asked = |at: Mono| self.described.is_none_or(|described| described > at);
+        let unlinked = self.refused.iter().find(|(id, at)| self.pool.eni(id).is_some() && !asked(**at));
+        unlinked.map(|(id, _)| format!("{id} cannot be set up"))
     }
 }
