@@ -1,4 +1,5 @@
-//! Functions of the C library, of libgcc and of ring, again and smaller: 650 KB less in the static release executable.
+//! Functions of the C library and of libgcc, again and smaller: 500 KB less in the static release executable. Cryptography
+//! is not among them: ring's table of 154 KB for the curve P-256 stays.
 //!
 //! The linker takes the first definition of a symbol that it meets, which is ours, and leaves out of the archives what
 //! nobody asks for any more (build.rs; CONTRIBUTING tells how to see who asks for what). So each function here must do
@@ -253,44 +254,6 @@ extern "C" fn _Unwind_Backtrace(_each: *const c_void, _state: *const c_void) -> 
     END_OF_STACK
 }
 
-/// The curve P-256 (`ring/crypto/fipsmodule/ec/p256-nistz.c`): multiplies the base point as any other point, instead of
-/// with ring's table of 150 KB, in constant time just the same. A handshake multiplies it once or twice, beside as many
-/// other points.
-mod p256 {
-    type Coordinate = [u64; 4];
-    /// X, Y and Z in Jacobian coordinates.
-    pub(super) type Point = [Coordinate; 3];
-
-    // FIPS 186-4, D.1.2.3, in Montgomery form: times 2^256 modulo the curve's prime, the lowest digits first.
-    const BASE_X: Coordinate =
-        [0x79e7_30d4_18a9_143c, 0x75ba_95fc_5fed_b601, 0x79fb_732b_7762_2510, 0x1890_5f76_a537_55c6];
-    const BASE_Y: Coordinate =
-        [0xddf2_5357_ce95_560a, 0x8b4a_b8e4_ba19_e45c, 0xd2e8_8688_dd21_f325, 0x8571_ff18_2588_5d85];
-
-    // The names carry ring's version: with another one nothing links, so that this is read again.
-    unsafe extern "C" {
-        fn ring_core_0_17_14__p256_point_mul(
-            product: *mut Point,
-            scalar: *const Coordinate,
-            x: *const Coordinate,
-            y: *const Coordinate,
-        );
-    }
-
-    #[cfg_attr(not(test), unsafe(export_name = "ring_core_0_17_14__p256_point_mul_base"))]
-    pub(super) unsafe extern "C" fn multiply_base(product: *mut Point, scalar: *const Coordinate) {
-        // SAFETY: all four are what the function wants: the caller's point and scalar, and two coordinates.
-        unsafe { ring_core_0_17_14__p256_point_mul(product, scalar, &BASE_X, &BASE_Y) }
-    }
-
-    #[cfg(not(test))]
-    #[unsafe(export_name = "ring_core_0_17_14__p256_point_mul_base_vartime")]
-    unsafe extern "C" fn multiply_base_of_no_secret(product: *mut Point, scalar: *const Coordinate) {
-        // SAFETY: as there.
-        unsafe { multiply_base(product, scalar) }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -347,40 +310,5 @@ mod tests {
     fn messages_stay_as_they_are() {
         let message = c"No such file";
         assert_eq!(dcgettext(std::ptr::null(), message.as_ptr(), 5), message.as_ptr());
-    }
-
-    // Jacobian coordinates of one point differ by a factor, so what is compared is x = X/Z^2 and y = Y/Z^3.
-    #[test]
-    fn multiples_of_the_base_point_are_those_of_the_table() {
-        use super::p256::{Point, multiply_base};
-        unsafe extern "C" {
-            fn ring_core_0_17_14__p256_point_mul_base(product: *mut Point, scalar: *const [u64; 4]);
-            fn ring_core_0_17_14__p256_mul_mont(product: *mut [u64; 4], one: *const [u64; 4], other: *const [u64; 4]);
-        }
-        // ring finds out what the processor can do when it is first used, and the functions below want to know.
-        let suite = rustls::crypto::ring::cipher_suite::TLS13_AES_128_GCM_SHA256.tls13().unwrap();
-        let _ = suite.common.hash_provider.hash(b"");
-        let product = |one: [u64; 4], other: [u64; 4]| {
-            let mut product = [0; 4];
-            // SAFETY: three field elements.
-            unsafe { ring_core_0_17_14__p256_mul_mont(&raw mut product, &raw const one, &raw const other) };
-            product
-        };
-        let most = [0xf3b9_cac2_fc63_2550, 0xbce6_faad_a717_9e84, u64::MAX, 0xffff_ffff_0000_0000]; // the order less one
-        let any = [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210, 0xa5a5_5a5a_3c3c_c3c3, 0x7fff_0000_1111_eeee];
-        for scalar in [[1, 0, 0, 0], [2, 0, 0, 0], [0, 0, 0, 1], any, most] {
-            let (mut ours, mut table): (Point, Point) = ([[0; 4]; 3], [[0; 4]; 3]);
-            // SAFETY: a point with room for its three coordinates and a scalar, both times.
-            unsafe {
-                multiply_base(&raw mut ours, &raw const scalar);
-                ring_core_0_17_14__p256_point_mul_base(&raw mut table, &raw const scalar);
-            }
-            let ([x, y, z], [table_x, table_y, table_z]) = (ours, table);
-            assert!(z != [0; 4] && table_z != [0; 4]);
-            let (square, table_square) = (product(z, z), product(table_z, table_z));
-            assert_eq!(product(x, table_square), product(table_x, square), "{scalar:x?}");
-            let (cube, table_cube) = (product(square, z), product(table_square, table_z));
-            assert_eq!(product(y, table_cube), product(table_y, cube), "{scalar:x?}");
-        }
     }
 }
