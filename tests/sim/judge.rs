@@ -302,8 +302,7 @@ impl Judge {
                     );
                 }
             }
-            // A node that may not get the ENI for its pods does not become ready, and has nothing to keep in step.
-            assert!(held == truth || !node.ready, "the pool {held:?} and EC2 {truth:?}");
+            assert_eq!(held, truth, "the pool (left) and EC2");
             assert!(node.disk.spool.is_empty(), "records are left in the spool");
             let text = node.disk.files.get(&0).map(File::text).unwrap_or_default();
             let own = Checkpoint::parse(&text).unwrap().enibox.unwrap_or_default();
