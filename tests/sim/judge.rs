@@ -8,6 +8,7 @@ use enibox::model::kube::POD_ENI;
 use enibox::model::naming;
 use enibox::plan::core::Core;
 use enibox::plan::host::Intent;
+use enibox::sim::conditions::Lie;
 use enibox::sim::fleet::Fleet;
 use enibox::sim::kubelet::Stage;
 use enibox::sim::node::{File, Happening, Node, carried, mutates};
@@ -92,7 +93,7 @@ impl Judge {
 
     /// Looks at everything that happened in the last step.
     pub fn look(&mut self, fleet: &mut Fleet) {
-        if fleet.nodes.iter().any(|node| node.faults.ec2_down) {
+        if fleet.nodes.iter().any(|node| node.faults.ec2_down || matches!(node.faults.imds, Lie::Stale(_))) {
             self.hold_foreign(fleet.nanos());
         }
         for (index, happening) in std::mem::take(&mut fleet.sky.happened) {
@@ -140,7 +141,8 @@ impl Judge {
         }
     }
 
-    // As long as nobody can ask EC2, nobody can know what others took away: no time passes for that.
+    // As long as nobody can ask EC2, or IMDS tells what was and gives no reason to ask, nobody can know what others took
+    // away: no time passes for that.
     fn hold_foreign(&mut self, nanos: u64) {
         let prefixes = self.foreign_prefixes.iter_mut().map(|(_, at)| at);
         for at in self.foreign.values_mut().chain(self.foreign_enis.values_mut()).chain(prefixes) {
