@@ -46,7 +46,8 @@ use tuning::{Known, Notes, Tuner};
 const EVENTS_MAX: usize = 1024;
 /// How long the process waits for its threads at the end.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
-/// What operators see is renewed when nothing has happened for so long, and so often when something happens all the time.
+/// What operators see is renewed when nothing has happened for so long, and so often when something happens all the time. It
+/// takes milliseconds where there are a thousand pods: no ADD that comes alone waits for it.
 const PUBLISH_AFTER: Duration = Duration::from_millis(50);
 const PUBLISH_EVERY: Duration = Duration::from_secs(1);
 /// The core looks at the clock at least so often, whatever it is waiting for.
@@ -285,25 +286,25 @@ impl Hands {
 fn core_loop(mut core: Core, inbox: &Receiver<Event>, hands: &Hands, rpc: impl FnOnce() -> Result<()>) -> Result<()> {
     let mut rpc = Some(rpc);
     let (mut wake_at, mut with_api_server) = (None, false);
-    let mut stale = true; // the published view is older than the core
-    let mut published = clock::now().mono;
+    let mut stale = Some(clock::now().mono); // since when the published view is older than the core
     loop {
         let sleep = wake_at.map_or(SLEEP_MAX, |at: Mono| at.since(clock::now().mono));
-        let event = match inbox.recv_timeout(sleep.min(if stale { PUBLISH_AFTER } else { SLEEP_MAX })) {
+        let event = match inbox.recv_timeout(sleep.min(if stale.is_some() { PUBLISH_AFTER } else { SLEEP_MAX })) {
             Ok(event) => event,
-            Err(RecvTimeoutError::Timeout) if stale && sleep > PUBLISH_AFTER => {
+            Err(RecvTimeoutError::Timeout) if stale.is_some() && sleep > PUBLISH_AFTER => {
                 hands.publish(&core);
-                stale = false;
+                stale = None;
                 continue;
             }
             Err(RecvTimeoutError::Timeout) => Event::Tick,
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         };
-        stale = true;
-        if clock::now().mono.since(published) > PUBLISH_EVERY {
+        let now = clock::now().mono;
+        if stale.is_some_and(|since| now.since(since) > PUBLISH_EVERY) {
             hands.publish(&core);
-            published = clock::now().mono;
+            stale = None;
         }
+        stale.get_or_insert(now);
         match &event {
             Event::Stop => rpc = None,
             Event::NodeSeen(node) => {
