@@ -78,7 +78,7 @@ fn main() {
 }
 
 /// One line for each thing that is measured, of rounds on both nodes in turn.
-fn step(pods: usize, (few, crowd): (&Stage, &Stage), bare: (&mut Bare, &mut Bare)) {
+fn step(pods: usize, (few, crowd): (&Stage, &Stage), (bare_few, bare_crowd): (&mut Bare, &mut Bare)) {
     let mut times = BTreeMap::<&str, (Vec<Duration>, Vec<Duration>)>::new();
     let mut used = [BTreeMap::new(), BTreeMap::new()];
     for round in 0..WARM_UP + ROUNDS {
@@ -89,7 +89,7 @@ fn step(pods: usize, (few, crowd): (&Stage, &Stage), bare: (&mut Bare, &mut Bare
                 both.1.push(crowd);
             }
         };
-        let (one, other) = in_turn(round, || bare.0.round(), || bare.1.round());
+        let (one, other) = in_turn(round, || bare_few.round(), || bare_crowd.round());
         note("bare ADD", one.0, other.0);
         note("bare DEL", one.1, other.1);
         let before = [few.processor(), crowd.processor()];
@@ -246,7 +246,7 @@ impl Stage {
         let whole = |verb| timed(|| self.call(verb, "guest", guest).unwrap());
         let [add, del, version] = self.here(|| ["ADD", "DEL", "VERSION"].map(whole));
         self.inside.lock().unwrap().run(&[link::delete_by_name("eth0").or_not_found()]).unwrap();
-        let [first, second] = self.here(|| [timed(|| self.ask_add("lodger")), timed(|| self.ask_del("lodger"))]);
+        let [first, second] = self.here(|| [timed(|| self.ask_add("lodger")), timed(|| ask_del("lodger"))]);
         [add, del, first, second, version]
     }
 
@@ -265,23 +265,6 @@ impl Stage {
         let mut client = Client::connect(Path::new(DAEMON_SOCKET), LIMIT).unwrap();
         let reply: AddNetworkReply = client.call(path::ADD_NETWORK, &request, LIMIT).unwrap();
         assert!(reply.success, "{}", reply.failure);
-    }
-
-    fn ask_del(&self, name: &str) {
-        let request = DelNetworkRequest {
-            pod_name: name.into(),
-            pod_namespace: "production".into(),
-            infra_container_id: String::new(),
-            reason: "PodDeleted".into(),
-            if_name: "eth0".into(),
-            network_name: "aws-cni".into(),
-            container_id: container(name),
-            client_version: enibox::VERSION.into(),
-            pod_uid: String::new(),
-        };
-        let mut client = Client::connect(Path::new(DAEMON_SOCKET), LIMIT).unwrap();
-        let reply: DelNetworkReply = client.call(path::DEL_NETWORK, &request, LIMIT).unwrap();
-        assert!(reply.success);
     }
 
     /// What each of the daemon's threads has used of a processor.
@@ -351,6 +334,23 @@ fn inside_thread<'scope, T: Send + 'scope>(
     work: impl FnOnce() -> T + Send + 'scope,
 ) -> T {
     scope.spawn(work).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+fn ask_del(name: &str) {
+    let request = DelNetworkRequest {
+        pod_name: name.into(),
+        pod_namespace: "production".into(),
+        infra_container_id: String::new(),
+        reason: "PodDeleted".into(),
+        if_name: "eth0".into(),
+        network_name: "aws-cni".into(),
+        container_id: container(name),
+        client_version: enibox::VERSION.into(),
+        pod_uid: String::new(),
+    };
+    let mut client = Client::connect(Path::new(DAEMON_SOCKET), LIMIT).unwrap();
+    let reply: DelNetworkReply = client.call(path::DEL_NETWORK, &request, LIMIT).unwrap();
+    assert!(reply.success);
 }
 
 fn container(name: &str) -> String {
