@@ -47,6 +47,8 @@ pub struct Eni {
     pub excluded: bool,
     /// EC2 does not list it any more: nothing new is handed out until that is clear.
     pub missing: bool,
+    /// The host cannot be set up for it, for want of its link say: nothing new is handed out.
+    pub unwired: bool,
     /// Host route table of its pods.
     pub table: u32,
     /// Subnet.
@@ -72,12 +74,13 @@ impl Eni {
         added: Mono,
     ) -> Self {
         let cidrs = BTreeMap::new();
-        Eni { mac, card, device, primary, kind, excluded: false, missing: false, table, subnet, own, added, cidrs }
+        let (excluded, missing, unwired) = (false, false, false);
+        Eni { mac, card, device, primary, kind, excluded, missing, unwired, table, subnet, own, added, cidrs }
     }
 
     /// Whether it may serve new pods.
     pub fn serves(&self) -> bool {
-        !self.excluded && !self.missing
+        !self.excluded && !self.missing && !self.unwired
     }
 
     /// CIDRs by network.
@@ -389,6 +392,14 @@ impl Pool {
                 entry.insert(eni);
                 Ok(())
             }
+        }
+    }
+
+    /// Marks whether the host cannot be set up for an ENI.
+    pub fn set_unwired(&mut self, id: &EniId, unwired: bool) {
+        if let Some(eni) = self.enis.get_mut(id).filter(|eni| eni.unwired != unwired) {
+            eni.unwired = unwired;
+            self.touch();
         }
     }
 

@@ -321,8 +321,15 @@ impl Core {
                 self.gone.retain(|ip| !gone.contains(ip));
                 self.refused.retain(|id, _| failed.contains_key(id));
                 for (eni, why) in &failed {
+                    let lost = !self.refused.contains_key(eni) && self.pool.eni(eni).is_some();
                     self.refused.entry(eni.clone()).or_insert(self.now.mono);
                     self.log(Level::Warn, format!("set up eni {eni}: {why}"));
+                    if lost && !self.config.imds_only {
+                        self.describe(); // somebody may have detached it, which IMDS tells late or, while it is silent, never
+                    }
+                }
+                for id in &enis {
+                    self.pool.set_unwired(id, failed.contains_key(id));
                 }
                 for id in enis {
                     if !failed.contains_key(&id) && self.wanted.contains_key(&id) {
