@@ -120,10 +120,8 @@ impl Core {
             let age = self.now.wall.since(Wall::from_unix_nanos(freed));
             self.cooling.entry(address).or_insert(self.now.mono.minus(age));
         }
-        for (net, at) in own.given_back {
-            let age = self.now.wall.since(Wall::from_unix_nanos(at));
-            self.unassigned.insert(net, self.now.mono.minus(age));
-        }
+        // As if it were now: the clock may have been set since, and lists may be behind.
+        self.unassigned.extend(own.given_back.into_keys().map(|net| (net, self.now.mono)));
         if own.leak_suspected {
             self.suspect_leak();
         }

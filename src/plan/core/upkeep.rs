@@ -115,6 +115,7 @@ impl Core {
             cidrs: Vec::new(),
         };
         let known = self.facts.get(&interface.id);
+        let disowned = known.is_some_and(|known| known.managed) && !facts.managed;
         if known.is_none_or(|known| (known.managed, &known.interface_type) != (facts.managed, &facts.interface_type)) {
             let text = format!(
                 "eni {}: {} {}",
@@ -123,6 +124,9 @@ impl Core {
                 if facts.managed { "managed" } else { "not ours" }
             );
             self.log(Level::Info, text);
+        }
+        if disowned {
+            self.set_timer(Timer::Describe, OBSERVE_AGAIN); // a list that is behind lacks our tags
         }
         self.facts.insert(interface.id.clone(), facts);
         let kind = self.kind(&interface.id);
