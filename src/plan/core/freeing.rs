@@ -20,6 +20,8 @@ const SHRINK_EVERY: Duration = Duration::from_secs(30);
 const UNASSIGNED: Duration = Duration::from_mins(1);
 /// Between a detach and the first attempt to delete.
 const AFTER_DETACH: Duration = Duration::from_secs(2);
+/// Between two looks at an ENI that EC2 lists and does not find.
+const NOT_FOUND_AGAIN: Duration = Duration::from_secs(10);
 /// Pauses between attempts to detach and to delete.
 const AGAIN: Backoff = Backoff { first: Duration::from_millis(500), cap: Duration::from_mins(1), jitter_percent: 15 };
 /// Refusals after which EC2 is left alone for [`AGAIN_LATER`].
@@ -32,6 +34,17 @@ pub(super) struct Free {
     pub(super) attachment: Option<AttachmentId>,
     stage: Stage,
     tries: u32,
+    doubt: Doubt,
+}
+
+/// Whether EC2 contradicts itself: an ENI that it has just listed, and does not find, is looked at once more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Doubt {
+    None,
+    /// It was listed when it was last looked at.
+    Listed,
+    /// It was not found although listed.
+    Once,
 }
 
 /// Nothing was found that could be given back, and that holds as long as nothing of this changes. Most steps of a node
@@ -63,7 +76,7 @@ enum Stage {
 impl Free {
     /// One that was begun before, by a former run or as the end of a creation.
     pub(super) fn resumed(attachment: Option<AttachmentId>) -> Free {
-        Free { attachment, stage: Stage::Pause(Mono::default()), tries: 0 }
+        Free { attachment, stage: Stage::Pause(Mono::default()), tries: 0, doubt: Doubt::None }
     }
 }
 
@@ -241,7 +254,8 @@ impl Core {
         self.host_dirty = true;
         let attachment = self.facts.get(id).map(|facts| facts.attachment.clone());
         let generation = self.changed();
-        self.freeing.insert(id.clone(), Free { attachment, stage: Stage::Journal(generation), tries: 0 });
+        self.freeing
+            .insert(id.clone(), Free { attachment, stage: Stage::Journal(generation), tries: 0, doubt: Doubt::None });
         self.acted();
     }
 
@@ -286,7 +300,7 @@ impl Core {
                 self.free_stage(id, Stage::Pause(until));
             }
             (Stage::Delete, Ok(_)) => self.freed(id),
-            (Stage::Delete, Err(failure)) if failure.code == "InvalidNetworkInterfaceID.NotFound" => self.freed(id),
+            (Stage::Delete, Err(failure)) if failure.code == "InvalidNetworkInterfaceID.NotFound" => self.not_found(id),
             (_, Err(failure)) => self.free_failed(id, &failure),
             (_, Ok(_)) => {}
         }
@@ -309,11 +323,25 @@ impl Core {
                 self.freed(id);
             }
             // Not listed may only mean not yet: EC2 knows by the id.
-            Some((None, _)) | None => {
+            other => {
+                if let Some(free) = self.freeing.get_mut(id)
+                    && free.doubt != Doubt::Once
+                {
+                    free.doubt = if other.is_some() { Doubt::Listed } else { Doubt::None };
+                }
                 self.free_stage(id, Stage::Delete);
                 self.ask_ec2(Op::Free(id.clone()), Call::Delete(id.clone()));
             }
         }
+    }
+
+    fn not_found(&mut self, id: &EniId) {
+        let Some(free) = self.freeing.get_mut(id).filter(|free| free.doubt == Doubt::Listed) else {
+            return self.freed(id);
+        };
+        free.doubt = Doubt::Once;
+        let until = self.now.mono.plus(NOT_FOUND_AGAIN);
+        self.free_stage(id, Stage::Pause(until));
     }
 
     fn free_failed(&mut self, id: &EniId, failure: &Failure) {
