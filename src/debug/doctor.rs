@@ -247,7 +247,7 @@ fn report(args: &Args, look: &Look, mended: &[String]) -> u8 {
             })
         });
         let document = json!({
-            "daemon": look.daemon, "pods": look.intent.as_ref().map(|intent| intent.pods.len()),
+            "daemon": look.daemon, "pods": look.intent.as_ref().map(|intent| intent.pods.len() + intent.branches.len()),
             "enis": look.intent.as_ref().map(|intent| intent.enis.len()),
             "findings": findings.collect::<Vec<_>>(), "mended": mended,
         });

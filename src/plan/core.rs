@@ -568,13 +568,12 @@ impl Core {
             (Some(Op::Look(id)), Ok(imds::Answer::Eni(eni))) => self.look_done(id, eni),
             (Some(Op::Look(id)), Err(_)) => self.look_done(id, None),
             (Some(op), Err(error)) => {
-                let timer = match op {
-                    Op::VpcCidrs => Timer::VpcCidrs,
-                    Op::Groups => Timer::Groups,
-                    _ => Timer::Scan,
-                };
                 self.log(Level::Warn, format!("ask IMDS: {error}"));
-                self.retry(timer);
+                match op {
+                    Op::VpcCidrs => self.retry(Timer::VpcCidrs),
+                    Op::Groups => self.retry(Timer::Groups),
+                    _ => self.scan_failed(),
+                }
             }
             (op, Ok(answer)) => self.log(Level::Error, format!("IMDS answered {answer:?} to {op:?}")),
             (None, Err(_)) => {} // of an operation that was given up

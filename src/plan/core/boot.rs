@@ -150,7 +150,7 @@ impl Core {
         if enis.is_empty() {
             // An instance always has its primary ENI: this is no observation (`spec/ipamd.md` 17 "IMDS answers nothing").
             self.log(Level::Warn, "IMDS lists no ENI: ignored".into());
-            return self.retry(Timer::Scan);
+            return self.scan_failed();
         }
         let before = std::mem::replace(&mut self.attached, enis.into_iter().map(|eni| (eni.id.clone(), eni)).gather());
         self.note_attached(&before);

@@ -560,6 +560,9 @@ impl Core {
         }
         match (interface.map(|interface| interface.attachment), failure) {
             (Some(Some(attachment)), _) if attachment.instance == self.config.identity.instance => {
+                if let Some(growth) = self.growths.get_mut(&id) {
+                    growth.device = Some(attachment.device);
+                }
                 self.settle(id, attachment.id);
             }
             (Some(None), None) => self.send_attach(id, taken),
@@ -618,7 +621,7 @@ impl Core {
             let addressed = seen.own_address(self.config.v6).is_some();
             seen.id == eni && addressed && carried >= usize::try_from(wanted).unwrap_or(usize::MAX)
         });
-        let Some(seen) = complete else {
+        let Some(mut seen) = complete else {
             let at = self.now.mono.plus(LOOK.pause(*looks, &mut self.random));
             *looks += 1;
             *look_at = at;
@@ -626,6 +629,8 @@ impl Core {
         };
         let (since, modify) = (*since, modify.clone());
         growth.stage = Stage::SetUp { since, modify };
+        // IMDS may still tell the index of an earlier attachment.
+        seen.device = growth.device.unwrap_or(seen.device);
         self.attached.insert(seen.id.clone(), seen.clone());
         self.wake_for(Timer::Growing, since.plus(SETTLE_MAX));
         if self.wanted.contains_key(&seen.id) {

@@ -315,6 +315,16 @@ impl Core {
         }
     }
 
+    /// IMDS told nothing. What others change meanwhile only EC2 can tell.
+    pub(super) fn scan_failed(&mut self) {
+        self.retry(Timer::Scan);
+        let overdue = self.now.mono.since(self.last_reconcile) >= RECONCILE_MAX;
+        if overdue && self.phase == Phase::Ready && !self.config.imds_only {
+            self.last_reconcile = self.now.mono;
+            self.describe();
+        }
+    }
+
     /// A scan of IMDS after the first: differences from what is believed are put before EC2.
     pub(super) fn compare_scan(&mut self) {
         self.set_timer(Timer::Scan, self.scan_every());
