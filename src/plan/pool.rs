@@ -32,6 +32,7 @@ pub enum Kind {
 
 /// One attached, managed ENI.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, each told by somebody else")]
 pub struct Eni {
     /// Hardware address.
     pub mac: Mac,
