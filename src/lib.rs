@@ -10,7 +10,7 @@
 //! http                       requests to others, over TLS
 //! netlink   rpc   aws   kube the kernel, the wire, AWS, the API server; each knows only model
 //! apply                      carries out plans on the kernel
-//! plugin   daemon   debug   sandbox      the personalities; never import each other
+//! plugin   install   daemon   debug   sandbox      the personalities; never import each other
 //! ```
 //!
 //! `clock`, `logging` and `sys` touch the outside and are never used by `model` or `plan`.
@@ -22,6 +22,7 @@ pub mod daemon;
 pub mod debug;
 pub mod error;
 pub mod http;
+pub mod install;
 pub mod kube;
 pub mod logging;
 pub mod model;
