@@ -10,7 +10,7 @@
 //! http                       requests to others, over TLS
 //! netlink   rpc   aws   kube the kernel, the wire, AWS, the API server; each knows only model
 //! apply                      carries out plans on the kernel
-//! plugin   install   daemon   debug   sandbox      the personalities; never import each other
+//! plugin   install   probe   daemon   debug   sandbox      the personalities; never import each other
 //! ```
 //!
 //! `clock`, `logging` and `sys` touch the outside and are never used by `model` or `plan`.
@@ -29,6 +29,7 @@ pub mod model;
 pub mod netlink;
 pub mod plan;
 pub mod plugin;
+pub mod probe;
 pub mod rpc;
 #[cfg(feature = "sandbox")]
 pub mod sandbox;

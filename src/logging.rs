@@ -93,6 +93,13 @@ struct Line<'a> {
     msg: &'a str,
 }
 
+/// One line of level info on stderr, for a program that says little and starts no logger.
+pub fn say(text: std::fmt::Arguments<'_>, file: &'static str, number: u32) {
+    let record = Record::builder().args(text).level(Level::Info).file(Some(file)).line(Some(number)).build();
+    // Whoever does not read it is not told.
+    let _ = io::stderr().write_all(&line(clock::now().wall, &record));
+}
+
 /// The line for a record, its newline included.
 fn line(now: Wall, record: &Record<'_>) -> Vec<u8> {
     let level = match record.level() {

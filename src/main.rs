@@ -5,7 +5,7 @@
 //! personality runs without any command-line parsing. Only here does the process get its exit code.
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-use enibox::{VERSION, daemon, debug, error::exit, plugin};
+use enibox::{VERSION, daemon, debug, error::exit, plugin, probe};
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::io::{self, Write};
@@ -25,6 +25,11 @@ const PERSONALITIES: &[Personality] = &[
         run: || plugin::run(&plugin::aws_cni::PLUGIN),
     },
     Personality { name: "aws-k8s-agent", about: "IPAM daemon of the node, set by its environment", run: daemon::run },
+    Personality {
+        name: probe::NAME,
+        about: "asks a gRPC server, the daemon for one, whether it serves",
+        run: probe::run,
+    },
 ];
 
 fn personality(name: Option<&OsStr>) -> Option<&'static Personality> {

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 // Not where a panic unwinds, as in tests, which are no releases; the tests of the functions themselves export none.
 #[cfg(all(any(test, all(lean, panic = "abort")), any(target_arch = "x86_64", target_arch = "aarch64")))]
@@ -90,6 +91,26 @@ pub fn wait_signal(timeout: std::time::Duration) -> io::Result<Option<i32>> {
         Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// From now on SIGINT does not end the process: calls that block fail with `EINTR`, and [`interrupted`] tells why.
+pub fn catch_interrupt() -> io::Result<()> {
+    extern "C" fn note(_: libc::c_int) {
+        INTERRUPTED.store(true, Ordering::Relaxed);
+    }
+    // SAFETY: all bytes zero are a valid value: an empty mask, and no flags, so that calls are not begun again.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = note as *const () as libc::sighandler_t;
+    // SAFETY: the pointer is to a live, initialised value; the function it names lives for ever and does nothing but store
+    // a flag, which any moment allows.
+    check(unsafe { libc::sigaction(libc::SIGINT, &raw const action, std::ptr::null_mut()) }).map(drop)
+}
+
+/// Whether SIGINT came since [`catch_interrupt`].
+pub fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::Relaxed)
 }
 
 fn signal_set() -> libc::sigset_t {

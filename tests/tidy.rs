@@ -26,6 +26,7 @@ const IMPORTS: &[(&str, &str)] = &[
     ("kube", "model http clock logging sys"),
     ("apply", "model plan netlink clock logging sys"),
     ("plugin", "model plan netlink apply rpc clock logging sys"),
+    ("probe", "model rpc clock logging sys"),
     ("install", "model plan netlink apply rpc aws clock logging sys"),
     ("daemon", "model plan netlink apply rpc aws kube clock logging sys"),
     ("debug", "model plan sim netlink apply rpc aws kube clock logging sys"),

@@ -219,6 +219,11 @@ impl Conn {
         self.settings_seen && self.streams.is_empty() && self.header_block.is_none() && self.taken == self.input.len()
     }
 
+    /// Whether the peer has begun as HTTP/2 wants it.
+    pub fn greeted(&self) -> bool {
+        self.settings_seen
+    }
+
     /// Starts the count of frames without effect anew; to be called when some time has passed.
     pub fn forgive(&mut self) {
         self.control_frames = 0;

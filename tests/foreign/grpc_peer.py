@@ -1,6 +1,6 @@
 """The other end of tests/grpc_foreign.rs: Google's gRPC as client and as server, with messages coded by hand.
 
-Usage: grpc_peer.py client|server|stranger SOCKET. Fails with a traceback.
+Usage: grpc_peer.py client|server|health|stranger SOCKET. Fails with a traceback.
 """
 
 import os
@@ -177,6 +177,39 @@ def server(path):
     running.stop(0).wait()
 
 
+def health(path):
+    """The health service by hand, on the socket and on a port of its own, which is printed."""
+    import grpc
+
+    def check(request, context):
+        # Field 1 is the service's name.
+        name = request[2:].decode()
+        if name == "missing":
+            context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
+        if name == "slow":
+            time.sleep(5)
+        if name == "agent":
+            return varint(1 << 3) + varint(len(dict(context.invocation_metadata())["user-agent"]))
+        return {"down": b"\x08\x02", "nobody": b"\x08\x03", "silent": b""}.get(name, b"\x08\x01")
+
+    class Generic(grpc.GenericRpcHandler):
+        def service(self, details):
+            return details.method == HEALTH and grpc.unary_unary_rpc_method_handler(check) or None
+
+    running = grpc.server(futures.ThreadPoolExecutor(max_workers=4))
+    running.add_generic_rpc_handlers((Generic(),))
+    running.add_insecure_port("unix:" + path)
+    port = running.add_insecure_port("127.0.0.1:0")
+    other = grpc.server(futures.ThreadPoolExecutor(max_workers=1))
+    other.add_insecure_port("unix:" + path + ".other")
+    running.start()
+    other.start()
+    print(port, flush=True)
+    sys.stdin.read()
+    running.stop(0)
+    other.stop(0).wait()
+
+
 def stranger(path):
     """Neither root nor the server's user: the connection is closed without a word."""
     os.setgroups([])
@@ -192,4 +225,4 @@ def stranger(path):
 
 
 if __name__ == "__main__":
-    {"client": client, "server": server, "stranger": stranger}[sys.argv[1]](sys.argv[2])
+    {"client": client, "server": server, "health": health, "stranger": stranger}[sys.argv[1]](sys.argv[2])

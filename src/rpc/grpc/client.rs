@@ -6,13 +6,14 @@ use super::{
     unframe_message,
 };
 use crate::clock;
-use crate::rpc::h2::{Conn, Event, Role, code};
+use crate::rpc::h2::{Conn, Event, Fault, Role, code};
 use crate::rpc::hpack::{self, Field};
 use crate::rpc::proto::Message;
 use crate::sys;
 use std::io::{ErrorKind, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// One read of the socket.
@@ -25,7 +26,9 @@ const CANCEL_TIMEOUT: Duration = Duration::from_millis(1);
 pub struct Client {
     stream: UnixStream,
     conn: Conn,
-    path: PathBuf,
+    peer: String,
+    authority: String,
+    user_agent: String,
     broken: bool,
 }
 
@@ -40,8 +43,38 @@ impl Client {
             };
             Status::new(Code::UNAVAILABLE, format!("connect to {}: {why}", path.display()))
         })?;
-        let stream = UnixStream::from(socket);
-        Ok(Client { stream, conn: Conn::new(Role::Client), path: path.to_owned(), broken: false })
+        let peer = path.display().to_string();
+        Ok(Client::over(socket, &peer, "localhost", concat!("enibox/", env!("CARGO_PKG_VERSION"))))
+    }
+
+    /// A connection over a stream socket that is connected already; `peer` names it in failures.
+    pub fn over(socket: OwnedFd, peer: &str, authority: &str, user_agent: &str) -> Client {
+        Client {
+            // The standard library's type for any stream socket: what is done with it is the same for TCP.
+            stream: UnixStream::from(socket),
+            conn: Conn::new(Role::Client),
+            peer: peer.to_owned(),
+            authority: authority.to_owned(),
+            user_agent: user_agent.to_owned(),
+            broken: false,
+        }
+    }
+
+    /// Sends the preface and waits for the server's, at most `timeout`: somebody is there and speaks HTTP/2. A call needs no
+    /// such round trip.
+    pub fn greet(&mut self, timeout: Duration) -> Result<(), Status> {
+        let what = "greet";
+        let until = clock::instant() + timeout.min(super::TIMEOUT_LIMIT);
+        let mut buffer = [0; READ_SIZE];
+        loop {
+            // What comes now concerns no call.
+            while self.conn.next_event().map_err(|fault| self.violated(what, &fault))?.is_some() {}
+            self.flush(until).map_err(|error| self.failed(what, &error))?;
+            if self.conn.greeted() {
+                return Ok(());
+            }
+            self.receive(what, &mut buffer, until)?;
+        }
     }
 
     /// Calls a method and waits for its reply, at most `deadline`, which the server is told. `DEADLINE_EXCEEDED` when the
@@ -64,7 +97,7 @@ impl Client {
         if self.broken {
             return Err(self.gone("connection was lost earlier"));
         }
-        let head = request_head(method, deadline);
+        let head = self.request_head(method, deadline);
         let Some(stream) = self.conn.request(&head, body) else {
             return Err(self.gone("server is going away"));
         };
@@ -80,10 +113,7 @@ impl Client {
         let mut buffer = [0; READ_SIZE];
         let mut sent = false;
         loop {
-            while let Some(event) = self.conn.next_event().map_err(|fault| {
-                self.broken = true;
-                Status::new(Code::INTERNAL, format!("call {method}: {fault}"))
-            })? {
+            while let Some(event) = self.conn.next_event().map_err(|fault| self.violated(method, &fault))? {
                 match event {
                     Event::Complete { stream: of, head, body, trailers } if of == stream => {
                         return finish(&head, body, &trailers);
@@ -107,20 +137,31 @@ impl Client {
                 result => result.map_err(|error| self.failed(method, &error))?,
             }
             sent = true;
-            let count = self.read(&mut buffer, until).map_err(|error| self.failed(method, &error))?;
-            if count == 0 {
-                self.broken = true;
-                return Err(self.gone("connection closed by the server"));
-            }
-            self.conn.receive(&buffer[..count]);
+            self.receive(method, &mut buffer, until)?;
         }
+    }
+
+    /// Waits for what the server sends.
+    fn receive(&mut self, what: &str, buffer: &mut [u8], until: Instant) -> Result<(), Status> {
+        let count = self.read(buffer, until).map_err(|error| self.failed(what, &error))?;
+        if count == 0 {
+            self.broken = true;
+            return Err(self.gone("connection closed by the server"));
+        }
+        self.conn.receive(&buffer[..count]);
+        Ok(())
+    }
+
+    fn violated(&mut self, what: &str, fault: &Fault) -> Status {
+        self.broken = true;
+        Status::new(Code::INTERNAL, format!("call {what}: {fault}"))
     }
 
     fn read(&self, buffer: &mut [u8], until: Instant) -> std::io::Result<usize> {
         loop {
             self.stream.set_read_timeout(Some(time_left(until)?))?;
             match (&self.stream).read(buffer) {
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted && !sys::interrupted() => {}
                 result => return result,
             }
         }
@@ -137,7 +178,7 @@ impl Client {
             }
             match (&self.stream).write(&self.conn.out[sent..]) {
                 Ok(count) => sent += count,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted && !sys::interrupted() => {}
                 Err(error) => break Err(error),
             }
         };
@@ -149,15 +190,31 @@ impl Client {
     /// The status of a failed read or write.
     fn failed(&mut self, method: &str, error: &std::io::Error) -> Status {
         if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) {
-            let text = format!("call {method} on {}: deadline exceeded", self.path.display());
+            let text = format!("call {method} on {}: deadline exceeded", self.peer);
             return Status::new(Code::DEADLINE_EXCEEDED, text);
+        }
+        if error.kind() == ErrorKind::Interrupted {
+            return Status::new(Code::CANCELLED, "context canceled");
         }
         self.broken = true;
         self.gone(&error.to_string())
     }
 
     fn gone(&self, why: &str) -> Status {
-        Status::new(Code::UNAVAILABLE, format!("{}: {why}", self.path.display()))
+        Status::new(Code::UNAVAILABLE, format!("{}: {why}", self.peer))
+    }
+
+    fn request_head(&self, method: &str, deadline: Duration) -> Vec<u8> {
+        let mut head = Vec::with_capacity(160);
+        hpack::encode(&mut head, ":method", "POST");
+        hpack::encode(&mut head, ":scheme", "http");
+        hpack::encode(&mut head, ":path", method);
+        hpack::encode(&mut head, ":authority", &self.authority);
+        hpack::encode(&mut head, "grpc-timeout", &encode_timeout(deadline));
+        hpack::encode(&mut head, "content-type", CONTENT_TYPE);
+        hpack::encode(&mut head, "te", "trailers");
+        hpack::encode(&mut head, "user-agent", &self.user_agent);
+        head
     }
 }
 
@@ -165,19 +222,6 @@ impl Client {
 fn time_left(until: Instant) -> std::io::Result<Duration> {
     let left = until.saturating_duration_since(clock::instant());
     if left.is_zero() { Err(ErrorKind::TimedOut.into()) } else { Ok(left.max(Duration::from_micros(1))) }
-}
-
-fn request_head(method: &str, deadline: Duration) -> Vec<u8> {
-    let mut head = Vec::with_capacity(160);
-    hpack::encode(&mut head, ":method", "POST");
-    hpack::encode(&mut head, ":scheme", "http");
-    hpack::encode(&mut head, ":path", method);
-    hpack::encode(&mut head, ":authority", "localhost");
-    hpack::encode(&mut head, "grpc-timeout", &encode_timeout(deadline));
-    hpack::encode(&mut head, "content-type", CONTENT_TYPE);
-    hpack::encode(&mut head, "te", "trailers");
-    hpack::encode(&mut head, "user-agent", concat!("enibox/", env!("CARGO_PKG_VERSION")));
-    head
 }
 
 /// Turns a complete answer into the message or the status.
