@@ -32,13 +32,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{/* Reference of an image, of (list root image). */}}
 {{- define "aws-vpc-cni.image" -}}
 {{- $image := index . 1 -}}
-{{- $tag := $image.tag | default (index . 0).Chart.AppVersion -}}
+{{- /* A tag or an account written without quotes is a number. */ -}}
+{{- $tag := $image.tag | default (index . 0).Chart.AppVersion | toString -}}
 {{- if $image.override -}}
 {{- $image.override -}}
 {{- else if $image.overrideRepository -}}
 {{- printf "%s:%s" $image.overrideRepository $tag -}}
 {{- else if $image.account -}}
-{{- /* An account written without quotes is a number, which %v would print with an exponent. */ -}}
+{{- /* toString gives a large number an exponent. */ -}}
 {{- $account := ternary ($image.account | int64 | toString) ($image.account | toString) (kindIs "float64" $image.account) -}}
 {{- printf "%s.dkr.%s.%s.%s/%s:%s" $account $image.endpoint $image.region $image.domain $image.repository $tag -}}
 {{- else -}}
