@@ -1,5 +1,5 @@
 //! Log lines: one JSON object each, to stderr or to a rotating file that many processes share safely
-//! (`spec/plugin.md` 5).
+//! (`spec/plugin.md` 5); or as plain text on stderr, where people read a container's log (`spec/install.md` 3).
 //!
 //! A line is one `write(2)` in append mode, so that lines of concurrent plugin processes never mix. Whoever finds the file
 //! full renames it while holding its lock; everybody else notices that the name stands for another file and follows.
@@ -70,6 +70,40 @@ fn init_with(destination: &str, level: &str, stdout: Stdout, bytes_max: u64) {
     }
 }
 
+/// Starts logging for a process whose lines people read: text on stderr, from level info on. A second call does nothing.
+pub fn init_text() {
+    if log::set_logger(&Plain).is_ok() {
+        log::set_max_level(LevelFilter::Info);
+    }
+}
+
+/// Lines of text on stderr.
+struct Plain;
+
+impl log::Log for Plain {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        metadata.level() <= log::max_level()
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if self.enabled(record.metadata()) {
+            // There is nobody to tell.
+            io::stderr().write_all(text_line(clock::now().wall, record).as_bytes()).ok();
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// `time="2024-01-31T10:00:00Z" level=info msg="..."`, its newline included.
+fn text_line(now: Wall, record: &Record<'_>) -> String {
+    let level = match record.level() {
+        Level::Warn => "warning",
+        other => level_name(other),
+    };
+    format!("time=\"{now}\" level={level} msg={:?}\n", record.args().to_string())
+}
+
 /// Changes the level of a running process; the texts are those of [`init`].
 pub fn set_level(level: &str) {
     log::set_max_level(level_filter(level));
@@ -102,12 +136,7 @@ pub fn say(text: std::fmt::Arguments<'_>, file: &'static str, number: u32) {
 
 /// The line for a record, its newline included.
 fn line(now: Wall, record: &Record<'_>) -> Vec<u8> {
-    let level = match record.level() {
-        Level::Error => "error",
-        Level::Warn => "warn",
-        Level::Info => "info",
-        Level::Debug | Level::Trace => "debug",
-    };
+    let level = level_name(record.level());
     let mut msg = record.args().to_string();
     if msg.len() > MESSAGE_BYTES_MAX {
         msg.truncate((0..=MESSAGE_BYTES_MAX).rev().find(|&at| msg.is_char_boundary(at)).unwrap_or(0));
@@ -119,6 +148,15 @@ fn line(now: Wall, record: &Record<'_>) -> Vec<u8> {
     let mut bytes = serde_json::to_vec(&line).unwrap_or_default();
     bytes.push(b'\n');
     bytes
+}
+
+fn level_name(level: Level) -> &'static str {
+    match level {
+        Level::Error => "error",
+        Level::Warn => "warn",
+        Level::Info => "info",
+        Level::Debug | Level::Trace => "debug",
+    }
 }
 
 /// `dir/file:line`: the last two parts of the source path.
@@ -319,6 +357,17 @@ mod tests {
             "{\"level\":\"warn\",\"ts\":\"2024-01-31T10:00:00.007Z\",\"caller\":\"plugin/aws_cni.rs:12\",\
              \"msg\":\"a \\\"quoted\\\"\\nline\"}\n"
         );
+    }
+
+    #[test]
+    fn a_line_of_text_stays_one_line() {
+        let now = Wall::from_unix_nanos(1_706_695_200_007_000_000);
+        let check = |level: Level, wanted: &str| {
+            let args = format_args!("a \"quoted\"\nline");
+            assert_eq!(text_line(now, &Record::builder().level(level).args(args).build()), wanted);
+        };
+        check(Level::Info, "time=\"2024-01-31T10:00:00Z\" level=info msg=\"a \\\"quoted\\\"\\nline\"\n");
+        check(Level::Warn, "time=\"2024-01-31T10:00:00Z\" level=warning msg=\"a \\\"quoted\\\"\\nline\"\n");
     }
 
     #[test]

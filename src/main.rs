@@ -5,7 +5,7 @@
 //! personality runs without any command-line parsing. Only here does the process get its exit code.
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-use enibox::{VERSION, daemon, debug, error::exit, plugin, probe};
+use enibox::{VERSION, daemon, debug, error::exit, install, plugin, probe};
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::io::{self, Write};
@@ -23,6 +23,11 @@ const PERSONALITIES: &[Personality] = &[
         name: "aws-cni",
         about: "CNI plugin: ADD, DEL, CHECK, STATUS, GC, VERSION as CNI_COMMAND says",
         run: || plugin::run(&plugin::aws_cni::PLUGIN),
+    },
+    Personality {
+        name: "aws-vpc-cni-init",
+        about: "init container: reference plugins and sysctls of the node, set by its environment",
+        run: install::init::run,
     },
     Personality { name: "aws-k8s-agent", about: "IPAM daemon of the node, set by its environment", run: daemon::run },
     Personality {

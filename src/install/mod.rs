@@ -6,3 +6,6 @@
 //! holds already: a second start with nothing to do writes nothing.
 
 pub mod files;
+pub mod init;
+mod metadata;
+mod plugins;

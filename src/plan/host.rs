@@ -329,7 +329,7 @@ pub fn sysctls(intent: &Intent, primary: &str) -> Vec<(String, &'static str)> {
 /// The steps that make `seen` what `intent` wants. An error when the primary ENI has no link (MAC and links are named) or
 /// the rule set cannot be made.
 pub fn diff(intent: &Intent, seen: &Observation) -> Result<Plan> {
-    let primary = link_of(&seen.links, intent.primary_mac).ok_or_else(|| missing(intent.primary_mac, seen))?;
+    let primary = link_of(&seen.links, intent.primary_mac).ok_or_else(|| missing(intent.primary_mac, &seen.links))?;
     let tables = ruleset::tables(intent, &primary.name)?;
     let mut planner = Planner {
         intent,
@@ -374,8 +374,9 @@ pub fn diff(intent: &Intent, seen: &Observation) -> Result<Plan> {
     Ok(Plan { primary: (primary.index, primary.name.clone()), steps, failed: planner.failed })
 }
 
-fn missing(mac: Mac, seen: &Observation) -> Error {
-    let names = seen.links.iter().map(|link| match link.mac {
+/// The error when [`link_of`] finds none: names the MAC, and the links that there are with theirs.
+pub fn missing(mac: Mac, links: &[Link]) -> Error {
+    let names = links.iter().map(|link| match link.mac {
         Some(mac) => format!("{} {mac}", link.name),
         None => link.name.clone(),
     });

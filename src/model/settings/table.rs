@@ -104,14 +104,12 @@ pub(super) const NOT_YET: &[&str] = &[
     "POD_MTU",
     "DISABLE_POD_V6",
     "ENABLE_BANDWIDTH_PLUGIN",
-    "DISABLE_TCP_EARLY_DEMUX",
     "ENABLE_V4_EGRESS",
     "ENABLE_V6_EGRESS",
     "AWS_VPC_K8S_EGRESS_V4_PLUGIN_LOG_FILE",
     "AWS_VPC_K8S_EGRESS_V6_PLUGIN_LOG_FILE",
     "AWS_VPC_K8S_PLUGIN_LOG_LEVEL",
     "AWS_VPC_K8S_PLUGIN_LOG_FILE",
-    "HOST_CNI_BIN_PATH",
     "HOST_CNI_CONFDIR_PATH",
 ];
 
@@ -170,7 +168,7 @@ pub(super) const GROUPS: &[Group] = &[
     Group { title: "Security groups for pods", rows: &[
         node("ENABLE_POD_ENI", "false", Kind::Bool(|s| &mut s.pod_eni), "Serve pods with branch ENIs."),
         row("POD_SECURITY_GROUP_ENFORCING_MODE", "strict", Kind::Text(|s| &mut s.pod_security_group_mode), "strict or standard."),
-        row("DISABLE_TCP_EARLY_DEMUX", "false", Kind::Bool(|s| &mut s.tcp_early_demux_disabled), "Lets the kubelet probe pods with a branch ENI."),
+        row("DISABLE_TCP_EARLY_DEMUX", "false", Kind::Bool(|s| &mut s.tcp_early_demux_disabled), "Lets the kubelet probe pods with a branch ENI in strict mode; read by the init container."),
     ]},
     Group { title: "Egress for the other family", rows: &[
         row("ENABLE_V4_EGRESS", "true", Kind::Bool(|s| &mut s.v4_egress), "IPv6 clusters: pods reach IPv4 through the node."),

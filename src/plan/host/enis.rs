@@ -16,7 +16,7 @@ impl Planner<'_> {
             return;
         }
         let Some(link) = link_of(&seen.links, eni.mac) else {
-            self.failed.insert(eni.id.clone(), missing(eni.mac, seen).to_string());
+            self.failed.insert(eni.id.clone(), missing(eni.mac, &seen.links).to_string());
             return;
         };
         let id = Some(&eni.id);
