@@ -175,6 +175,7 @@ fn the_second_time_nothing_is_done() {
     assert_eq!(
         texts(&report),
         [
+            "set sysctl net/ipv4/conf/eth0/rp_filter to 2 instead of 0",
             "set mtu 1400 on eth0",
             "add rule 1024: from all fwmark 0x80/0x80 lookup main",
             "set mtu 1400 on eth1",
@@ -184,7 +185,6 @@ fn the_second_time_nothing_is_done() {
             "replace route default via 10.20.12.1 dev eth1 table 2",
             "add rule 32765: from 10.20.12.5 lookup 2",
             "add rule 1535: from all to 192.0.2.0/24 lookup main",
-            "set sysctl net/ipv4/conf/eth0/rp_filter to 2 instead of 0",
             "set nf_tables rules: table ip aws-cni is missing",
         ]
     );
@@ -430,6 +430,9 @@ fn an_ipv6_node_is_set_up_once() {
     assert_eq!(
         texts(&report),
         [
+            "set sysctl net/ipv4/conf/eth0/rp_filter to 2 instead of 0",
+            "set sysctl net/ipv6/conf/all/forwarding to 1 instead of 0",
+            "set sysctl net/ipv6/conf/eth0/accept_ra to 2 instead of 1",
             "set mtu 1400 on eth0",
             "add rule 1024: from all fwmark 0x80/0x80 lookup main",
             "set mtu 1400 on eth1",
@@ -440,9 +443,6 @@ fn an_ipv6_node_is_set_up_once() {
             "replace route default via fe80:ec2::1 dev eth1 table 2 metric 1024",
             "add rule 32765: from 2001:db8:12::5 lookup 2",
             "add rule 1535: from all to 192.0.2.0/24 lookup main",
-            "set sysctl net/ipv4/conf/eth0/rp_filter to 2 instead of 0",
-            "set sysctl net/ipv6/conf/all/forwarding to 1 instead of 0",
-            "set sysctl net/ipv6/conf/eth0/accept_ra to 2 instead of 1",
         ]
     );
     assert_eq!(texts(&world.host(&wanted)), Vec::<&str>::new());

@@ -5,10 +5,10 @@ use crate::clock;
 use crate::error::{Context, Error, Result};
 use crate::model::ids::EniId;
 use crate::model::naming::NFT_TABLE;
-use crate::model::net::Family;
+use crate::model::net::{Address, Family, Route};
 use crate::model::nft::Table;
 use crate::model::order::Gather as _;
-use crate::netlink::{Request, addr, link, nft, route, rule, sysctl};
+use crate::netlink::{KernelError, Outcome, Request, addr, link, nft, route, rule, sysctl};
 use crate::plan::host::{Action, HostEni, Intent, Observation, Plan, Step, What, diff};
 use crate::plan::ruleset;
 use std::collections::BTreeMap;
@@ -106,17 +106,24 @@ impl Host {
         let (deletes, adds) = steps.iter().partition::<Vec<_>, _>(|step| {
             matches!(step.action, Action::DeleteAddress(_) | Action::DeleteRoute(_) | Action::DeleteRule(_))
         });
-        self.send(&adds, done, &mut refused)?;
-        for step in adds {
-            let outcome = match &step.action {
-                Action::SetTables(tables) => self.set_tables(tables),
-                Action::SetSysctl(path, value) => self.inside(|| sysctl::set(path, value)).flatten().map(drop),
-                _ => continue,
-            };
-            match outcome.with_context(|| step.text.clone()) {
-                Ok(()) => done.push(step.clone()),
-                Err(error) if step.what == What::Sysctl => refused.warnings.push(error),
-                Err(error) => refused.note(step, error),
+        for tables in [false, true] {
+            // A link on which IPv6 is off takes no address, so sysctls come first.
+            if tables {
+                self.send(&adds, done, &mut refused)?;
+            }
+            for step in &adds {
+                let outcome = match &step.action {
+                    Action::SetTables(wanted) if tables => self.set_tables(wanted),
+                    Action::SetSysctl(path, value) if !tables => {
+                        self.inside(|| sysctl::set(path, value)).flatten().map(drop)
+                    }
+                    _ => continue,
+                };
+                match outcome.with_context(|| step.text.clone()) {
+                    Ok(()) => done.push((*step).clone()),
+                    Err(error) if step.what == What::Sysctl => refused.warnings.push(error),
+                    Err(error) => refused.note(step, error),
+                }
             }
         }
         // What stood in for something that could not be added stays.
@@ -129,7 +136,16 @@ impl Host {
     fn send(&mut self, steps: &[&Step], done: &mut Vec<Step>, refused: &mut Refused) -> Result<()> {
         let messages = steps.iter().filter_map(|step| Some((*step, request(&step.action)?)));
         let (steps, requests): (Vec<_>, Vec<_>) = messages.unzip();
-        for (step, outcome) in steps.into_iter().zip(self.route.batch(&requests)?) {
+        let outcomes = self.route.batch(&requests)?;
+        for ((step, request), outcome) in steps.into_iter().zip(&requests).zip(outcomes) {
+            let outcome = match (outcome, &step.action) {
+                (Err(error), Action::AddAddress(Address { dev, .. }) | Action::ReplaceRoute(Route { dev, .. }))
+                    if error.errno == libc::EACCES =>
+                {
+                    self.again_with_v6(*dev, request, error)?
+                }
+                (outcome, _) => outcome,
+            };
             match outcome {
                 Err(error) if !tolerable(&step.action, &error) => {
                     refused.note(step, Error::from(error).context(step.text.clone()));
@@ -138,6 +154,15 @@ impl Host {
             }
         }
         Ok(())
+    }
+
+    /// Once more, after IPv6 was switched on again on that link.
+    fn again_with_v6(&mut self, dev: u32, request: &Request, error: KernelError) -> Result<Outcome> {
+        let Some(path) = super::v6_switch(&mut self.route, dev)? else { return Ok(Err(error)) };
+        match self.inside(|| sysctl::set(&path, "0"))? {
+            Ok(_) => Ok(self.route.batch(std::slice::from_ref(request))?.pop().unwrap_or(Err(error))),
+            Err(_) => Ok(Err(error)),
+        }
     }
 
     /// Makes our tables exactly `wanted`, each in one transaction, and reads them back.

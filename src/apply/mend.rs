@@ -1,8 +1,9 @@
 //! Single changes of the host's or a pod's network that the doctor makes where the host's plan has none.
 
 use crate::error::{List, Result};
+use crate::model::net::{Address, Route};
 use crate::netlink::netns::Namespace;
-use crate::netlink::{Request, Socket, addr, link, neigh, route, rule};
+use crate::netlink::{KernelError, Request, Socket, addr, link, neigh, route, rule, sysctl};
 use crate::plan::pod::inside::Mend;
 
 fn request(mend: &Mend) -> Request {
@@ -22,8 +23,18 @@ pub fn mend(namespace: &Namespace, mends: &[&Mend]) -> Result<()> {
     let requests = mends.iter().map(|mend| request(mend)).collect::<Vec<_>>();
     let mut errors = List::new();
     let mut socket = Socket::route_in(namespace)?;
-    for request in &requests {
-        errors.note(socket.run(std::slice::from_ref(request)));
+    for (request, mend) in requests.iter().zip(mends) {
+        let request = std::slice::from_ref(request);
+        let mut outcome = socket.run(request);
+        if let Mend::Address(Address { dev, .. }) | Mend::Route(Route { dev, .. }) = mend
+            && let Err(error) = &outcome
+            && error.find::<KernelError>().is_some_and(|refused| refused.errno == libc::EACCES)
+            && let Some(path) = super::v6_switch(&mut socket, *dev)?
+            && namespace.run(|| sysctl::set(&path, "0"))?.is_ok()
+        {
+            outcome = socket.run(request);
+        }
+        errors.note(outcome);
     }
     errors.into_result()
 }

@@ -104,6 +104,12 @@ fn netfilter<'a>(socket: &'a mut Option<Socket>, namespace: &Namespace) -> Resul
     }
 }
 
+/// The sysctl that says whether IPv6 is off on a link: then it takes neither addresses nor routes (EACCES).
+fn v6_switch(socket: &mut Socket, dev: u32) -> Result<Option<String>> {
+    let name = link::by_index(socket, dev)?.map(|link| link.name);
+    Ok(name.map(|name| format!("net/ipv6/conf/{name}/disable_ipv6")))
+}
+
 /// Unicast routes of all tables, and all rules, of both families.
 fn routes_and_rules(socket: &mut Socket) -> Result<(Vec<Route>, Vec<Rule>)> {
     let (mut routes, mut rules) = (Vec::new(), Vec::new());

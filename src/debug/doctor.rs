@@ -24,8 +24,6 @@ use std::time::Duration;
 
 /// What the daemon mends by itself it has mended after this time.
 const DAEMON_MENDS: Duration = Duration::from_millis(1500);
-/// A plugin that is at work on a pod is done after this time.
-const PLUGIN_WORKS: Duration = Duration::from_secs(5);
 
 /// Arguments of `doctor`.
 #[derive(clap::Args, Debug)]
@@ -44,6 +42,9 @@ pub struct Args {
     /// Do not ask EC2, not even to read
     #[arg(long)]
     no_ec2: bool,
+    /// How long a plugin at work, and the daemon's own repairs, are waited for
+    #[arg(long, value_name = "SECONDS", default_value_t = 5)]
+    wait: u64,
 }
 
 /// Everything that one look has found.
@@ -72,15 +73,16 @@ fn attempt(args: &Args) -> Result<(Look, Vec<String>)> {
     let settings = environment();
     let mut host = Host::open()?;
     let mut look = look(args, &settings, &mut host)?;
+    let wait = Duration::from_secs(args.wait);
     // Half of an ADD or DEL looks like a fault.
     if look.daemon && look.findings.iter().any(|finding| finding.subject.contains('/')) {
-        std::thread::sleep(PLUGIN_WORKS);
+        std::thread::sleep(wait);
         look = self::look(args, &settings, &mut host)?;
     }
     let mut mended = Vec::new();
     if args.fix && look.findings.iter().any(|finding| finding.mendable) {
         if look.daemon {
-            std::thread::sleep(DAEMON_MENDS);
+            std::thread::sleep(DAEMON_MENDS.min(wait));
             look = self::look(args, &settings, &mut host)?;
         }
         mended = mend(&look, &mut host);

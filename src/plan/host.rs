@@ -318,6 +318,10 @@ pub fn link_of(links: &[Link], mac: Mac) -> Option<&Link> {
 pub fn sysctls(intent: &Intent, primary: &str) -> Vec<(String, &'static str)> {
     // Loose: answers to NodePort connections leave through the primary ENI for pods of others.
     let mut wanted = vec![(format!("net/ipv4/conf/{primary}/rp_filter"), "2")];
+    if intent.v6 {
+        // For all links first: that one changes those of the single links too.
+        wanted.extend(["all", primary].map(|name| (format!("net/ipv6/conf/{name}/disable_ipv6"), "0")));
+    }
     if intent.v6 || intent.egress != Egress::Off {
         wanted.push(("net/ipv6/conf/all/forwarding".into(), "1"));
         // With forwarding on, 1 would mean that router advertisements are not listened to.
@@ -336,6 +340,7 @@ pub fn diff(intent: &Intent, seen: &Observation) -> Result<Plan> {
         seen,
         rules: seen.rules.iter().gather(),
         planned: BTreeSet::new(),
+        speaking: if intent.v6 { speaking(seen) } else { BTreeSet::new() },
         add: Vec::new(),
         delete: Vec::new(),
         failed: BTreeMap::new(),
@@ -372,6 +377,11 @@ pub fn diff(intent: &Intent, seen: &Observation) -> Result<Plan> {
     let mut steps = planner.add;
     steps.append(&mut planner.delete);
     Ok(Plan { primary: (primary.index, primary.name.clone()), steps, failed: planner.failed })
+}
+
+fn speaking(seen: &Observation) -> BTreeSet<u32> {
+    let own = |address: &&Address| matches!(address.addr.addr(), IpAddr::V6(v6) if v6.is_unicast_link_local());
+    seen.addresses.iter().filter(own).map(|address| address.dev).gather()
 }
 
 /// The error when [`link_of`] finds none: names the MAC, and the links that there are with theirs.

@@ -378,6 +378,10 @@ fn an_ipv6_node_is_repaired() {
         &["add address fe80::ff:fe00:2/64 to eth1", "set eth1 up", "add address 2001:db8::5/64 to eth1"],
     );
     check(
+        &|seen| seen.addresses.retain(|address| address.addr.addr() == ip("2001:db8::5")),
+        &["add address fe80::ff:fe00:2/64 to eth1"],
+    );
+    check(
         &|seen| seen.addresses.push(Address { addr: net("2001:db8::77/64"), ..seen.addresses[1] }),
         &["delete address 2001:db8::77/64 from eth1"],
     );
@@ -557,8 +561,9 @@ fn sysctls_are_kept() {
     let of = |intent: &Intent| sysctls(intent, "ens5").into_iter().map(|(path, _)| path).collect::<Vec<_>>();
     assert_eq!(of(&intent()), ["net/ipv4/conf/ens5/rp_filter"]);
     let six = ["net/ipv4/conf/ens5/rp_filter", "net/ipv6/conf/all/forwarding", "net/ipv6/conf/ens5/accept_ra"];
-    assert_eq!(of(&Intent { v6: true, ..intent() }), six);
     assert_eq!(of(&Intent { egress: Egress::Guard, ..intent() }), six);
+    let off = ["net/ipv6/conf/all/disable_ipv6", "net/ipv6/conf/ens5/disable_ipv6"];
+    assert_eq!(of(&Intent { v6: true, ..intent() }), [&six[..1], &off, &six[1..]].concat());
 }
 
 proptest! {

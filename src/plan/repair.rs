@@ -98,7 +98,12 @@ impl Watch {
                 let family = eni.own.addr().is_ipv4() == address.addr.addr().is_ipv4();
                 family && eni.own != address.addr && global(address.addr.addr())
             }),
-            Notice::AddressGone(address) => self.eni_of(address.dev).is_some_and(|eni| eni.own == address.addr),
+            Notice::AddressGone(address) => {
+                let gone = address.addr;
+                let own = matches!(gone.addr(), IpAddr::V6(v6) if v6.is_unicast_link_local());
+                (own && self.intent.v6 && self.links.contains_key(&address.dev))
+                    || self.eni_of(address.dev).is_some_and(|eni| eni.own == gone)
+            }
             Notice::Route(route) => self.route(route),
             Notice::RouteGone(route) => self.route_gone(route),
             Notice::Rule(rule) => !rule.foreign && self.claims(rule) && !self.wants(rule),

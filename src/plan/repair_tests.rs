@@ -152,6 +152,11 @@ fn links_addresses_and_the_rest() {
         check(&Notice::Address(address), new);
         check(&Notice::AddressGone(address), gone);
     }
+    // From it the host asks for the MAC of an IPv6 pod.
+    let (six, own) = (Intent { v6: true, ..watch().intent }, address(9, "fe80::1/64"));
+    let watch_six = Watch::new(&six, &Observation { links: vec![veth()], ..Observation::default() });
+    assert!(watch_six.concerns(&Notice::AddressGone(own)) && !watch().concerns(&Notice::AddressGone(own)));
+    assert!(!watch_six.concerns(&Notice::AddressGone(address(8, "fe80::1/64"))), "a stranger's");
     for (dev, rp_filter, look) in [(3, Some(1), true), (3, Some(2), false), (3, None, false), (4, Some(1), false)] {
         check(&Notice::Conf { dev, rp_filter }, look);
     }

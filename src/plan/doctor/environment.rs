@@ -20,7 +20,6 @@ pub const FILES: &[&str] = &[
     "/proc/modules",
     "/proc/sys/kernel/osrelease",
     "/proc/sys/net/ipv4/ip_forward",
-    "/proc/sys/net/ipv6/conf/all/forwarding",
     "/proc/sys/net/ipv4/tcp_early_demux",
     "/proc/sys/net/ipv4/conf/all/rp_filter",
     "/proc/sys/net/ipv4/neigh/default/gc_thresh3",
@@ -137,8 +136,9 @@ pub fn findings(intent: Option<&Intent>, seen: &Observation, settings: &Settings
 }
 
 fn kernel(settings: &Settings, facts: &Facts, v6: bool, note: &mut impl FnMut(&'static str, String)) {
-    let forward = if v6 { "/proc/sys/net/ipv6/conf/all/forwarding" } else { "/proc/sys/net/ipv4/ip_forward" };
-    if facts.number(forward) == Some(0) {
+    let forward = "/proc/sys/net/ipv4/ip_forward";
+    // In IPv6 mode it is one of the settings that the host's plan keeps.
+    if !v6 && facts.number(forward) == Some(0) {
         note("ip-forward", format!("{forward} is 0"));
     }
     let demux = facts.number("/proc/sys/net/ipv4/tcp_early_demux");

@@ -95,6 +95,8 @@ impl Planner<'_> {
             let Wired { pod, device, veth } = &wired;
             if !device.up {
                 self.add(What::BranchLink, None, Action::SetUp(device.index), format!("set {} up", device.name));
+            } else if intent.v6 && !self.speaking.contains(&device.index) {
+                self.want_link_local(What::BranchLink, None, device, device.mac.unwrap_or(pod.eni.mac));
             }
             if device.mac != Some(pod.eni.mac) && pod.eni.mac != Mac::default() {
                 let text = format!("set address {} on {}", pod.eni.mac, device.name);
@@ -208,7 +210,9 @@ mod tests {
         }
         let links = vec![link(2, "eth0", ""), link(10, "vlan.eth.7", "vlan"), link(11, "vlancc21c2d7785", "veth")];
         let tables = ruleset::tables(&intent, "eth0").unwrap();
-        (intent, Observation { links, routes, rules, tables, ..Observation::default() })
+        let speaks = |dev| Address { dev, addr: "fe80::1/64".parse().unwrap(), no_prefix_route: false, no_dad: true };
+        let addresses = if v6 { vec![speaks(10), speaks(11)] } else { Vec::new() };
+        (intent, Observation { links, addresses, routes, rules, tables, ..Observation::default() })
     }
 
     fn check(v6: bool, fault: impl Fn(&mut Intent, &mut Observation), steps: &[&str]) {
@@ -225,6 +229,11 @@ mod tests {
         }
         check(false, |_, seen| seen.links[1].up = false, &["set vlan.eth.7 up"]);
         check(false, |_, seen| seen.links[1].mac = None, &["set address 02:00:00:00:00:0a on vlan.eth.7"]);
+        check(
+            true,
+            |_, seen| seen.addresses.clear(),
+            &["add address fe80::ff:fe00:a/64 to vlan.eth.7", "add address fe80::ff:fe00:b/64 to vlancc21c2d7785"],
+        );
         check(
             false,
             |_, seen| seen.routes.clear(),

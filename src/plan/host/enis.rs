@@ -40,13 +40,10 @@ impl Planner<'_> {
     fn eni_link_local(&mut self, eni: &HostEni, link: &Link) {
         let own = IpAddr::V6(eni.mac.link_local());
         let there = |address: &Address| address.dev == link.index && address.addr.addr() == own;
-        if link.up || eni.own.addr().is_ipv4() || self.seen.addresses.iter().any(there) {
-            return;
+        let there = if link.up { self.speaking.contains(&link.index) } else { self.seen.addresses.iter().any(there) };
+        if !there && eni.own.addr().is_ipv6() {
+            self.want_link_local(What::EniAddress, Some(&eni.id), link, eni.mac);
         }
-        let Ok(addr) = IpNet::new(own, 64) else { return };
-        let address = Address { dev: link.index, addr, no_prefix_route: false, no_dad: true };
-        let text = format!("add address {addr} to {}", link.name);
-        self.add(What::EniAddress, Some(&eni.id), Action::AddAddress(address), text);
     }
 
     fn eni_addresses(&mut self, eni: &HostEni, link: &Link) {

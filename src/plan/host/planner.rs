@@ -4,8 +4,9 @@
 use super::{Action, Intent, Observation, Step, What};
 use crate::model::ids::EniId;
 use crate::model::naming::priority;
-use crate::model::net::{Family, Rule, TABLE_MAIN};
+use crate::model::net::{Address, Family, Link, Mac, Rule, TABLE_MAIN};
 use crate::model::order::Gather as _;
+use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 
 pub(super) struct Planner<'a> {
@@ -13,6 +14,8 @@ pub(super) struct Planner<'a> {
     pub(super) seen: &'a Observation,
     pub(super) rules: BTreeSet<&'a Rule>,
     pub(super) planned: BTreeSet<Rule>,
+    /// Indexes of the links with an IPv6 address of their own, from which the host asks for MACs.
+    pub(super) speaking: BTreeSet<u32>,
     pub(super) add: Vec<Step>,
     pub(super) delete: Vec<Step>,
     pub(super) failed: BTreeMap<EniId, String>,
@@ -36,6 +39,13 @@ impl Planner<'_> {
             let text = format!("add rule {rule}");
             self.add(what, eni, Action::AddRule(rule), text);
         }
+    }
+
+    /// Gives the link its own IPv6 address, by its MAC. It needs no check for duplicates.
+    pub(super) fn want_link_local(&mut self, what: What, eni: Option<&EniId>, link: &Link, mac: Mac) {
+        let Ok(addr) = IpNet::new(mac.link_local().into(), 64) else { return };
+        let address = Address { dev: link.index, addr, no_prefix_route: false, no_dad: true };
+        self.add(what, eni, Action::AddAddress(address), format!("add address {addr} to {}", link.name));
     }
 
     /// Deletes every rule seen, and not foreign, that `wrong` selects.

@@ -37,8 +37,8 @@ impl Planner<'_> {
         }
     }
 
-    /// The host's end of a veth is up, with the MAC and the MTU that it was made with. One of an older version does not
-    /// tell them.
+    /// The host's end of a veth is up, with the MAC and the MTU that it was made with, and with an address from which the host
+    /// asks for an IPv6 pod's MAC. One of an older version does not tell what it was made with.
     pub(super) fn pod_link(&mut self, link: &Link) {
         if let Some((mac, mtu)) = naming::of_veth_alias(&link.alias) {
             if link.mac != Some(mac) {
@@ -52,6 +52,11 @@ impl Planner<'_> {
         }
         if !link.up {
             self.add(What::PodLink, None, Action::SetUp(link.index), format!("set {} up", link.name));
+        } else if self.intent.v6
+            && !self.speaking.contains(&link.index)
+            && let Some(mac) = link.mac
+        {
+            self.want_link_local(What::PodLink, None, link, mac);
         }
     }
 

@@ -19,6 +19,8 @@ pub struct Fault {
 pub enum Mended {
     /// `doctor --fix`.
     ByFix,
+    /// `doctor --fix`, as far as it is ours; then this script puts back what is the system's own.
+    Partly(&'static str),
     /// This script, which does what the doctor advises; it must not claim that it can.
     ByHand(&'static str),
 }
@@ -146,4 +148,92 @@ pub const FAULTS: &[Fault] = &[
     under(theirs("no policy agent", "policy-agent", "true", "echo > $R/run/aws-node/npa.sock"), &[("NETWORK_POLICY_ENFORCING_MODE", "strict")]),
     // At the end: its undoing leaves the rest of the pod's network to the doctor.
     theirs("host veth gone", "pod-veth", "ip link del $V1", "ip link add $V1 mtu 9001 type veth peer name eth0 mtu 9001 netns $P1"),
+];
+
+/// In IPv6 mode. `$A2`, `$V2` and `$I2` are those of an interface of the second pod on a further network card, `$NODE` is the
+/// node's own address.
+#[rustfmt::skip]
+pub const V6_FAULTS: &[Fault] = &[
+    // Rules of the node.
+    ours("mark rule", "mark-rule", "ip -6 rule del pref 1024"),
+    ours("mark rule of another mark", "mark-rule", "ip -6 rule add pref 1024 fwmark 0x100/0x100 lookup main"),
+    ours("local rule left at 20", "local-rule", "ip -6 rule add pref 20 lookup local; ip -6 rule del pref 0"),
+    ours("rule for the router left over", "gateway-rule", "ip -6 rule add pref 0 from fe80:ec2::1 ipproto ipv6-icmp lookup local"),
+    ours("service rule", "service-rule", "ip rule del pref 1535"),
+    ours("all rules flushed", "mark-rule", "ip -6 rule flush; ip -6 rule add pref 32766 lookup main"),
+    // ENIs.
+    ours("primary MTU", "primary-mtu", "ip link set $ETH mtu 1500"),
+    ours("ENI MTU", "eni-mtu", "ip link set $ENI mtu 1500"),
+    ours("ENI down", "eni-link", "ip link set $ENI down"),
+    ours("ENI down, its routes", "eni-route", "ip link set $ENI down; ip link set $ENI up"),
+    ours("ENI down, its address", "eni-address", "ip link set $ENI down; ip link set $ENI up"),
+    ours("ENI address", "eni-address", "ip addr del $NET dev $ENI"),
+    ours("ENI address of a stranger", "eni-address", "ip addr add 2001:db8:99::77/64 dev $ENI nodad"),
+    ours("ENI without link-local address", "eni-address", "ip -6 addr flush dev $ENI scope link"),
+    ours("ENI addresses flushed", "eni-address", "ip -6 addr flush dev $ENI"),
+    ours("ENI default route", "eni-route", "ip -6 route del default table $T"),
+    ours("ENI gateway route", "eni-route", "ip -6 route del fe80:ec2::1 table $T"),
+    ours("ENI default route over the primary", "eni-route", "ip -6 route del default table $T; ip -6 route add default dev $ETH table $T"),
+    ours("ENI table flushed", "eni-route", "ip -6 route flush table $T"),
+    ours("ENI subnet in main", "eni-route", "ip -6 route append $SUBNET dev $ENI metric 256"),
+    ours("ENI rule", "eni-rule", "ip -6 rule del pref 32765 from $OWN"),
+    ours("ENI rule of a lost ENI", "eni-rule", "ip -6 rule add pref 32765 from 2001:db8:99::9 lookup 7"),
+    ours("ENI rule of another table", "eni-rule", "ip -6 rule add pref 32765 from $OWN lookup 7"),
+    // Rules of pods.
+    ours("way in, primary", "to-pod-rule", "ip -6 rule del pref 512 to $A1"),
+    ours("way in, further card", "to-pod-rule", "ip -6 rule del pref 512 to $A2"),
+    ours("way out", "from-pod-rule", "ip -6 rule del pref 1536 from $A2"),
+    ours("second way out", "from-pod-rule", "ip -6 rule add pref 1536 from $A2 lookup 7"),
+    ours("way out of the primary's pod", "from-pod-rule", "ip -6 rule add pref 1536 from $A1 lookup $T"),
+    ours("way in to nobody", "stray-rule", "ip -6 rule add pref 512 to 2001:db8:99::8 lookup main"),
+    ours("way out of nobody", "stray-rule", "ip -6 rule add pref 1536 from 2001:db8:99::8 lookup $T"),
+    // nf_tables: the way out to IPv4.
+    ours("table", "ruleset", "nft delete table ip aws-cni"),
+    ours("all tables flushed", "ruleset", "nft flush ruleset"),
+    ours("table of the other family", "ruleset", "nft add table ip6 aws-cni; nft add chain ip6 aws-cni x"),
+    ours("chain egress-forward empty", "ruleset", "nft flush chain ip aws-cni egress-forward"),
+    ours("chain egress-forward gone", "ruleset", "nft flush chain ip aws-cni egress-forward; nft delete chain ip aws-cni egress-forward"),
+    ours("chain egress-postrouting empty", "ruleset", "nft flush chain ip aws-cni egress-postrouting"),
+    ours("SNAT of egress", "ruleset", "unrule egress-postrouting 'snat to'"),
+    ours("chain of a stranger", "ruleset", "nft add chain ip aws-cni stranger"),
+    ours("rule of a stranger", "ruleset", "nft insert rule ip aws-cni egress-forward counter accept"),
+    // Settings of the kernel.
+    ours("forwarding off", "sysctl", "echo 0 > /proc/sys/net/ipv6/conf/all/forwarding"),
+    ours("router advertisements not heard", "sysctl", "echo 1 > /proc/sys/net/ipv6/conf/$ETH/accept_ra"),
+    ours("IPv6 off on the ENI", "eni-address", "echo 1 > /proc/sys/net/ipv6/conf/$ENI/disable_ipv6"),
+    ours("reverse path of the primary", "sysctl", "echo 1 > /proc/sys/net/ipv4/conf/$ETH/rp_filter"),
+    Fault { mended: Mended::Partly("ip addr add $NODE/128 dev $ETH nodad; ip -6 route replace default via fe80:ec2::1 dev $ETH"),
+        ..ours("IPv6 off on the primary", "sysctl", "echo 1 > /proc/sys/net/ipv6/conf/$ETH/disable_ipv6") },
+    // A pod's host side.
+    ours("host route, primary", "pod-route", "ip -6 route del $A1"),
+    ours("host route, further card", "pod-route", "ip -6 route del $A2"),
+    ours("host route elsewhere", "pod-route", "ip -6 route del $A1; ip -6 route add $A1 dev $ETH"),
+    ours("host veth down", "pod-link", "ip link set $V1 down"),
+    ours("host veth down, its route", "pod-route", "ip link set $V1 down; ip link set $V1 up"),
+    ours("host veth MTU", "pod-mtu", "ip link set $V2 mtu 1400"),
+    ours("host veth MAC", "pod-mac", "ip link set $V1 address 02:00:00:00:00:99"),
+    ours("host veth without link-local address", "pod-link", "ip -6 addr flush dev $V1"),
+    ours("IPv6 off on the host veth", "pod-route", "echo 1 > /proc/sys/net/ipv6/conf/$V1/disable_ipv6"),
+    theirs("host veth renamed", "veth-name", "ip link set $V1 down; ip link set $V1 name odd0; ip link set odd0 up; ip -6 route replace $A1 dev odd0",
+        "ip link set odd0 down; ip link set odd0 name $V1"),
+    // A pod's own side.
+    ours("pod link down", "inside-link", "ip -n $P1 link set eth0 down"),
+    ours("pod address", "inside-address", "ip -n $P1 -6 addr flush dev eth0 scope global"),
+    ours("pod address of another", "inside-address", "ip -n $P2 -6 addr flush dev $I2 scope global; ip -n $P2 addr add 2001:db8:99::3/128 dev $I2 nodad"),
+    ours("pod default route", "inside-route", "ip -n $P1 -6 route del default"),
+    ours("pod gateway route", "inside-route", "ip -n $P1 -6 route del fe80::1"),
+    ours("pod table of a further card", "inside-route", "ip -n $P2 -6 route flush table 1"),
+    ours("pod rule of a further card", "inside-rule", "ip -n $P2 -6 rule del pref 1"),
+    ours("pod MTU", "inside-mtu", "ip -n $P1 link set eth0 mtu 1400"),
+    ours("pod neighbour", "inside-neighbour", "ip -n $P1 neigh del fe80::1 dev eth0"),
+    ours("pod neighbour's MAC", "inside-neighbour", "ip -n $P1 neigh replace fe80::1 lladdr 02:00:00:00:00:98 dev eth0 nud permanent"),
+    ours("pod neighbour not permanent", "inside-neighbour", "ip -n $P2 neigh replace fe80::2 lladdr 02:00:00:00:00:98 dev $I2 nud reachable"),
+    ours("IPv6 off in the pod", "inside-address", "ip netns exec $P1 sh -c 'echo 1 > /proc/sys/net/ipv6/conf/eth0/disable_ipv6'"),
+    // Other software in the kernel.
+    theirs("rule for everything", "foreign-rule", "ip -6 rule add pref 100 lookup 52", "ip -6 rule del pref 100"),
+    theirs("our mark to another table", "foreign-rule", "ip -6 rule add pref 1024 fwmark 0x80/0x80 lookup $T", "ip -6 rule del pref 1024 lookup $T"),
+    theirs("FORWARD drops", "forward-drop", "nft add table ip6 filter; nft add chain ip6 filter FORWARD '{ type filter hook forward priority 0; policy drop; }'", "nft delete table ip6 filter"),
+    // Last: it takes the addresses of all pods along.
+    Fault { mended: Mended::Partly("ip addr add $NODE/128 dev $ETH nodad; ip -6 route replace default via fe80:ec2::1 dev $ETH"),
+        ..ours("IPv6 off everywhere", "sysctl", "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6") },
 ];
