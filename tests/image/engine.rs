@@ -6,6 +6,7 @@ use enibox::sandbox::topology::Node;
 use enibox::sandbox::world::{Plan, World};
 use serde_json::json;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -93,11 +94,24 @@ impl Drop for Engine {
         }
         _ = self.process.kill();
         _ = self.process.wait();
-        // In each hierarchy of version 1, or at the root of 2. Nothing is in them any more.
+        // In each hierarchy of version 1, or at the root of 2.
         let top = Path::new("/sys/fs/cgroup");
         let below = fs::read_dir(top).into_iter().flatten().flatten().map(|entry| entry.path());
         for hierarchy in below.chain([top.to_owned()]) {
-            _ = fs::remove_dir(hierarchy.join(&self.cgroup));
+            remove_cgroup(&hierarchy.join(&self.cgroup));
+        }
+    }
+}
+
+/// With those below it; processes that were killed just now are in it for a moment.
+fn remove_cgroup(path: &Path) {
+    for child in fs::read_dir(path).into_iter().flatten().flatten().filter(|entry| entry.path().is_dir()) {
+        remove_cgroup(&child.path());
+    }
+    for _ in 0..100 {
+        match fs::remove_dir(path) {
+            Err(error) if error.kind() == ErrorKind::ResourceBusy => std::thread::sleep(Duration::from_millis(20)),
+            _ => return,
         }
     }
 }
