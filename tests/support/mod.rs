@@ -121,7 +121,8 @@ pub fn tool_json(program: &str, arguments: &[&str]) -> Option<serde_json::Value>
     })
 }
 
-fn find_program(name: &str) -> Option<PathBuf> {
+/// Where a program of the system is.
+pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).chain([Path::new("/usr/sbin").into(), Path::new("/sbin").into()]).find_map(
         |directory| {
