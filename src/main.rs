@@ -25,6 +25,16 @@ const PERSONALITIES: &[Personality] = &[
         run: || plugin::run(&plugin::aws_cni::PLUGIN),
     },
     Personality {
+        name: "egress-cni",
+        about: "CNI plugin: the other family's way out through the node, second in the chain",
+        run: || plugin::run(&plugin::egress_cni::PLUGIN),
+    },
+    Personality {
+        name: "egress-v4-cni",
+        about: "the same under its name of old releases",
+        run: || plugin::run(&plugin::egress_cni::PLUGIN),
+    },
+    Personality {
         name: "aws-vpc-cni-init",
         about: "init container: reference plugins and sysctls of the node, set by its environment",
         run: install::init::run,

@@ -293,10 +293,11 @@ pub fn get_option(socket: impl AsFd, level: i32, option: i32, buffer: &mut [u8])
     usize::try_from(length).map(|length| length.min(buffer.len())).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
-/// A raw IPv4 socket, which is how `iptables-legacy` asks the kernel for its tables; needs CAP_NET_RAW.
-pub fn raw_ipv4_socket() -> io::Result<OwnedFd> {
+/// A raw socket, which is how `iptables-legacy` and `ip6tables-legacy` ask the kernel for their tables; needs CAP_NET_RAW.
+pub fn raw_socket(v6: bool) -> io::Result<OwnedFd> {
+    let family = if v6 { libc::AF_INET6 } else { libc::AF_INET };
     // SAFETY: socket takes numbers only.
-    let fd = check(unsafe { libc::socket(libc::AF_INET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::IPPROTO_RAW) })?;
+    let fd = check(unsafe { libc::socket(family, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::IPPROTO_RAW) })?;
     // SAFETY: the descriptor was just made and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

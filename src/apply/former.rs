@@ -3,6 +3,7 @@
 
 use super::{Host, netfilter};
 use crate::error::{Context, Result};
+use crate::model::net::Family;
 use crate::netlink::{nft_outline, xtables};
 use crate::plan::former::{self, TABLES};
 
@@ -34,6 +35,6 @@ impl Host {
     /// ([`former::legacy_commands`]).
     pub fn legacy_chains(&self) -> Result<Vec<String>> {
         // What /proc shows, and what a socket asks, is that of the thread's namespace.
-        self.namespace.run(|| xtables::chains("nat"))?.map(former::legacy_chains)
+        self.namespace.run(|| xtables::chains(Family::V4, "nat"))?.map(former::legacy_chains)
     }
 }

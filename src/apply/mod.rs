@@ -5,6 +5,7 @@
 //! caller's namespace. Pods are reached through sockets that are opened inside for one call.
 
 mod cleanup;
+mod egress;
 mod former;
 mod host;
 mod mend;

@@ -70,35 +70,37 @@ impl Host {
         inside
             .run(&pod_side(number, interface, pod_index))
             .with_context(|| format!("in {}", netns.path().display()))?;
-        if interface.address.is_ipv6() { settled(inside, interface) } else { Ok(()) }
+        if interface.address.is_ipv6() { settled(inside, interface.address, &interface.ifname) } else { Ok(()) }
     }
 
-    /// Makes both ends in one message and reads the host's back.
     fn make_veth(&mut self, interface: &PodInterface, netns: &Namespace, inside: &mut Socket) -> Result<Link> {
-        let requests = [
-            link::create_veth(&link::Veth {
-                // Not up before its sysctls are written.
-                up: false,
-                end: link::End { name: &interface.host_veth, mac: Some(interface.host_mac), netns: None },
-                peer: link::End { name: &interface.ifname, mac: None, netns: Some(netns.as_fd()) },
-                mtu: interface.mtu,
-            }),
-            link::query(&interface.host_veth),
-        ];
-        for again in [false, true] {
-            let outcomes = self.route.batch(&requests)?;
-            let [created, found] =
-                <[_; 2]>::try_from(outcomes).map_err(|_| Error::new("two answers for two requests"))?;
-            match created {
-                Ok(_) => {
-                    let link = found?.iter().find_map(|body| link::decode(body));
-                    return link.ok_or_else(|| Error::new(format!("get link {}: no answer", interface.host_veth)));
-                }
-                Err(error) if error.exists() && !again => self.clear_the_way(interface, netns, inside)?,
-                Err(error) => return Err(error.into()),
-            }
+        let veth = link::Veth {
+            // Not up before its sysctls are written.
+            up: false,
+            end: link::End { name: &interface.host_veth, mac: Some(interface.host_mac), netns: None },
+            peer: link::End { name: &interface.ifname, mac: None, netns: Some(netns.as_fd()) },
+            mtu: interface.mtu,
+        };
+        if let Some(link) = self.create_veth(&veth)? {
+            return Ok(link);
         }
-        Err(Error::new(format!("create veth {:?}: the name stays in use", interface.host_veth)))
+        self.clear_the_way(interface, netns, inside)?;
+        let stays = || Error::new(format!("create veth {:?}: the name stays in use", interface.host_veth));
+        self.create_veth(&veth)?.ok_or_else(stays)
+    }
+
+    /// Makes both ends in one message and reads the host's back; none if one of the names is taken.
+    pub(super) fn create_veth(&mut self, veth: &link::Veth<'_>) -> Result<Option<Link>> {
+        let outcomes = self.route.batch(&[link::create_veth(veth), link::query(veth.end.name)])?;
+        let [created, found] = <[_; 2]>::try_from(outcomes).map_err(|_| Error::new("two answers for two requests"))?;
+        match created {
+            Ok(_) => {
+                let link = found?.iter().find_map(|body| link::decode(body));
+                link.map(Some).ok_or_else(|| Error::new(format!("get link {}: no answer", veth.end.name)))
+            }
+            Err(error) if error.exists() => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// One of the two names is taken. The remains of an earlier ADD go; anything else is an error.
@@ -223,7 +225,7 @@ impl Host {
     }
 
     /// The address's next owner must not get answers to this one's questions.
-    fn forget_connections(&mut self, address: IpAddr) -> Result<()> {
+    pub(super) fn forget_connections(&mut self, address: IpAddr) -> Result<()> {
         conntrack::delete_all(super::netfilter(&mut self.netfilter, &self.namespace)?, address).map(drop)
     }
 
@@ -294,11 +296,10 @@ fn pod_sysctls(ifname: &str) -> Result<()> {
 /// Waits until the pod gets packets for its address. It needs no duplicate detection, so that is a matter of one work item of
 /// the kernel's; the limit is for kernels that detect all the same. The link's own address is not waited for: the pod's
 /// traffic does not need it, since the gateway has a fixed entry.
-fn settled(inside: &mut Socket, interface: &PodInterface) -> Result<()> {
-    let (end, own) = (clock::instant() + DAD_LIMIT, interface.address);
+pub(super) fn settled(inside: &mut Socket, own: IpAddr, ifname: &str) -> Result<()> {
+    let end = clock::instant() + DAD_LIMIT;
     while !route::is_local(inside, own)? {
         if clock::instant() > end {
-            let ifname = &interface.ifname;
             return Err(Error::new(format!("link {ifname:?} still has tentative addresses after {DAD_LIMIT:?}")));
         }
         std::thread::sleep(DAD_POLL);

@@ -16,6 +16,9 @@ const NODAD: u32 = 0x02;
 /// IFA_F_NOPREFIXROUTE: no connected route.
 const NOPREFIXROUTE: u32 = 0x200;
 
+/// RT_SCOPE_LINK.
+const SCOPE_LINK: u8 = 253;
+
 fn body(address: &Address, broadcast: bool) -> Vec<u8> {
     let family = family_byte(Family::of(address.addr.addr()));
     let flags = if address.no_prefix_route { NOPREFIXROUTE } else { 0 } | if address.no_dad { NODAD } else { 0 };
@@ -40,6 +43,13 @@ fn body(address: &Address, broadcast: bool) -> Vec<u8> {
 /// Adds the address, scope global, with the broadcast address for IPv4 prefixes shorter than 31; EEXIST if it is there.
 pub fn add(address: &Address) -> Request {
     Request::new(Rtm::Newaddr, CREATE_EXCL, body(address, true), format!("add address {address}"))
+}
+
+/// The same with scope link: the kernel does not choose it as the source of what leaves by other links.
+pub fn add_for_link(address: &Address) -> Request {
+    let mut request = add(address);
+    request.body[3] = SCOPE_LINK;
+    request
 }
 
 /// Deletes the address; EADDRNOTAVAIL if it is not there. Deleting the last address of a link flushes all routes through

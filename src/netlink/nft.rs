@@ -296,6 +296,19 @@ fn read_table(socket: &mut Socket, family: Family, name: &str) -> Result<Option<
     Ok(Some(table))
 }
 
+/// Whether there is a chain of this name.
+pub fn has_chain(socket: &mut Socket, family: Family, table: &str, chain: &str) -> Result<bool> {
+    let mut writer = Writer::new(&header(family_byte(family), 0));
+    writer.text(1u16, table);
+    writer.text(3u16, chain);
+    let what = format!("get chain {} {table} {chain}", word(family));
+    match socket.ask(&Request::new(GET_CHAIN, 0, writer.finish(), what)) {
+        Ok(answers) => Ok(!answers.is_empty()),
+        Err(error) if error.find::<KernelError>().is_some_and(KernelError::not_found) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// The chains of all tables of all families.
 pub fn chains(socket: &mut Socket) -> Result<Vec<AnyChain>> {
     let request = Request::new(GET_CHAIN, 0, header(0, 0).to_vec(), "list chains".into());

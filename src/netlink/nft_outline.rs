@@ -31,14 +31,41 @@ pub fn outlines(socket: &mut Socket, wanted: &[(Family, &str)]) -> Result<(u32, 
         }
     }
     for outline in &mut found {
-        let mut writer = Writer::new(&header(family_byte(outline.family), 0));
-        writer.text(1u16, &outline.table);
-        let what = format!("list rules of table {} {}", word(outline.family), outline.table);
-        let list = Request::new(GET_RULE, 0, writer.finish(), what);
-        outline.rules =
-            socket.dump(&list, |message: &Message<'_>| rule(message.body, outline.family, &outline.table))?;
+        outline.rules = rules(socket, outline.family, &outline.table, None)?;
     }
     Ok((generation, found))
+}
+
+// The rules of a table or of one of its chains.
+fn rules(socket: &mut Socket, family: Family, table: &str, chain: Option<&str>) -> Result<Vec<RuleOutline>> {
+    let mut writer = Writer::new(&header(family_byte(family), 0));
+    writer.text(1u16, table);
+    if let Some(chain) = chain {
+        writer.text(2u16, chain);
+    }
+    let list = Request::new(GET_RULE, 0, writer.finish(), format!("list rules of table {} {table}", word(family)));
+    socket.dump(&list, |message: &Message<'_>| rule(message.body, family, table))
+}
+
+/// What removes the chain `chain` of a table with the rules of the chain `base` that lead to it, and the generation that this
+/// is of; none if there is no such chain. Costs one small request where there is none.
+pub fn chain(
+    socket: &mut Socket,
+    family: Family,
+    table: &str,
+    chain: &str,
+    base: &str,
+) -> Result<Option<(u32, Removal)>> {
+    if !nft::has_chain(socket, family, table, chain)? {
+        return Ok(None);
+    }
+    let generation = nft::generation(socket)?;
+    // Kernels that do not filter by chain list all.
+    let mut found = rules(socket, family, table, Some(base))?;
+    found.retain(|rule| rule.chain == base && rule.leads_to.iter().any(|target| target == chain));
+    let rules = found.into_iter().map(|rule| (rule.chain, rule.handle)).collect();
+    let (table, chains) = (table.to_owned(), vec![chain.to_owned()]);
+    Ok(Some((generation, Removal { family, table, rules, chains })))
 }
 
 /// Removes all this in one transaction, if the rule set is still that of `generation`: a handle may mean another rule in a

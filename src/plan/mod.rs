@@ -6,6 +6,7 @@ pub mod cleanup;
 pub mod configure;
 pub mod core;
 pub mod doctor;
+pub mod egress;
 pub mod former;
 pub mod host;
 pub mod pace;

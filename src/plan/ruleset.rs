@@ -16,10 +16,10 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 pub const COMMENT: &str = "VPC CNI: SNAT and return-path marks";
 
 /// Egress addresses of IPv6 clusters' pods (`spec/dataplane.md` 11.1).
-const EGRESS_V4: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(169, 254, 172, 0), 22);
+pub const EGRESS_V4: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(169, 254, 172, 0), 22);
 const MULTICAST_V4: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 4);
 /// Egress addresses of IPv4 clusters' pods.
-const EGRESS_V6: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0xac, 0), 118);
+pub const EGRESS_V6: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0xac, 0), 118);
 const MULTICAST_V6: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8);
 
 // Priorities and why they are right: spec/dataplane.md 20 (D3 to D5), 23.

@@ -8,6 +8,9 @@
 pub mod aws_cni;
 mod calls;
 mod collect;
+mod delegate;
+pub mod egress_cni;
+pub mod host_local;
 mod local;
 mod teardown;
 

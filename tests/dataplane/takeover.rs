@@ -135,7 +135,7 @@ fn tables_of_iptables_legacy_are_not_made_by_looking() {
     let netns = Netns::new("bare");
     let opened = || netns.run(|| std::fs::read_to_string("/proc/thread-self/net/ip_tables_names").unwrap_or_default());
     let before = opened();
-    assert_eq!(netns.run(|| xtables::chains("nat")).unwrap(), Vec::<String>::new());
+    assert_eq!(netns.run(|| xtables::chains(Family::V4, "nat")).unwrap(), Vec::<String>::new());
     assert_eq!(opened(), before);
 }
 

@@ -21,7 +21,7 @@ pub struct Envelope {
     pub version: Version,
     /// Name of the network.
     pub name: String,
-    fields: Map<String, Value>,
+    pub(super) fields: Map<String, Value>,
 }
 
 impl Envelope {
@@ -139,7 +139,7 @@ impl Config {
 }
 
 /// A string field; absent and null are the same, as in Go.
-fn string<'a>(fields: &'a Map<String, Value>, key: &str) -> Result<Option<&'a str>, String> {
+pub(super) fn string<'a>(fields: &'a Map<String, Value>, key: &str) -> Result<Option<&'a str>, String> {
     match fields.get(key) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(text)) => Ok(Some(text)),
@@ -178,7 +178,7 @@ fn annotations(fields: &Map<String, Value>) -> Result<BTreeMap<String, String>, 
     }
 }
 
-fn prev_result(fields: &Map<String, Value>, version: Version) -> Result<Option<Output>, String> {
+pub(super) fn prev_result(fields: &Map<String, Value>, version: Version) -> Result<Option<Output>, String> {
     match fields.get("prevResult") {
         None | Some(Value::Null) => Ok(None),
         Some(value) => {

@@ -6,11 +6,13 @@
 
 mod args;
 mod config;
+mod egress;
 mod error;
 mod result;
 
 pub use args::Args;
 pub use config::{Attachment, Config, DEFAULT_MTU, EnforcingMode, Envelope, MULTI_NIC_ANNOTATION};
+pub use egress::{EgressConfig, HOST_LOCAL, Ipam, Range};
 pub use error::{CniError, code};
 pub use result::{Dns, Interface, IpConfig, Output, Route};
 

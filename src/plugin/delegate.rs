@@ -1,0 +1,110 @@
+//! Calls another plugin of the host to give or take addresses, as `libcni` does (`spec/egress.md` 7): where `ipam.type` is
+//! none of ours.
+
+use crate::clock;
+use crate::error::{Context, Error, Result};
+use crate::model::cni::{Output, Version};
+use crate::sys;
+use serde_json::Value;
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+/// How long it may take.
+const TIMEOUT: Duration = Duration::from_mins(1);
+/// Bytes that are taken of each of its outputs.
+const OUTPUT_BYTES_MAX: usize = 1 << 20;
+/// The file may be in the middle of being replaced.
+const STARTS_MAX: u32 = 5;
+const START_PAUSE: Duration = Duration::from_secs(1);
+
+/// Runs the plugin `name` for `command` with our own environment and this configuration; what it printed.
+pub fn call(name: &str, command: &str, config: &[u8]) -> Result<Vec<u8>> {
+    let program = find(name)?;
+    let mut start = Command::new(&program);
+    start.env("CNI_COMMAND", command).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let what = || format!("run {}", program.display());
+    let mut child = spawn(&mut start).with_context(what)?;
+    let finished = converse(&mut child, config);
+    if finished.is_err() {
+        // It may hang; its end is certain then.
+        let _ = child.kill();
+    }
+    let status = child.wait().with_context(what)?;
+    let (stdout, stderr) = finished.with_context(what)?;
+    if status.success() { Ok(stdout) } else { Err(failure(status, &stdout, &stderr)) }
+}
+
+/// The result of ADD.
+pub fn result(stdout: &[u8], version: Version) -> Result<Output> {
+    let value: Value = serde_json::from_slice(stdout).context("read the result")?;
+    Output::parse(&value, version).map_err(Error::new)
+}
+
+fn find(name: &str) -> Result<PathBuf> {
+    let path = std::env::var_os("CNI_PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).map(|directory| directory.join(name)).find(|file| file.is_file());
+    found
+        .filter(|_| !name.is_empty() && !name.contains('/'))
+        .ok_or_else(|| Error::new(format!("failed to find plugin {name:?} in path [{}]", path.display())))
+}
+
+fn spawn(command: &mut Command) -> std::io::Result<Child> {
+    for _ in 1..STARTS_MAX {
+        match command.spawn() {
+            Err(error) if error.kind() == ErrorKind::ExecutableFileBusy => std::thread::sleep(START_PAUSE),
+            outcome => return outcome,
+        }
+    }
+    command.spawn()
+}
+
+/// Writes standard input; reads both outputs to their ends.
+fn converse(child: &mut Child, config: &[u8]) -> Result<(Vec<u8>, Vec<u8>)> {
+    let (Some(mut stdin), Some(mut stdout), Some(mut stderr)) =
+        (child.stdin.take(), child.stdout.take(), child.stderr.take())
+    else {
+        return Err(Error::new("no pipes"));
+    };
+    let end = clock::instant() + TIMEOUT;
+    std::thread::scope(|scope| {
+        // It may end without having read everything, and a pipe holds less than a long configuration.
+        scope.spawn(move || drop(stdin.write_all(config)));
+        let (mut texts, mut open) = ((Vec::new(), Vec::new()), (true, true));
+        while open.0 || open.1 {
+            let left = end.saturating_duration_since(clock::instant());
+            if left.is_zero() || texts.0.len().max(texts.1.len()) > OUTPUT_BYTES_MAX {
+                let _ = child.kill(); // ends the writing too
+                return Err(Error::new(format!("no end within {TIMEOUT:?} and {OUTPUT_BYTES_MAX} bytes")));
+            }
+            let ready = sys::poll_readable(&[stdout.as_fd(), stderr.as_fd()], left)?;
+            if open.0 && ready.first() == Some(&true) {
+                open.0 = more(&mut stdout, &mut texts.0)?;
+            }
+            if open.1 && ready.get(1) == Some(&true) {
+                open.1 = more(&mut stderr, &mut texts.1)?;
+            }
+        }
+        Ok(texts)
+    })
+}
+
+/// False at the end.
+fn more(from: &mut dyn Read, to: &mut Vec<u8>) -> std::io::Result<bool> {
+    let mut chunk = [0; 4096];
+    let count = from.read(&mut chunk)?;
+    to.extend_from_slice(&chunk[..count]);
+    Ok(count > 0)
+}
+
+fn failure(status: ExitStatus, stdout: &[u8], stderr: &[u8]) -> Error {
+    let told = serde_json::from_slice::<Value>(stdout).ok();
+    let text = |key: &str| told.as_ref()?.get(key)?.as_str().map(str::to_owned).filter(|text| !text.is_empty());
+    match (text("msg"), text("details")) {
+        (Some(msg), Some(details)) => Error::new(format!("{msg}; {details}")),
+        (Some(msg), None) => Error::new(msg),
+        _ => Error::new(format!("netplugin failed: {status}: {:?}", String::from_utf8_lossy(stderr).trim())),
+    }
+}
