@@ -302,6 +302,16 @@ pub fn raw_socket(v6: bool) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// A raw socket for ICMP of a family; needs CAP_NET_RAW.
+#[cfg(feature = "sandbox")]
+pub fn icmp_socket(v6: bool) -> io::Result<OwnedFd> {
+    let (family, proto) = if v6 { (libc::AF_INET6, libc::IPPROTO_ICMPV6) } else { (libc::AF_INET, libc::IPPROTO_ICMP) };
+    // SAFETY: socket takes numbers only.
+    let fd = check(unsafe { libc::socket(family, libc::SOCK_RAW | libc::SOCK_CLOEXEC, proto) })?;
+    // SAFETY: the descriptor was just made and has no other owner.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// Waits until one of the descriptors can be read or is broken, at most `timeout` (rounded up to a millisecond); tells for
 /// each whether it is. All false: the time is over.
 pub fn poll_readable(fds: &[std::os::fd::BorrowedFd<'_>], timeout: std::time::Duration) -> io::Result<Vec<bool>> {

@@ -63,7 +63,13 @@ impl Stage {
     }
 
     fn runtime(&self, node: usize) -> Runtime<'_> {
-        Runtime { program: Path::new(PROGRAM), logs: &self.logs, node: &self.nodes[node], settings: &self.settings }
+        Runtime {
+            program: Path::new(PROGRAM),
+            logs: &self.logs,
+            node: &self.nodes[node],
+            settings: &self.settings,
+            egress: None,
+        }
     }
 
     fn add(&mut self, node: usize, name: &str) {

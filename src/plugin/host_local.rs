@@ -22,7 +22,7 @@ const LOCK: &str = "lock";
 /// Of the first range set, which is the only one.
 const LAST: &str = "last_reserved_ip.0";
 /// How long the lock is waited for: others hold it for as long as it takes to read a thousand small files.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(20);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 const LOCK_EVERY: Duration = Duration::from_millis(1);
 /// Longest content of a file that is looked at: a container id and an interface name.
 const OWNER_BYTES_MAX: u64 = 512;

@@ -3,8 +3,11 @@
 
 use super::topology::{EC2, IMDS, Node, Pod};
 use crate::clock;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, List, Result};
+use crate::model::net::Family;
 use crate::model::settings::Settings;
+use crate::netlink::addr;
+use crate::plan::egress;
 use crate::rpc::grpc::Client;
 use crate::rpc::proto::{HealthCheckRequest, HealthCheckResponse};
 use crate::sys;
@@ -187,6 +190,8 @@ pub struct WiredPod {
     pub branch: bool,
     /// Names and addresses of its further interfaces.
     pub further: Vec<(String, IpAddr)>,
+    /// Its address of the other family, if it was chained through `egress-cni`.
+    pub egress: Option<IpAddr>,
     /// How long the ADD took, from the start of the process to its end.
     pub add: Duration,
     container: String,
@@ -205,6 +210,8 @@ pub struct Runtime<'a> {
     pub node: &'a Node,
     /// What the installer makes the plugin's configuration of.
     pub settings: &'a Settings,
+    /// The node's address of the other family, if pods are chained through `egress-cni`.
+    pub egress: Option<IpAddr>,
 }
 
 /// Until the daemon has found the trunk ENI of a node it refuses pods that want a branch of it, with these words.
@@ -242,10 +249,50 @@ impl Runtime<'_> {
         config.to_string()
     }
 
-    fn call(&self, verb: &str, pod: &Pod, name: &str, container: &str, config: &str) -> Result<(String, Duration)> {
-        let what = || format!("{verb} of {}/{name}", self.node.place.name);
+    // The second plugin of the conflist.
+    fn egress_config(&self, node_ip: IpAddr, previous: &Value) -> String {
+        let family = Family::of(node_ip);
+        let all = if family == Family::V4 { "0.0.0.0/0" } else { "::/0" };
+        let log = self.logs.join(format!("{}-egress.log", self.node.place.name));
+        let config = json!({
+            "cniVersion": CNI_VERSION,
+            "name": "aws-cni",
+            "type": "egress-cni",
+            "enabled": "true",
+            "mtu": self.settings.pod_mtu.to_string(),
+            "nodeIP": node_ip,
+            "ipam": {"type": "host-local", "ranges": [[{"subnet": egress::range(family)}]], "routes": [{"dst": all}],
+                     "dataDir": egress::data_dir(family)},
+            "pluginLogFile": log,
+            "pluginLogLevel": "DEBUG",
+            "prevResult": previous,
+        });
+        config.to_string()
+    }
+
+    // Chains an added pod through `egress-cni`; its address there.
+    fn add_egress(&self, wired: &mut WiredPod, node_ip: IpAddr) -> Result<()> {
+        let config = self.egress_config(node_ip, &wired.result);
+        let (output, _) = self.call("ADD", "egress-cni", &wired.pod, &wired.name, &wired.container, &config)?;
+        wired.result = serde_json::from_str(&output).with_context(|| format!("egress result of {}", wired.name))?;
+        let range = egress::range(Family::of(node_ip));
+        let addresses = addr::list(&mut wired.pod.place.socket()?, Some(Family::of(node_ip)))?;
+        wired.egress = addresses.iter().map(|address| address.addr.addr()).find(|address| range.contains(address));
+        Ok(())
+    }
+
+    fn call(
+        &self,
+        verb: &str,
+        plugin: &str,
+        pod: &Pod,
+        name: &str,
+        container: &str,
+        config: &str,
+    ) -> Result<(String, Duration)> {
+        let what = || format!("{plugin}: {verb} of {}/{name}", self.node.place.name);
         let mut command = self.node.command(self.program)?;
-        command.arg0("aws-cni").env_clear().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
+        command.arg0(plugin).env_clear().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         let args = format!(
             "IgnoreUnknown=1;K8S_POD_NAMESPACE={};K8S_POD_NAME={name};K8S_POD_INFRA_CONTAINER_ID={container};\
              K8S_POD_UID={name}-uid",
@@ -288,7 +335,7 @@ impl Runtime<'_> {
         let config = self.config(&annotations, None);
         let end = clock::instant() + TRUNK_MAX;
         let (output, add) = loop {
-            match self.call("ADD", &pod, name, &container, &config) {
+            match self.call("ADD", "aws-cni", &pod, name, &container, &config) {
                 // As the kubelet does; only this one refusal is to be expected.
                 Err(error) if error.to_string().contains(NO_TRUNK) && clock::instant() < end => {
                     std::thread::sleep(LOOK_EVERY);
@@ -302,17 +349,28 @@ impl Runtime<'_> {
         let first = interfaces.next().ok_or_else(|| Error::new(format!("no address in {output}")).context(what()))?;
         let (name, further) = (name.to_owned(), interfaces.collect());
         let branch = result["ips"][0]["gateway"].is_string();
-        Ok(WiredPod { name, pod, address: first.1, branch, further, add, container, annotations, result })
+        let address = first.1;
+        let mut wired =
+            WiredPod { name, pod, address, branch, further, egress: None, add, container, annotations, result };
+        if let Some(node_ip) = self.egress {
+            self.add_egress(&mut wired, node_ip)?;
+        }
+        Ok(wired)
     }
 
     /// Takes a pod out of the network, twice (the second time must be as well), and removes it.
     pub fn delete(&self, wired: WiredPod) -> Result<()> {
-        let config = self.config(&wired.annotations, Some(&wired.result));
+        let mut chain = vec![("aws-cni", self.config(&wired.annotations, Some(&wired.result)))];
+        if let Some(node_ip) = self.egress {
+            chain.insert(0, ("egress-cni", self.egress_config(node_ip, &wired.result)));
+        }
         let WiredPod { name, pod, container, .. } = wired;
-        let first = self.call("DEL", &pod, &name, &container, &config);
-        let second = self.call("DEL", &pod, &name, &container, &config);
+        let mut errors = List::new();
+        for (plugin, config) in chain.iter().chain(&chain) {
+            errors.note(self.call("DEL", plugin, &pod, &name, &container, config));
+        }
         self.node.delete_pod(pod)?;
-        first.and(second).map(drop)
+        errors.into_result()
     }
 }
 

@@ -4,6 +4,7 @@
 use super::agents::{self, Agent, EVERY_CARD, Runtime, WiredPod};
 use super::cluster::{self, ApiServer};
 use super::controller::{self, BRANCHES_MAX, Trunk};
+use super::egress::{self, Way};
 use super::flows;
 use super::kube::Kind;
 use super::report::{NodeLine, PodLine, Report};
@@ -47,6 +48,9 @@ pub struct Args {
     /// The pods' addresses
     #[arg(long, value_enum, default_value_t = Family::Ipv4)]
     family: Family,
+    /// Chain the pods through egress-cni as well: they reach the other family through their node
+    #[arg(long, value_enum)]
+    egress: Option<Way>,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
@@ -128,6 +132,9 @@ fn going() -> Result<()> {
 }
 
 fn demo(args: &Args) -> Result<bool> {
+    if args.egress.is_some_and(|way| way.is_v6() == (args.family == Family::Ipv6)) {
+        return Err(Error::new("--egress is for the other family: v4 with --family ipv6, v6 with ipv4"));
+    }
     let limits = limits::of(&args.instance_type)
         .ok_or_else(|| Error::new(format!("instance type {:?} is not known", args.instance_type)))?;
     let settings = settings_of(args);
@@ -183,7 +190,8 @@ fn given(args: &Args) -> Vec<(String, String)> {
     // What the guides of strict mode ask for; without pods of it, it changes nothing.
     let strict = args.set.iter().any(|(name, _)| name == "ENABLE_POD_ENI");
     let strict = strict.then(|| ("DISABLE_TCP_EARLY_DEMUX".to_owned(), "true".to_owned()));
-    family.chain(strict).chain(args.set.iter().cloned()).collect()
+    let egress = args.egress.map(|way| (way.setting().to_owned(), "true".to_owned()));
+    family.chain(strict).chain(egress).chain(args.set.iter().cloned()).collect()
 }
 
 fn settings_of(args: &Args) -> Settings {
@@ -208,6 +216,7 @@ fn print(args: &Args, report: &Report) -> Result<()> {
 struct Stage {
     program: PathBuf,
     settings: Settings,
+    egress: Option<Way>,
     // Daemons end before the world does.
     agents: Vec<Agent>,
     pods: Vec<Vec<WiredPod>>,
@@ -230,7 +239,8 @@ impl Stage {
         // What runs is this very file, whatever happens to its name meanwhile.
         let program = PathBuf::from("/proc/self/exe");
         let settings = settings.clone();
-        Ok(Stage { program, settings, agents: Vec::new(), pods: Vec::new(), nodes, kube, trunks: Vec::new(), world })
+        let (agents, pods, trunks, egress) = (Vec::new(), Vec::new(), Vec::new(), args.egress);
+        Ok(Stage { program, settings, egress, agents, pods, nodes, kube, trunks, world })
     }
 
     fn play(&mut self, args: &Args, settings: &Settings, report: &mut Report) -> Result<()> {
@@ -258,6 +268,10 @@ impl Stage {
         self.check_addresses(report);
         say("sending tcp and udp along every path");
         report.flows = flows::run(&self.world, &self.pods, &expectation(settings), &going)?;
+        if let Some(way) = self.egress {
+            say("sending tcp, udp and icmp through the node in the other family");
+            report.flows.extend(egress::run(&self.world, &self.pods, way, &going)?);
+        }
         self.describe(args, &ready, report);
         say("asking the doctor");
         for (node, pods) in self.nodes.iter().zip(&self.pods) {
@@ -285,6 +299,11 @@ impl Stage {
         Ok(())
     }
 
+    fn runtime<'a>(&'a self, logs: &'a Path, at: usize, node: &'a Node) -> Runtime<'a> {
+        let egress = self.egress.map(|way| self.world.nodes[at].at(way.is_v6()));
+        Runtime { program: &self.program, logs, node, settings: &self.settings, egress }
+    }
+
     // On nodes with several network cards every second pod wants them all.
     fn annotations(&self, number: usize) -> &[(&str, &str)] {
         if self.settings.multi_nic && number % 2 == 1 { &[EVERY_CARD] } else { &[] }
@@ -294,7 +313,7 @@ impl Stage {
     fn add_pods(&self, count: usize) -> Result<Vec<(Vec<WiredPod>, Result<()>)>> {
         let logs = self.world.topology().run().logs();
         let add = |(at, node): (usize, &Node)| {
-            let runtime = Runtime { program: &self.program, logs: &logs, node, settings: &self.settings };
+            let runtime = self.runtime(&logs, at, node);
             let mut pods = Vec::new();
             for number in 1..=count {
                 let name = format!("pod-{number}");
@@ -389,9 +408,11 @@ impl Stage {
         say("deleting the pods and looking for leftovers");
         let logs = self.world.topology().run().logs();
         let mut errors = List::new();
-        for (node, pods) in self.nodes.iter().zip(std::mem::take(&mut self.pods)) {
-            let addresses = pods.iter().flat_map(addresses_of).collect::<Vec<_>>();
-            let runtime = Runtime { program: &self.program, logs: &logs, node, settings: &self.settings };
+        for (at, pods) in std::mem::take(&mut self.pods).into_iter().enumerate() {
+            let node = &self.nodes[at];
+            let egress = pods.iter().filter_map(|pod| pod.egress);
+            let addresses = pods.iter().flat_map(addresses_of).chain(egress).collect::<Vec<_>>();
+            let runtime = self.runtime(&logs, at, node);
             for pod in pods {
                 if let Some(kube) = &self.kube {
                     kube.change(|api| api.remove(Kind::Pod, &node.place.name, &pod.name));
@@ -401,6 +422,12 @@ impl Stage {
             let traces =
                 errors.note(traces_that_stay(&node.place, &self.settings.veth_prefix, &addresses)).unwrap_or_default();
             report.problems.extend(traces.into_iter().map(|trace| format!("left over on {trace}")));
+            if let Some(way) = self.egress {
+                let files = errors.note(egress::files(node, way)).unwrap_or_default();
+                report
+                    .problems
+                    .extend(files.iter().map(|file| format!("left over on {}: file {file}", node.place.name)));
+            }
         }
         for agent in self.agents.drain(..) {
             errors.note(agent.stop());

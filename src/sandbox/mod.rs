@@ -7,6 +7,7 @@ pub mod agents;
 pub mod cluster;
 mod controller;
 pub mod demo;
+pub mod egress;
 pub mod flows;
 pub mod kube;
 mod nodeport;

@@ -1,4 +1,4 @@
-//! Real TCP and UDP between two namespaces: what source the receiver sees, and whether the answer comes back.
+//! Real TCP, UDP and ICMP between two namespaces: what source the receiver sees, and whether the answer comes back.
 
 use crate::clock;
 use crate::error::{Context, Error, Result};
@@ -19,6 +19,7 @@ const QUESTION: &[u8] = b"who am I?";
 pub enum Proto {
     Tcp,
     Udp,
+    Icmp,
 }
 
 impl Proto {
@@ -27,6 +28,7 @@ impl Proto {
         match self {
             Proto::Tcp => "tcp",
             Proto::Udp => "udp",
+            Proto::Icmp => "icmp",
         }
     }
 }
@@ -52,6 +54,7 @@ impl Flow<'_> {
         match proto {
             Proto::Tcp => self.tcp(timeout),
             Proto::Udp => self.udp(timeout),
+            Proto::Icmp => self.icmp(timeout),
         }
     }
 
@@ -125,4 +128,54 @@ impl Flow<'_> {
         let length = client.recv(&mut buffer).context("receive the answer over udp")?;
         if &buffer[..length] == QUESTION { Ok(seen) } else { Err(Error::new("another answer came over udp")) }
     }
+
+    // An echo request; the receiving kernel answers. Translation may change the number of the request, so that only its
+    // text tells it from others.
+    fn icmp(&self, timeout: Duration) -> Result<SocketAddr> {
+        let v6 = self.target.is_ipv6();
+        let open = || sys::icmp_socket(v6).map(UdpSocket::from);
+        let (client, server) = (self.client.run(open)??, self.server.run(open)??);
+        client.connect(SocketAddr::new(self.target.ip(), 0)).with_context(|| format!("ping {}", self.target.ip()))?;
+        let (request, reply) = if v6 { (128, 129) } else { (8, 0) };
+        let mut packet = vec![request, 0, 0, 0, 0, 1, 0, 1];
+        packet.extend_from_slice(QUESTION);
+        sys::random_bytes(&mut packet[4..6])?;
+        if !v6 {
+            // For IPv6 the kernel does it.
+            let sum = checksum(&packet);
+            packet[2..4].copy_from_slice(&sum.to_be_bytes());
+        }
+        client.send(&packet).with_context(|| format!("send an echo request to {}", self.target.ip()))?;
+        let seen = heard(&server, v6, request, timeout).context("receive the echo request")?;
+        heard(&client, v6, reply, timeout).context("receive the echo reply")?;
+        Ok(seen)
+    }
+}
+
+// Waits for a message of this kind with the question in it; who sent it.
+fn heard(socket: &UdpSocket, v6: bool, kind: u8, timeout: Duration) -> Result<SocketAddr> {
+    let deadline = clock::instant() + timeout;
+    let mut buffer = [0; 256];
+    loop {
+        let left = deadline.saturating_duration_since(clock::instant());
+        if left.is_zero() {
+            return Err(Error::new("timed out"));
+        }
+        socket.set_read_timeout(Some(left))?;
+        let (length, from) = socket.recv_from(&mut buffer)?;
+        // A raw IPv4 socket gives the header too.
+        let header = if v6 { 0 } else { usize::from(buffer[0] & 15) * 4 };
+        let message = buffer.get(header..length).unwrap_or_default();
+        if message.first() == Some(&kind) && message.get(8..) == Some(QUESTION) {
+            return Ok(from);
+        }
+    }
+}
+
+// RFC 1071.
+fn checksum(bytes: &[u8]) -> u16 {
+    let words = bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | pair.get(1).copied().map_or(0, u32::from));
+    let sum: u32 = words.sum();
+    let folded = (sum >> 16) + (sum & 0xffff);
+    !u16::try_from((folded >> 16) + (folded & 0xffff)).unwrap_or(u16::MAX)
 }

@@ -118,10 +118,11 @@ impl Report {
                 let (good, count) = all.fold((0, 0), |(good, count), flow| (good + usize::from(flow.ok), count + 1));
                 (format!("{good}/{count}"), good == count)
             };
-            let ((tcp, tcp_ok), (udp, udp_ok)) = (of("tcp"), of("udp"));
+            let ((tcp, tcp_ok), (udp, udp_ok), (icmp, icmp_ok)) = (of("tcp"), of("udp"), of("icmp"));
             let one = self.flows.iter().find(|flow| flow.kind == kind);
-            let mark = if tcp_ok && udp_ok { one.map_or("", |flow| flow.source) } else { "FAILED" };
-            writeln!(f, "{kind:<32} {tcp:>9} {udp:>9}  {mark}")?;
+            let mark = if tcp_ok && udp_ok && icmp_ok { one.map_or("", |flow| flow.source) } else { "FAILED" };
+            let icmp = if icmp == "0/0" { String::new() } else { format!(", icmp {icmp}") };
+            writeln!(f, "{kind:<32} {tcp:>9} {udp:>9}  {mark}{icmp}")?;
         }
         for flow in self.flows.iter().filter(|flow| !flow.ok).take(SHOWN) {
             let Outcome { from, to, proto, expect, seen, .. } = flow;

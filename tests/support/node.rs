@@ -135,6 +135,17 @@ impl Call {
         self
     }
 
+    /// Calls the program under another of its names.
+    #[must_use]
+    pub fn named(mut self, name: &str) -> Call {
+        self.program.set_file_name(name);
+        if !self.program.exists() {
+            std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_enibox"), &self.program).unwrap();
+        }
+        self.config["type"] = name.into();
+        self
+    }
+
     /// Names another pod, with a container of its own.
     #[must_use]
     pub fn pod(self, name: &str) -> Call {

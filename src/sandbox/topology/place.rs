@@ -8,6 +8,7 @@ use crate::model::settings::Settings;
 use crate::netlink::netns::Namespace;
 use crate::netlink::socket::Socket;
 use crate::netlink::{addr, link, route, rule, sysctl};
+use crate::plan::egress;
 use crate::sandbox::runs::Run;
 use crate::sys;
 use ipnet::IpNet;
@@ -126,7 +127,10 @@ impl Place {
         };
         let mut traces = Vec::new();
         let prefixes = [prefix, naming::VLAN_PREFIX];
-        let ours_by_name = |link: &Link| prefixes.iter().any(|prefix| link.name.starts_with(prefix));
+        let ours_by_name = |link: &Link| {
+            prefixes.iter().any(|prefix| link.name.starts_with(prefix))
+                || egress::is_host_veth(&link.name, link.kind.as_deref())
+        };
         let links = link::list(&mut socket)?.into_iter().filter(ours_by_name);
         traces.extend(links.map(|link| format!("{}: link {}", self.name, link.name)));
         for family in [Family::V4, Family::V6] {

@@ -55,7 +55,13 @@ impl Clinic {
 
     fn add(&mut self, name: &str, annotations: &[(&str, &str)]) {
         let logs = self.world.topology().run().logs();
-        let runtime = Runtime { program: Path::new(PROGRAM), logs: &logs, node: &self.node, settings: &self.settings };
+        let runtime = Runtime {
+            program: Path::new(PROGRAM),
+            logs: &logs,
+            node: &self.node,
+            settings: &self.settings,
+            egress: None,
+        };
         self.pods.push(runtime.add(name, annotations).unwrap());
     }
 
