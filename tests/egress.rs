@@ -99,7 +99,7 @@ fn call(node: &Node, way: &Way, command: &str, version: &str, netns: &Path) -> C
 /// A pod that `aws-cni` has wired: with `eth0`.
 fn pod() -> Netns {
     let netns = Netns::new("pod");
-    netns.run(|| tool("ip", &["link", "add", "eth0", "type", "dummy"])).unwrap();
+    netns.run(|| tool("ip", &["link", "add", "eth0", "type", "veth", "peer", "name", "far"])).unwrap();
     netns
 }
 
@@ -334,8 +334,10 @@ fn an_add_finishes_what_was_cut_short() {
     on_a_node(|node| {
         for way in [&V4, &V6] {
             rules_of_the_daemon(way);
-            let stale =
-                format!("ip link add dying type dummy\nip link set dying up\nip route add {} dev dying", way.first);
+            let stale = format!(
+                "ip link add dying type veth peer name far\nip link set far up\nip link set dying up\nip route add {} dev dying",
+                way.first
+            );
             tool_with_input("sh", &["-e"], &stale);
             write(way, way.first, "cni-5a1f\r\neth0");
             write(way, way.second, "of-nobody\r\neth0");
@@ -422,7 +424,8 @@ fn failures_leave_nothing() {
         }
         // With an interface that is not ours in the way, in the pod.
         for way in [&V4, &V6] {
-            netns.run(|| tool("ip", &["link", "add", way.inner, "type", "dummy"]));
+            rules_of_the_daemon(way);
+            netns.run(|| tool("ip", &["link", "add", way.inner, "type", "bridge"]));
             let inside = netns.run(state);
             let (code, text) = call(node, way, "ADD", "1.0.0", &netns.path()).run().failure();
             assert!(code == 100 && text.contains("already exists in the pod"), "{text}");
@@ -471,7 +474,13 @@ fn a_full_range_takes_back_what_is_dead() {
             // Living pods have their routes.
             let living = &all[5..25];
             let routes: String = living.iter().map(|ip| format!("ip route add {ip} dev alive\n")).collect();
-            tool_with_input("sh", &["-e"], &format!("ip link add alive type dummy\nip link set alive up\n{routes}"));
+            tool_with_input(
+                "sh",
+                &["-e"],
+                &format!(
+                    "ip link add alive type veth peer name far\nip link set far up\nip link set alive up\n{routes}"
+                ),
+            );
             call(node, way, "ADD", "1.0.0", &netns.path()).run().result();
             let left = files(way);
             assert!(living.iter().all(|ip| left.contains(&ip.to_string())), "{left:?}");
