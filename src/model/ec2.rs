@@ -143,9 +143,16 @@ impl Call {
         }
     }
 
-    /// Sending it twice has the effect of sending it once (an Assign has not; a Create has, by its client token).
+    /// Sending it twice has the effect of sending it once. A Create has, by its client token. An Assign has not; neither has
+    /// an Unassign: between the two EC2 may have assigned the same address again, which the second would take from its pod.
     pub fn idempotent(&self) -> bool {
-        !matches!(self, Call::Assign { .. } | Call::AssignIpv6Prefix(_))
+        !matches!(
+            self,
+            Call::Assign { .. }
+                | Call::AssignIpv6Prefix(_)
+                | Call::UnassignAddresses { .. }
+                | Call::UnassignPrefixes { .. }
+        )
     }
 }
 

@@ -6,6 +6,7 @@
 //! core. The pool decides nothing: how large it should be is `sizing`'s, when EC2 is called is `core`'s.
 
 mod check;
+mod moves;
 
 use crate::model::ids::{EniId, PodKey, PodName, SubnetId};
 use crate::model::net::Mac;
@@ -480,29 +481,6 @@ impl Pool {
             return Err(Refused::InUse);
         }
         eni.cidrs.remove(net);
-        Ok(())
-    }
-
-    /// Moves a CIDR with its pods and cooldowns to another ENI of the same card, where EC2 has put it.
-    pub fn move_cidr(&mut self, net: &IpNet, from: &EniId, to: &EniId) -> Result<(), Refused> {
-        self.touch();
-        let card = self.enis.get(to).ok_or(Refused::UnknownEni)?.card;
-        let old = self.enis.get_mut(from).ok_or(Refused::UnknownEni)?;
-        let cidr = old.cidrs.get(net).ok_or(Refused::UnknownCidr)?;
-        if old.card != card && cidr.assigned() > 0 {
-            return Err(Refused::InUse); // its pods have their interface on the other card
-        }
-        let Some(mut cidr) = old.cidrs.remove(net) else { return Err(Refused::UnknownCidr) };
-        cidr.barred = false;
-        for slot in cidr.slots.values() {
-            let at = slot.owner.as_ref().and_then(|owner| self.index.get_mut(&(owner.key.clone(), card)));
-            if let Some((eni, ..)) = at {
-                eni.clone_from(to);
-            }
-        }
-        if let Some(eni) = self.enis.get_mut(to) {
-            eni.cidrs.insert(*net, cidr);
-        }
         Ok(())
     }
 

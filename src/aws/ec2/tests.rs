@@ -2,6 +2,7 @@ use super::*;
 use crate::aws::imds;
 use crate::aws::script::{Request, Server, Step, answer, answer_with};
 use crate::model::ec2::{ConntrackTimeouts, Count, Create};
+use crate::model::ids::EniId;
 use std::collections::BTreeMap;
 
 const SECRET: &str = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY";
@@ -229,7 +230,7 @@ fn reading_is_retried() {
 }
 
 #[test]
-fn an_assign_is_never_sent_twice_once_it_may_have_worked() {
+fn an_assign_or_unassign_is_never_sent_twice_once_it_may_have_worked() {
     // Certainly not carried out: sent again.
     check(&assign(), &[answer(503, &error("Unavailable"))], ASSIGNED, 2, Ok(()));
     check(&assign(), &[page(503)], ASSIGNED, 2, Ok(()));
@@ -243,6 +244,12 @@ fn an_assign_is_never_sent_twice_once_it_may_have_worked() {
     }
     check(&assign(), &[answer(500, &error("InternalError"))], ASSIGNED, 1, Err(("InternalError", 500, true)));
     check(&Call::AssignIpv6Prefix("eni-1".into()), &[gone()], ASSIGNED, 1, Err(("", 0, true)));
+    // What EC2 takes twice may be another pod's by then.
+    let eni = || EniId::from("eni-1");
+    let addresses = Call::UnassignAddresses { eni: eni(), addresses: vec!["10.0.0.9".parse().unwrap()] };
+    let prefixes = Call::UnassignPrefixes { eni: eni(), prefixes: vec!["10.0.0.0/28".parse().unwrap()] };
+    check(&addresses, &[gone()], ASSIGNED, 1, Err(("", 0, true)));
+    check(&prefixes, &[Step::Hang], ASSIGNED, 1, Err(("", 0, true)));
     // EC2's own refusal leaves nothing open.
     let refusal = answer(400, &error("PrivateIpAddressLimitExceeded"));
     check(&assign(), &[refusal], ASSIGNED, 1, Err(("PrivateIpAddressLimitExceeded", 400, false)));

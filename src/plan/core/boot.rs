@@ -207,11 +207,40 @@ impl Core {
     }
 
     /// From now on the host's network includes this ENI.
-    pub(super) fn want(&mut self, eni: imds::Eni) {
+    pub(super) fn want(&mut self, mut eni: imds::Eni) {
+        eni.device = self.device_of(&eni.id).unwrap_or(eni.device);
         self.log(Level::Info, format!("eni {}: device {}, {} addresses", eni.id, eni.device, eni.ipv4s.len()));
         self.wanted.insert(eni.id.clone(), eni);
         self.host_dirty = true;
         self.succeeded(Timer::Host); // what failed for others is no reason to keep this one waiting
+    }
+
+    // The device index that we asked for, else the one that EC2 tells: IMDS may be at an earlier attachment.
+    fn device_of(&self, id: &EniId) -> Option<u32> {
+        let asked = self.growths.values().find(|growth| growth.eni().is_some_and(|(eni, _)| eni == *id));
+        asked.and_then(super::growth::Growth::device).or_else(|| self.devices.get(id).copied())
+    }
+
+    /// The table of an ENI goes by its device index. One that was prepared before EC2 told a different index is prepared
+    /// again; one that serves keeps what its pods were given.
+    pub(super) fn place_again(&mut self) {
+        let moved = |(id, eni): (&EniId, &imds::Eni)| {
+            let device = self.device_of(id).filter(|device| *device != eni.device && self.pool.eni(id).is_none())?;
+            Some((id.clone(), device))
+        };
+        for (id, device) in self.wanted.iter().filter_map(moved).collect::<Vec<_>>() {
+            self.log(Level::Info, format!("eni {id}: device {device}"));
+            if let Some(eni) = self.wanted.get_mut(&id) {
+                eni.device = device;
+            }
+            self.ready.remove(&id);
+            for op in self.ops.values_mut() {
+                if let Op::Host { enis, .. } = op {
+                    enis.remove(&id); // this round prepares the other table
+                }
+            }
+            self.host_dirty = true;
+        }
     }
 
     fn own_net(&self, eni: &imds::Eni) -> Option<IpNet> {
@@ -432,20 +461,24 @@ impl Core {
         }
     }
 
-    /// Puts a CIDR into the pool, with the cooldowns that its addresses still have.
-    pub(super) fn add_cidr(&mut self, id: &EniId, net: IpNet) {
+    /// Puts a CIDR into the pool, with the cooldowns that its addresses still have; whether it is new there.
+    pub(super) fn add_cidr(&mut self, id: &EniId, net: IpNet) -> bool {
         let mut added = self.pool.add_cidr(id, net);
-        if let Err(Refused::Duplicate(other)) = &added
-            && other != id
-            && self.pool.move_cidr(&net, other, id).is_ok()
-        {
-            // Somebody took it from the other ENI, and EC2 has given it away again. A pod that had it all the time has it
-            // again as soon as its rules lead to the other table.
-            self.log(Level::Warn, format!("eni {id}: {net} has moved here from {other}"));
-            self.absent.remove(&(other.clone(), Some(net)));
-            self.host_dirty = true;
-            added = Ok(());
+        if let Err(Refused::Duplicate(other)) = &added {
+            if other != id && self.pool.move_cidr(&net, other, id).is_ok() {
+                // Somebody took it from the other ENI, and EC2 has given it away again. A pod that had it all the time has
+                // it again as soon as its rules lead to the other table.
+                self.log(Level::Warn, format!("eni {id}: {net} has moved here from {other}"));
+                self.absent.remove(&(other.clone(), Some(net)));
+                self.host_dirty = true;
+                added = Ok(());
+            } else if other == id && self.swallows(id, &net) {
+                // Somebody took single addresses and EC2 has made them part of a prefix, here again.
+                added = self.pool.absorb(id, net);
+                self.absent.retain(|(eni, held), _| eni != id || held.is_none_or(|held| !net.contains(&held)));
+            }
         }
+        let new = added.is_ok();
         match added {
             Ok(()) => {
                 self.absent.remove(&(id.clone(), Some(net)));
@@ -459,6 +492,15 @@ impl Core {
             Err(Refused::Duplicate(other)) if other == *id => {}
             Err(refused) => self.log(Level::Error, format!("eni {id}: add {net}: {refused:?}")),
         }
+        new
+    }
+
+    // Whether all that the pool has of an ENI inside this CIDR has been missing from EC2's lists twice, well apart: a list
+    // that is behind may show a prefix out of which a single address has come since.
+    fn swallows(&self, id: &EniId, net: &IpNet) -> bool {
+        let missing = |held: &IpNet| self.absent.get(&(id.clone(), Some(*held))).is_some_and(|absent| absent.confirmed);
+        let inside = |eni: &Eni| eni.cidrs().filter(|(held, _)| net.contains(*held)).all(|(held, _)| missing(held));
+        self.pool.eni(id).is_some_and(inside)
     }
 
     /// Requests are served once the host stands and either pods run already or there is an address for the first.

@@ -176,9 +176,10 @@ impl Core {
         self.acted();
     }
 
-    /// Whether a CIDR was given back so lately that who lists it may be behind.
+    /// Whether a CIDR is being given back, or was so lately that who lists it may be behind.
     pub(super) fn resting(&self, net: &IpNet) -> bool {
-        self.unassigned.get(net).is_some_and(|at| self.now.mono.since(*at) < UNASSIGNED)
+        let going = |op: &Op| matches!(op, Op::Unassign(_, nets) if nets.contains(net));
+        self.unassigned.get(net).is_some_and(|at| self.now.mono.since(*at) < UNASSIGNED || self.ops.values().any(going))
     }
 
     /// Whether another ENI of the pool was assigned this so lately that who lists it here may be behind.
@@ -192,10 +193,14 @@ impl Core {
     }
 
     pub(super) fn unassign_done(&mut self, eni: &EniId, nets: &[IpNet], result: Result<Reply, Failure>) {
+        for net in nets {
+            // EC2's lists are behind what it has done just now. What it has assigned again meanwhile is not in here.
+            self.unassigned.entry(*net).and_modify(|at| *at = self.now.mono);
+        }
         if let Err(failure) = result {
             self.log(Level::Warn, format!("eni {eni}: give back {nets:?}: {failure}"));
             self.tally(Tally::Error("decreaseIPPool"));
-            // So is one whose first try was carried out and its answer lost: the second finds nothing to give back.
+            // Where EC2 finds nothing to give back, others have taken it.
             if failure.maybe_applied || failure.code == "InvalidParameterValue" {
                 return; // the reconciliation takes in what is still there after the cooldown
             }

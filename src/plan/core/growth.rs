@@ -96,8 +96,13 @@ impl Growth {
         self.card
     }
 
-    // The new ENI, once EC2 has made it.
-    fn eni(&self) -> Option<(EniId, Mac)> {
+    /// The device index that was asked for, from the attach on.
+    pub(super) fn device(&self) -> Option<u32> {
+        self.device
+    }
+
+    /// The new ENI, once EC2 has made it.
+    pub(super) fn eni(&self) -> Option<(EniId, Mac)> {
         self.creating.as_ref()?.eni.clone()
     }
 }
@@ -633,6 +638,7 @@ impl Core {
         seen.device = growth.device.unwrap_or(seen.device);
         self.attached.insert(seen.id.clone(), seen.clone());
         self.wake_for(Timer::Growing, since.plus(SETTLE_MAX));
+        self.place_again();
         if self.wanted.contains_key(&seen.id) {
             self.finish_complete(); // the description of all ENIs was faster
         } else {

@@ -46,6 +46,7 @@ impl Core {
         if devices != self.devices {
             (self.devices, self.looks) = (devices, 0);
         }
+        self.place_again();
         self.listed = interfaces.iter().map(|interface| (interface.id.clone(), self.cidrs_of(interface))).gather();
         let before = self.facts.clone();
         for interface in interfaces {
@@ -166,17 +167,19 @@ impl Core {
     }
 
     fn sync_with(&mut self, id: &EniId, listed: &BTreeSet<IpNet>) {
-        let Some(eni) = self.pool.eni(id) else { return };
-        let held: BTreeSet<IpNet> = eni.cidrs().map(|(net, _)| *net).gather();
-        for net in listed.difference(&held) {
+        let held = |core: &Core| core.pool.eni(id).map(|eni| eni.cidrs().map(|(net, _)| *net).gather());
+        let Some(before): Option<BTreeSet<IpNet>> = held(self) else { return };
+        for net in listed.difference(&before) {
             if !self.resting(net) && !self.elsewhere(id, net) {
                 self.unassigned.remove(net);
-                self.log(Level::Info, format!("eni {id}: {net} is listed, taken in"));
-                self.tally(Tally::Reconcile("eniDataStorePoolReconcileAdd"));
-                self.add_cidr(id, *net);
+                if self.add_cidr(id, *net) {
+                    self.log(Level::Info, format!("eni {id}: {net} is listed, taken in"));
+                    self.tally(Tally::Reconcile("eniDataStorePoolReconcileAdd"));
+                }
             }
         }
-        for net in &held {
+        let after: BTreeSet<IpNet> = held(self).unwrap_or_default();
+        for net in &after {
             let key = (id.clone(), Some(*net));
             if listed.contains(net) {
                 self.absent.remove(&key);
