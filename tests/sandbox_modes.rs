@@ -111,6 +111,33 @@ fn ipv6_pods_are_seen_as_themselves() {
 }
 
 #[test]
+fn pods_reach_the_other_family_through_their_node() {
+    let more: [&[&str]; 2] = [&["--egress", "v4", "--family", "ipv6"], &["--egress", "v6"]];
+    for (words, randomness) in more.iter().zip(["hashrandom", "none"]) {
+        let setting = format!("AWS_VPC_K8S_CNI_RANDOMIZESNAT={randomness}");
+        let run = run(&[&["--nodes", "2", "--pods", "12"], *words].concat(), &[&setting]);
+        let flows = run.report["flows"].as_array().unwrap();
+        let of = |proto: &str, expect: &str| {
+            flows
+                .iter()
+                .filter(|flow| flow["proto"] == proto && flow["expect"].as_str().unwrap().contains(expect))
+                .count()
+        };
+        assert_eq!(of("icmp", ""), 24, "a ping of every pod");
+        assert_eq!((of("tcp", "refused"), of("udp", "refused")), (4, 4));
+    }
+}
+
+#[test]
+fn egress_is_for_the_other_family() {
+    for words in [&["--egress", "v4"][..], &["--egress", "v6", "--family", "ipv6"]] {
+        let output = Command::new(env!("CARGO_BIN_EXE_enibox")).arg("sandbox").args(words).output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && told.contains("is for the other family"), "{told}");
+    }
+}
+
+#[test]
 fn pods_have_an_interface_on_every_network_card() {
     let pods = ["--nodes", "2", "--pods", "4", "--instance-type", "p4d.24xlarge"];
     for (more, setting) in [

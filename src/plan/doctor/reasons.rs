@@ -3,8 +3,9 @@
 use super::environment::foreign;
 use super::single;
 use crate::model::naming::priority;
-use crate::model::net::{Route, Rule, TABLE_LOCAL, TABLE_MAIN};
+use crate::model::net::{Family, Route, Rule, TABLE_LOCAL, TABLE_MAIN};
 use crate::model::order::Gather as _;
+use crate::plan::egress;
 use crate::plan::host::{HostEni, HostPod, Intent};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -91,6 +92,9 @@ impl<'a> Reasons<'a> {
         }
         match single(route.dst).filter(|_| route.table == TABLE_MAIN && route.gateway.is_none()) {
             Some(address) if self.pods.contains_key(&address) => Whose::Ours(self.pod(address)),
+            Some(address) if egress::range(Family::of(address)).contains(&address) => {
+                Whose::Ours("a pod's way out in the other family".into())
+            }
             _ if matches!(route.table, 30_200 | 30_400) => Whose::Foreign("nm-cloud-setup"),
             _ => Whose::Other,
         }
