@@ -96,10 +96,8 @@ enum There {
 }
 
 fn look(name: &str, source: &Path, target: &Path, record: &Record) -> There {
-    let metadata = match fs::symlink_metadata(target) {
-        Ok(metadata) => metadata,
-        Err(_) => return There::Ours, // or it cannot be placed, which will be told
-    };
+    // Where it cannot be looked at nothing can be placed either, which will be told.
+    let Ok(metadata) = fs::symlink_metadata(target) else { return There::Ours };
     if metadata.is_symlink() && name != SUPPORT {
         // It leads to a place of the host that cannot be looked at from a container.
         return There::Foreign;

@@ -2,6 +2,7 @@
 //! and a metadata service. Mounts and namespaces end with the test.
 
 use crate::support::in_fresh_netns;
+use enibox::clock;
 use enibox::netlink::socket::Socket;
 use enibox::netlink::{link, sysctl};
 use enibox::rpc::http1::{Limits, Method, Request, Response, Server, Verdict};
@@ -13,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_enibox");
 pub const NAME: &str = "aws-vpc-cni-init";
@@ -113,7 +114,7 @@ pub fn on_a_node<T: Send>(body: impl FnOnce(&mut Node) -> T + Send) -> T {
     in_fresh_netns(|| {
         sys::unshare_mounts().unwrap();
         let mut node = Node::new();
-        node.add_link("eth0", MAC);
+        add_link("eth0", MAC);
         body(&mut node)
     })
 }
@@ -132,15 +133,6 @@ impl Node {
         let lo = link::by_name(&mut socket, "lo").unwrap().unwrap().index;
         socket.run(&[link::set_up(lo)]).unwrap();
         Node { path, imds: None }
-    }
-
-    /// A link as of an ENI.
-    pub fn add_link(&self, name: &str, mac: &str) {
-        let peer = format!("{name}-peer");
-        let end = |name, mac| link::End { name, mac, netns: None };
-        let (mac, mtu) = (Some(mac.parse().unwrap()), 1500);
-        let veth = link::Veth { end: end(name, mac), peer: end(&peer, None), mtu, up: false };
-        Socket::route().unwrap().run(&[link::create_veth(&veth)]).unwrap();
     }
 
     /// The init container will ask this service.
@@ -182,7 +174,7 @@ impl Node {
         let (out, err) = (self.path.join("stdout"), self.path.join("stderr"));
         let mut command = self.command(variables);
         command.stdout(File::create(&out).unwrap()).stderr(File::create(&err).unwrap());
-        let start = Instant::now();
+        let start = clock::instant();
         let mut child = command.spawn().unwrap();
         let status = loop {
             match child.try_wait().unwrap() {
@@ -199,6 +191,15 @@ impl Node {
         let lines = fs::read_to_string(&err).unwrap().lines().map(parse).collect();
         Ended { code: status.code(), took, lines }
     }
+}
+
+/// A link as of an ENI.
+pub fn add_link(name: &str, mac: &str) {
+    let peer = format!("{name}-peer");
+    let end = |name, mac| link::End { name, mac, netns: None };
+    let (mac, mtu) = (Some(mac.parse().unwrap()), 1500);
+    let veth = link::Veth { end: end(name, mac), peer: end(&peer, None), mtu, up: false };
+    Socket::route().unwrap().run(&[link::create_veth(&veth)]).unwrap();
 }
 
 impl Drop for Node {

@@ -1,6 +1,6 @@
 //! The init container where something is wrong: it says what, ends with code 1 within a bound, and leaves nothing half-done.
 
-use crate::container::{Answers, Imds, MAC, Node, hold, on_a_node, put, set};
+use crate::container::{Answers, Imds, MAC, Node, add_link, hold, on_a_node, put, set};
 use crate::support::tool;
 use enibox::rpc::http1::{Response, Verdict};
 use std::fs;
@@ -262,7 +262,7 @@ fn the_primary_link_is_waited_for_and_then_missed() {
         let ended = std::thread::scope(|scope| {
             scope.spawn(|| {
                 std::thread::sleep(Duration::from_secs(2));
-                node.add_link("ens6", OTHER);
+                add_link("ens6", OTHER);
             });
             node.run(&[])
         });
