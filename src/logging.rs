@@ -77,6 +77,13 @@ pub fn init_text() {
     }
 }
 
+/// One such line, beside the log of a process that has its own.
+pub fn tell(level: Level, text: &str) {
+    let record = Record::builder().level(level).args(format_args!("{text}")).build();
+    // There is nobody to tell.
+    io::stderr().write_all(text_line(clock::now().wall, &record).as_bytes()).ok();
+}
+
 /// Lines of text on stderr.
 struct Plain;
 
@@ -87,8 +94,7 @@ impl log::Log for Plain {
 
     fn log(&self, record: &Record<'_>) {
         if self.enabled(record.metadata()) {
-            // There is nobody to tell.
-            io::stderr().write_all(text_line(clock::now().wall, record).as_bytes()).ok();
+            io::stderr().write_all(text_line(clock::now().wall, record).as_bytes()).ok(); // as above
         }
     }
 

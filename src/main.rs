@@ -39,6 +39,11 @@ const PERSONALITIES: &[Personality] = &[
         about: "init container: reference plugins and sysctls of the node, set by its environment",
         run: install::init::run,
     },
+    Personality {
+        name: "aws-vpc-cni",
+        about: "entrypoint of the node's container: plugin, daemon, CNI configuration",
+        run: || install::node::run(daemon::run_then),
+    },
     Personality { name: "aws-k8s-agent", about: "IPAM daemon of the node, set by its environment", run: daemon::run },
     Personality {
         name: probe::NAME,

@@ -90,14 +90,22 @@ enum End {
     Thread(String),
 }
 
+/// What somebody wants to do once plugins are served, with the settings that count and the node's identity.
+type Ready = Box<dyn FnOnce(&Settings, &Identity) -> Result<()> + Send>;
+
 /// Runs the daemon until a signal ends it; the exit code.
 pub fn run() -> u8 {
+    run_then(Box::new(|_, _| Ok(())))
+}
+
+/// The same; `ready` is called once, on a thread of its own, as soon as plugins are served. Its error ends the daemon.
+pub fn run_then(ready: Ready) -> u8 {
     let mut tuner = Tuner::read();
     let settings = &tuner.known().layered.settings;
     let log_file = settings.log_file.clone();
     logging::init(&log_file, &settings.log_level, logging::Stdout::Allowed);
     log::info!("enibox {} starting as the node's IPAM daemon", crate::VERSION);
-    match settle(&mut tuner).and_then(|settings| serve(&settings, tuner)) {
+    match settle(&mut tuner).and_then(|settings| serve(&settings, tuner, ready)) {
         Ok(()) => exit::OK,
         Err(error) => {
             log::error!("{error}");
@@ -134,7 +142,7 @@ fn settle(tuner: &mut Tuner) -> Result<Settings> {
     Ok(layered.settings.clone())
 }
 
-fn serve(settings: &Settings, tuner: Tuner) -> Result<()> {
+fn serve(settings: &Settings, tuner: Tuner, ready: Ready) -> Result<()> {
     let env = |name: &str| std::env::var(name).ok();
     let metrics = Arc::new(Metrics::new());
     let (ended, ends) = sync_channel(16);
@@ -166,7 +174,11 @@ fn serve(settings: &Settings, tuner: Tuner) -> Result<()> {
     let rpc = {
         let (events, calls, metrics) = (events.clone(), calls.clone(), Arc::clone(&metrics));
         let (desk, stop, ended) = (Desk { events, calls, policy, metrics }, stop.clone(), ended.clone());
-        move || rpc_server::start(Path::new(naming::DAEMON_SOCKET), desk, stop, &ended, open)
+        let (settings, identity) = (settings.clone(), identity.clone());
+        move || {
+            rpc_server::start(Path::new(naming::DAEMON_SOCKET), desk, stop, &ended, open)?;
+            tell_ready(ready, settings, identity, &ended)
+        }
     };
     metrics.initialising();
     events.send(started).context("start the core")?;
@@ -249,6 +261,18 @@ fn spawn(
         ended.try_send(End::Thread(reason)).ok(); // a full queue means that the process is ending already
     };
     std::thread::Builder::new().name(name.to_owned()).spawn(body).with_context(|| format!("start thread {name}"))
+}
+
+/// Does what is to be done once plugins are served, on a thread of its own. That it ends is no reason to end, but failing is.
+fn tell_ready(ready: Ready, settings: Settings, identity: Identity, ended: &SyncSender<End>) -> Result<()> {
+    let ended = ended.clone();
+    let body = move || {
+        if let Err(error) = ready(&settings, &identity) {
+            ended.try_send(End::Thread(error.to_string())).ok(); // as in `spawn`
+        }
+    };
+    std::thread::Builder::new().name("install".into()).spawn(body).context("start thread install")?;
+    Ok(())
 }
 
 // From the settings and the instance to what the core wants to know.

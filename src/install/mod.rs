@@ -5,7 +5,12 @@
 //! either the old one or the new one, whole. Installing must not touch what is somebody else's, and must not do twice what
 //! holds already: a second start with nothing to do writes nothing.
 
+pub mod chain;
+pub mod conflist;
+pub mod environment;
 pub mod files;
 pub mod init;
+mod json;
 mod metadata;
+pub mod node;
 mod plugins;

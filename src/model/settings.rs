@@ -94,6 +94,7 @@ pub struct Settings {
     // Paths.
     pub cni_bin_path: String,
     pub cni_conf_path: String,
+    pub cni_version: String,
     pub backing_store: String,
     pub settings_file: String,
     /// Variables of the AWS SDKs that are set and not empty, by name. Holds secrets: never print it whole.
@@ -256,65 +257,71 @@ impl Settings {
         self.pod_eni || self.custom_networking || self.annotate_pod_ip
     }
 
-    /// Combinations that stop the start whatever the instance: upstream's entrypoint and the static part of its daemon
-    /// (`spec/config.md` 1.1 and 1.2), in that order. Fatal complaints of [`Settings::parse`] come before these.
+    /// Combinations that stop the start whatever the instance. Fatal complaints of [`Settings::parse`] come before these.
     pub fn check(&self) -> Result<(), String> {
-        self.check_plugin()?;
-        self.check_mtu()?;
+        self.mistakes().into_iter().next().map_or(Ok(()), Err)
+    }
+
+    /// All of them: upstream's entrypoint and the static part of its daemon (`spec/config.md` 1.1 and 1.2), in that order.
+    pub fn mistakes(&self) -> Vec<String> {
+        let mut mistakes = self.mistakes_of_plugin();
         let no_target = self.warm_ip_target == 0 && self.warm_prefix_target == 0 && self.minimum_ip_target == 0;
         if self.prefix_delegation && no_target && !self.enable_ipv6 {
-            return Err("ENABLE_PREFIX_DELEGATION needs WARM_IP_TARGET, WARM_PREFIX_TARGET or MINIMUM_IP_TARGET \
-                        above 0"
-                .into());
+            mistakes.push(
+                "ENABLE_PREFIX_DELEGATION needs WARM_IP_TARGET, WARM_PREFIX_TARGET or MINIMUM_IP_TARGET above 0".into(),
+            );
         }
         if let Some(mode) = &self.network_policy_mode
             && !["none", "strict", "standard"].iter().any(|known| known.eq_ignore_ascii_case(mode))
         {
-            return Err(format!("NETWORK_POLICY_ENFORCING_MODE={mode:?} is not none, strict or standard"));
+            mistakes.push(format!("NETWORK_POLICY_ENFORCING_MODE={mode:?} is not none, strict or standard"));
         }
-        match (self.enable_ipv4, self.enable_ipv6) {
-            (true, true) => Err("ENABLE_IPv4 and ENABLE_IPv6 exclude each other".into()),
-            (false, false) => Err("one of ENABLE_IPv4 and ENABLE_IPv6 must be true".into()),
-            (false, true) if !self.prefix_delegation => Err("ENABLE_IPv6 needs ENABLE_PREFIX_DELEGATION".into()),
+        let family = match (self.enable_ipv4, self.enable_ipv6) {
+            (true, true) => "ENABLE_IPv4 and ENABLE_IPv6 exclude each other",
+            (false, false) => "one of ENABLE_IPv4 and ENABLE_IPv6 must be true",
+            (false, true) if !self.prefix_delegation => "ENABLE_IPv6 needs ENABLE_PREFIX_DELEGATION",
             (false, true) if self.custom_networking => {
-                Err("ENABLE_IPv6 and AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG exclude each other".into())
+                "ENABLE_IPv6 and AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG exclude each other"
             }
-            _ => Ok(()),
-        }
+            _ => return mistakes,
+        };
+        mistakes.push(family.into());
+        mistakes
     }
 
-    fn check_plugin(&self) -> Result<(), String> {
-        let logs = [
+    fn mistakes_of_plugin(&self) -> Vec<String> {
+        const IPV6_LEAST: u32 = 1280; // RFC 8200, section 5
+        let mut mistakes = Vec::new();
+        for (variable, file) in [
             ("AWS_VPC_K8S_PLUGIN_LOG_FILE", &self.plugin_log_file),
             ("AWS_VPC_K8S_EGRESS_V4_PLUGIN_LOG_FILE", &self.egress_v4_log_file),
             ("AWS_VPC_K8S_EGRESS_V6_PLUGIN_LOG_FILE", &self.egress_v6_log_file),
-        ];
-        if let Some((variable, _)) = logs.iter().find(|(_, file)| file.eq_ignore_ascii_case("stdout")) {
-            return Err(format!("{variable} cannot be stdout: it carries the result of the plugin"));
+        ] {
+            if file.eq_ignore_ascii_case("stdout") {
+                mistakes.push(format!("{variable} cannot be stdout: it carries the result of the plugin"));
+            }
         }
         if self.veth_prefix.len() > 4 || matches!(self.veth_prefix.as_str(), "eth" | "lo" | "vlan") {
-            return Err(format!(
+            mistakes.push(format!(
                 "AWS_VPC_K8S_CNI_VETHPREFIX={:?} must have at most 4 bytes and not be eth, lo or vlan",
                 self.veth_prefix
             ));
         }
         if self.pod_eni && !matches!(self.pod_security_group_mode.as_str(), "strict" | "standard") {
-            return Err(format!(
+            mistakes.push(format!(
                 "POD_SECURITY_GROUP_ENFORCING_MODE={:?} is not strict or standard",
                 self.pod_security_group_mode
             ));
         }
-        Ok(())
-    }
-
-    fn check_mtu(&self) -> Result<(), String> {
-        const IPV6_LEAST: u32 = 1280; // RFC 8200, section 5
         for (variable, mtu) in [("AWS_VPC_ENI_MTU", self.eni_mtu), ("POD_MTU", self.pod_mtu)] {
             if self.enable_ipv6 && mtu < IPV6_LEAST {
-                return Err(format!("{variable}={mtu} is less than {IPV6_LEAST}, which IPv6 needs"));
+                mistakes.push(format!("{variable}={mtu} is less than {IPV6_LEAST}, which IPv6 needs"));
             }
         }
-        Ok(())
+        if !matches!(self.cni_version.as_str(), "auto" | "0.4.0" | "1.0.0" | "1.1.0") {
+            mistakes.push(format!("ENIBOX_CNI_VERSION={:?} is not auto, 0.4.0, 1.0.0 or 1.1.0", self.cni_version));
+        }
+        mistakes
     }
 
     /// Combinations that stop the start on this instance, and what follows from its limits (`spec/ipamd.md` 1.2, 1.3).

@@ -142,6 +142,7 @@ impl Settings {
             metrics_disabled: false,
             cni_bin_path: String::new(),
             cni_conf_path: String::new(),
+            cni_version: String::new(),
             backing_store: String::new(),
             settings_file: String::new(),
             inherited: Inherited::default(),

@@ -100,16 +100,7 @@ const NO_PROFILES: Kind = Kind::Ignored("shared configuration files of the SDKs 
 
 /// Read and checked, and without effect in this version: the daemon refuses those that it would have to act on, the others
 /// are for parts that do not exist yet.
-pub(super) const NOT_YET: &[&str] = &[
-    "POD_MTU",
-    "DISABLE_POD_V6",
-    "ENABLE_BANDWIDTH_PLUGIN",
-    "AWS_VPC_K8S_EGRESS_V4_PLUGIN_LOG_FILE",
-    "AWS_VPC_K8S_EGRESS_V6_PLUGIN_LOG_FILE",
-    "AWS_VPC_K8S_PLUGIN_LOG_LEVEL",
-    "AWS_VPC_K8S_PLUGIN_LOG_FILE",
-    "HOST_CNI_CONFDIR_PATH",
-];
+pub(super) const NOT_YET: &[&str] = &[];
 
 #[rustfmt::skip] // one variable a line or two, however long: it is read as a table
 pub(super) const GROUPS: &[Group] = &[
@@ -195,6 +186,7 @@ pub(super) const GROUPS: &[Group] = &[
         row("ENIBOX_SETTINGS_FILE", "/host/etc/enibox/settings.env", Kind::Text(|s| &mut s.settings_file), "File of the host with settings of this node, KEY=VALUE lines; it need not be there."),
         row("HOST_CNI_BIN_PATH", "/host/opt/cni/bin", Kind::Text(|s| &mut s.cni_bin_path), "Where the plugins are installed."),
         row("HOST_CNI_CONFDIR_PATH", "/host/etc/cni/net.d", Kind::Text(|s| &mut s.cni_conf_path), "Where the CNI configuration is installed."),
+        row("ENIBOX_CNI_VERSION", "auto", Kind::Text(|s| &mut s.cni_version), "CNI version of that configuration: 0.4.0, 1.0.0 or 1.1.0; auto: 0.4.0, and to a runtime that can choose every newer one that all plugins of the list know. With 1.1.0 the runtime asks for the plugin's status: a node whose daemon is away is not ready."),
         row("AWS_VPC_K8S_CNI_BACKING_STORE", "/var/run/aws-node/ipam.json", Kind::Text(|s| &mut s.backing_store), "Checkpoint of the daemon; must survive its restart and not the node's."),
     ]},
     Group { title: "Variables of the AWS SDKs", rows: &[
