@@ -79,9 +79,9 @@ pub fn init_text() {
 
 /// One such line, beside the log of a process that has its own.
 pub fn tell(level: Level, text: &str) {
-    let record = Record::builder().level(level).args(format_args!("{text}")).build();
-    // There is nobody to tell.
-    io::stderr().write_all(text_line(clock::now().wall, &record).as_bytes()).ok();
+    let now = clock::now().wall;
+    let line = text_line(now, &Record::builder().level(level).args(format_args!("{text}")).build());
+    io::stderr().write_all(line.as_bytes()).ok(); // there is nobody to tell
 }
 
 /// Lines of text on stderr.
