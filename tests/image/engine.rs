@@ -90,6 +90,7 @@ impl Drop for Engine {
             _ = self.docker(&format!("rm -f {id}"));
         }
         if std::thread::panicking() {
+            eprintln!("--- daemon\n{}", fs::read_to_string(self.host.join("log/ipamd.log")).unwrap_or_default());
             eprintln!("--- engine\n{}", fs::read_to_string(self.host.join("engine.log")).unwrap_or_default());
         }
         _ = self.process.kill();

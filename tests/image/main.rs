@@ -126,6 +126,41 @@ fn they_hold_one_program_and_nothing_else() {
     assert_eq!(version, format!("enibox {}\n", enibox::VERSION));
 }
 
+#[test]
+#[ignore = "needs a Docker engine and a static executable: run tests/image/run"]
+fn the_stages_that_build_in_docker_keep_links_and_take_plugins() {
+    let engine = Engine::start(3);
+    let folder = engine.on_host("stages");
+    fs::create_dir(&folder).unwrap();
+    let at = folder.display();
+    let source = Path::new(env!("CARGO_MANIFEST_DIR"));
+    engine.run(&format!("{} \"$(command -v busybox)\" {at}", source.join("tests/image/stages").display())).unwrap();
+    for image in ["rust", "plugins"] {
+        engine.must(&format!("import {at}/{image}.tar enibox.test/{image}:1"));
+    }
+    let check = |target: &str, more: &str, content: &[&str]| {
+        engine.must(&format!(
+            "build --network none --target {target} --build-arg RUST=enibox.test/rust:1 {more} -t enibox.test/{target}:2 \
+             -f {} {at}/context 2>&1",
+            source.join("Dockerfile").display()
+        ));
+        assert_eq!(files(&engine, &format!("enibox.test/{target}:2")), content, "{target} {more}");
+    };
+    let plain = |name: &str| {
+        [
+            format!("-rw-r--r-- 0/0 {name}/one"),
+            format!("drwxr-xr-x 0/0 {name}"),
+            format!("hrw-r--r-- 0/0 {name}/two link to {name}/one"),
+        ]
+    };
+    check("node", "", &plain("app").each_ref().map(String::as_str));
+    let init = plain("init");
+    let mut init = init.each_ref().map(String::as_str).to_vec();
+    check("init", "", &init);
+    init.insert(1, "-rwxr-xr-x 0/0 init/portmap");
+    check("init", "--build-arg PLUGINS=enibox.test/plugins:1 --build-arg PLUGINS_FOLDER=/opt/cni/bin", &init);
+}
+
 /// Environment of the main container as the chart has it, apart from endpoints and from the paths that a node's host would
 /// have.
 fn environment(engine: &Engine) -> String {
