@@ -189,21 +189,26 @@ fn a_cidr_moves_with_its_pod_and_its_cooldown() {
 #[test]
 fn a_prefix_takes_in_the_single_addresses_that_became_part_of_it() {
     let mut pool = pool_of(&[(1, 2), (0, 1)], 30);
-    let (id, prefix): (EniId, IpNet) = ("eni-0".into(), "10.0.0.0/28".parse().unwrap());
+    let (id, other, prefix): (EniId, EniId, IpNet) = ("eni-0".into(), "eni-1".into(), "10.0.0.0/28".parse().unwrap());
     pool.release(at(1), &owner("pod-0-0").key, 0).unwrap();
-    pool.assign(at(1), 0, owner("stays")).unwrap();
-    let before = pool.clone();
-    // The other ENI holds something inside, or this one something around.
-    assert_eq!(pool.absorb(&"eni-1".into(), prefix), Err(Refused::Duplicate(id.clone())));
+    let stays = pool.assign(at(1), 0, owner("stays")).unwrap().0;
+    // What is held around it stays, and so does what is held on another card.
     assert_eq!(pool.absorb(&id, "10.0.0.10/32".parse().unwrap()), Err(Refused::Duplicate(id.clone())));
-    assert_eq!(pool, before);
-    pool.absorb(&id, prefix).unwrap();
-    pool.check();
-    let place = pool.find(&owner("stays").key, 0).unwrap();
-    assert_eq!((place.eni, place.cidr), (id.clone(), prefix));
-    let rests = pool.cooling(at(2).mono).map(|(address, _)| address).collect::<Vec<_>>();
-    assert_eq!(rests, [ip("10.0.0.10")], "the cooldown goes on");
-    assert_eq!(pool.eni(&id).unwrap().cidrs().map(|(net, _)| *net).collect::<Vec<_>>(), [prefix]);
+    let mut cards = pool.clone();
+    cards.add_eni("eni-2".into(), eni_on((1, 1), at(0))).unwrap();
+    let before = cards.clone();
+    assert_eq!(cards.absorb(&"eni-2".into(), prefix), Err(Refused::Duplicate(id.clone())));
+    assert_eq!(cards, before);
+    for holder in [&other, &id] {
+        let mut pool = pool.clone();
+        pool.absorb(holder, prefix).unwrap();
+        pool.check();
+        let place = pool.find(&owner("stays").key, 0).unwrap();
+        assert_eq!((&place.eni, place.cidr, place.address), (holder, prefix, stays.address));
+        let rests = pool.cooling(at(2).mono).map(|(address, _)| address).collect::<Vec<_>>();
+        assert_eq!(rests, [ip("10.0.0.10")], "the cooldown goes on");
+        assert!(pool.enis().flat_map(|(_, eni)| eni.cidrs()).all(|(net, _)| *net == prefix || !prefix.contains(net)));
+    }
 }
 
 #[test]

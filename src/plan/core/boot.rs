@@ -472,10 +472,11 @@ impl Core {
                 self.absent.remove(&(other.clone(), Some(net)));
                 self.host_dirty = true;
                 added = Ok(());
-            } else if other == id && self.swallows(id, &net) {
-                // Somebody took single addresses and EC2 has made them part of a prefix, here again.
-                added = self.pool.absorb(id, net);
-                self.absent.retain(|(eni, held), _| eni != id || held.is_none_or(|held| !net.contains(&held)));
+            } else if self.swallows(&net) && self.pool.absorb(id, net).is_ok() {
+                // Somebody took single addresses, and EC2 has made them part of a prefix.
+                self.absent.retain(|(_, held), _| held.is_none_or(|held| !net.contains(&held)));
+                self.host_dirty = true;
+                added = Ok(());
             }
         }
         let new = added.is_ok();
@@ -495,12 +496,12 @@ impl Core {
         new
     }
 
-    // Whether all that the pool has of an ENI inside this CIDR has been missing from EC2's lists twice, well apart: a list
-    // that is behind may show a prefix out of which a single address has come since.
-    fn swallows(&self, id: &EniId, net: &IpNet) -> bool {
-        let missing = |held: &IpNet| self.absent.get(&(id.clone(), Some(*held))).is_some_and(|absent| absent.confirmed);
-        let inside = |eni: &Eni| eni.cidrs().filter(|(held, _)| net.contains(*held)).all(|(held, _)| missing(held));
-        self.pool.eni(id).is_some_and(inside)
+    // Whether all that the pool has inside this CIDR has been missing from EC2's lists twice, well apart: a list that is
+    // behind may show a prefix out of which a single address has come since.
+    fn swallows(&self, net: &IpNet) -> bool {
+        let held = self.pool.enis().flat_map(|(id, eni)| eni.cidrs().map(move |(held, _)| (id.clone(), Some(*held))));
+        let mut inside = held.filter(|(_, held)| held.is_some_and(|held| net.contains(&held)));
+        inside.all(|key| self.absent.get(&key).is_some_and(|absent| absent.confirmed))
     }
 
     /// Requests are served once the host stands and either pods run already or there is an address for the first.

@@ -23,6 +23,8 @@ const OBSERVE_AGAIN: Duration = Duration::from_secs(30);
 const SCAN_AGAIN: Duration = Duration::from_secs(2);
 /// How often EC2 is asked again about an ENI that it lists and IMDS does not show: for some minutes, longer than either lags.
 const LOOKS_MAX: u32 = 5;
+/// The tag by which an ENI's owner keeps it from us, or gives it to us.
+const NO_MANAGE: &str = "node.k8s.amazonaws.com/no_manage";
 
 impl Core {
     pub(super) fn describe(&mut self) {
@@ -99,7 +101,7 @@ impl Core {
     fn learn(&mut self, interface: &Interface) {
         let own = &self.config.identity.instance;
         let tag = |key: &str| interface.tags.get(key).map(String::as_str);
-        let managed = match tag("node.k8s.amazonaws.com/no_manage") {
+        let managed = match tag(NO_MANAGE) {
             Some(value) => value != "true",
             None => tag("node.k8s.amazonaws.com/instance_id") == Some(own.as_str()) || self.config.manage_untagged,
         };
@@ -116,6 +118,7 @@ impl Core {
             cidrs: Vec::new(),
         };
         let known = self.facts.get(&interface.id);
+        let unnamed = known.is_none() && !facts.managed && tag(NO_MANAGE).is_none();
         let disowned = known.is_some_and(|known| known.managed) && !facts.managed;
         if known.is_none_or(|known| (known.managed, &known.interface_type) != (facts.managed, &facts.interface_type)) {
             let text = format!(
@@ -126,8 +129,9 @@ impl Core {
             );
             self.log(Level::Info, text);
         }
-        if disowned {
-            self.set_timer(Timer::Describe, OBSERVE_AGAIN); // a list that is behind lacks our tags
+        if disowned || unnamed {
+            // A list that is behind lacks our tags, those of an earlier life too.
+            self.set_timer(Timer::Describe, OBSERVE_AGAIN);
         }
         self.facts.insert(interface.id.clone(), facts);
         let kind = self.kind(&interface.id);
@@ -353,6 +357,11 @@ impl Core {
             // difference would ever tell; if IMDS never shows it, asking for ever is of use only to pods without an address.
             if self.looks < LOOKS_MAX || self.demand(0) > 0 {
                 self.looks = self.looks.saturating_add(1);
+                self.describe();
+            }
+        } else if self.demand(0) > 0 && self.facts.keys().any(|id| !self.managed(id)) {
+            // What is not ours takes slots that pods wait for: it may have become ours, or be gone.
+            if self.described.is_none_or(|at| self.now.mono.since(at) >= RECONCILE_MAX) {
                 self.describe();
             }
         }

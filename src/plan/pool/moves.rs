@@ -1,6 +1,6 @@
 //! CIDRs that EC2 has put elsewhere while pods have addresses in them: on another ENI, or into a prefix.
 
-use super::{Pool, Refused};
+use super::{Eni, Pool, Refused};
 use crate::model::ids::EniId;
 use ipnet::IpNet;
 use std::collections::BTreeMap;
@@ -29,26 +29,25 @@ impl Pool {
         Ok(())
     }
 
-    /// Puts a prefix over single addresses of the same ENI that EC2 has made part of it: their pods and cooldowns go on in
+    /// Puts a prefix over single addresses of the same card that EC2 has made part of it: their pods and cooldowns go on in
     /// it. Refused, and nothing changed, while anything else overlaps it.
     pub fn absorb(&mut self, id: &EniId, net: IpNet) -> Result<(), Refused> {
         let net = net.trunc();
-        let odd = |held: &IpNet| held.contains(&net);
-        let beside = |held: &IpNet| odd(held) || net.contains(held);
-        for (other, eni) in &self.enis {
-            let stays = |held: &IpNet| if other == id { odd(held) } else { beside(held) };
-            if eni.cidrs.keys().any(stays) {
-                return Err(Refused::Duplicate(other.clone()));
-            }
+        let card = self.enis.get(id).ok_or(Refused::UnknownEni)?.card;
+        let stays = |eni: &Eni, held: &IpNet| held.contains(&net) || (eni.card != card && net.contains(held));
+        let odd = self.enis.iter().find(|(_, eni)| eni.cidrs.keys().any(|held| stays(eni, held)));
+        if let Some((odd, _)) = odd {
+            return Err(Refused::Duplicate(odd.clone()));
         }
-        let eni = self.enis.get_mut(id).ok_or(Refused::UnknownEni)?;
-        let card = eni.card;
-        let inside = eni.cidrs.extract_if(.., |held, _| net.contains(held));
-        let slots: BTreeMap<_, _> = inside.flat_map(|(_, cidr)| cidr.slots).collect();
+        let mut slots = BTreeMap::new();
+        for eni in self.enis.values_mut() {
+            slots.extend(eni.cidrs.extract_if(.., |held, _| net.contains(held)).flat_map(|(_, cidr)| cidr.slots));
+        }
         self.add_cidr(id, net)?;
         for slot in slots.values() {
             let at = slot.owner.as_ref().and_then(|owner| self.index.get_mut(&(owner.key.clone(), card)));
-            if let Some((_, place, _)) = at {
+            if let Some((eni, place, _)) = at {
+                eni.clone_from(id);
                 *place = net;
             }
         }
