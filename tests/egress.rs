@@ -470,10 +470,13 @@ fn a_full_range_takes_back_what_is_dead() {
             let (code, text) = call(node, way, "ADD", "1.0.0", &netns.path()).run().failure();
             assert!(code == 11 && text.contains("no IP addresses available in range set: "), "{text}");
             assert_eq!(files(way).len(), way.count + 1, "all are young");
-            paths.iter().for_each(|path| aged(path));
+            for path in &paths {
+                aged(path);
+            }
             // Living pods have their routes.
             let living = &all[5..25];
-            let routes: String = living.iter().map(|ip| format!("ip route add {ip} dev alive\n")).collect();
+            let routes: Vec<String> = living.iter().map(|ip| format!("ip route add {ip} dev alive")).collect();
+            let routes = routes.join("\n");
             tool_with_input(
                 "sh",
                 &["-e"],
@@ -513,7 +516,9 @@ fn twenty_at_once_have_twenty_addresses() {
                             scope.spawn(move || call.run())
                         })
                         .collect();
-                    running.into_iter().for_each(|run| assert_eq!(run.join().unwrap().code, 0));
+                    for run in running {
+                        assert_eq!(run.join().unwrap().code, 0);
+                    }
                 });
             };
             all("ADD");
@@ -589,7 +594,9 @@ fn host_local_and_we_work_on_one_directory_in_turn() {
                     (10..20).map(|n| scope.spawn(move || host_local(way, "ADD", &format!("theirs{n}")))).collect();
                 ours("ADD", 1);
                 ours("ADD", 2);
-                theirs.into_iter().for_each(|run| assert!(run.join().unwrap().unwrap().0));
+                for run in theirs {
+                    assert!(run.join().unwrap().unwrap().0);
+                }
             });
             assert_eq!(files(way).len(), 10 + 2 + 1 + 2);
         }
@@ -658,6 +665,49 @@ fn chain_of_the_original(program: &str, way: &Way, address: &str) {
     tool_with_input(program, &[], &rules);
 }
 
+/// Wires a pod as the original does (`spec/egress.md` 3, 4), as far as there is something to take away.
+fn wired_by_the_original(way: &Way, netns: &Netns) {
+    let inner = way.inner;
+    let (gateway, address, scope) = match way.family {
+        Family::V4 => ("169.254.172.1/32", format!("{}/22", way.first), "scope link"),
+        Family::V6 => ("fe80::77/64", format!("{}/118", way.first), "nodad"),
+    };
+    write(way, way.first, "cni-5a1f\r\neth0");
+    let host = format!(
+        "ip link add veth0a1b2c3d mtu 9001 type veth peer name {inner} netns {}\nip link set veth0a1b2c3d up\n\
+         ip address add {gateway} dev veth0a1b2c3d {scope}\nip route add {} dev veth0a1b2c3d",
+        netns.path().display(),
+        way.first
+    );
+    tool_with_input("sh", &["-e"], &host);
+    let nodad = if way.family == Family::V6 { "nodad" } else { "" };
+    let pod = format!("ip address add {address} dev {inner} {nodad}\nip link set {inner} up");
+    netns.run(|| tool_with_input("sh", &["-e"], &pod));
+}
+
+#[test]
+fn pods_of_the_original_are_taken_over() {
+    on_a_node(|node| {
+        for way in [&V4, &V6] {
+            rules_of_the_daemon(way);
+            let before = state();
+            for (again, netns_lives) in [(false, true), (true, true), (false, false)] {
+                let netns = pod();
+                wired_by_the_original(way, &netns);
+                if again {
+                    let result = call(node, way, "ADD", "0.4.0", &netns.path()).run().result();
+                    assert_ne!(result["interfaces"][3]["name"], "veth0a1b2c3d", "made anew");
+                    assert!(addresses(&netns, way)[0].starts_with(&format!("{}/", way.first)), "with its old address");
+                }
+                let path = if netns_lives { netns.path() } else { PathBuf::new() };
+                call(node, way, "DEL", "0.4.0", &path).run().silent();
+                assert_state(&before);
+                assert!(!files(way).contains(&way.first.to_owned()));
+            }
+        }
+    });
+}
+
 #[test]
 fn chains_of_the_original_go_with_their_pods() {
     on_a_node(|node| {
@@ -698,7 +748,7 @@ fn chains_in_legacy_tables_are_told_with_the_commands() {
             let told: Vec<String> = told.map(|line| line["msg"].as_str().unwrap_or_default().to_owned()).collect();
             let warning =
                 told.iter().rfind(|text| text.contains("iptables-legacy")).unwrap_or_else(|| panic!("{told:?}"));
-            let commands: String = warning.lines().skip(1).map(|line| format!("{line}\n")).collect();
+            let commands = warning.lines().skip(1).collect::<Vec<_>>().join("\n");
             assert_eq!(commands.lines().count(), 3, "{warning}");
             tool_with_input("sh", &["-e"], &commands);
             let left = tool(&format!("{program}-save"), &["-t", "nat"]).unwrap();
