@@ -88,6 +88,8 @@ enum Command {
     Doctor(debug::doctor::Args),
     /// Show our rules, routes, settings and nf_tables in the tools' own syntax with their reasons (needs root)
     Rules(debug::rules::Args),
+    /// Collect what somebody far away needs to understand this node, as a tar archive (needs root)
+    SupportBundle(debug::support::Args),
     /// List what is ours on this node, and with --apply remove it
     Cleanup(debug::cleanup::Args),
     /// Say what a node of an instance type holds and what its pods cost, by running it in virtual time
@@ -113,6 +115,7 @@ fn operate() -> u8 {
             Command::Status(args) => debug::status::run(&args),
             Command::Doctor(args) => debug::doctor::run(&args),
             Command::Rules(args) => debug::rules::run(&args),
+            Command::SupportBundle(args) => debug::support::run(&args),
             Command::Cleanup(args) => debug::cleanup::run(&args),
             Command::Plan(args) => debug::plan::run(&args),
             Command::Simulate(args) => debug::simulate::run(&args),

@@ -16,6 +16,12 @@ const ANSWER_BYTES_MAX: usize = 16 << 20;
 
 /// The JSON document at `path`.
 pub(super) fn get(address: &str, path: &str) -> Result<Value> {
+    let body = body(address, path)?;
+    serde_json::from_slice(body.as_bytes()).with_context(|| format!("ask the daemon at {address}"))
+}
+
+/// What is at `path`, as text.
+pub(super) fn body(address: &str, path: &str) -> Result<String> {
     let what = || format!("ask the daemon at {address}");
     let mut stream = connect(address).with_context(what)?;
     let request = format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
@@ -27,7 +33,7 @@ pub(super) fn get(address: &str, path: &str) -> Result<Value> {
     if status != "200" {
         return Err(Error::new(format!("HTTP status {status} for {path}")).context(what()));
     }
-    serde_json::from_slice(body.as_bytes()).with_context(what)
+    Ok(body.to_owned())
 }
 
 // Both kinds go by one type: only reads, writes and time-outs are asked of it, which are the same for every stream socket.

@@ -11,6 +11,7 @@ pub mod plan;
 pub mod rules;
 pub mod simulate;
 pub mod status;
+pub mod support;
 
 use crate::error::{Result, exit};
 use crate::model::settings::Settings;

@@ -1,6 +1,6 @@
 //! The chart as a whole: what Helm says to it, the schemas, what follows from values, and the manifests made from it.
 
-use super::{Rendered, golden, text};
+use super::{Rendered, golden, root, text};
 use serde_json::{Value, json};
 
 /// Values that must not render: name of the case, values, a part of the message.
@@ -233,5 +233,30 @@ fn the_manifests_are_those_of_the_chart() {
         let objects = manifest.matches("\nkind: ").count() - manifest.matches("roleRef").count();
         assert_eq!(objects, rendered.objects(case).len(), "{name}: the CRD comes, the role's reference is no object");
         golden(&format!("packaging/manifests/{name}.yaml"), &manifest);
+    }
+}
+
+/// Links of the guides and paths below `packaging/` lead somewhere.
+#[test]
+fn the_guides_name_what_there_is() {
+    let mut links = 0;
+    for path in ["docs/install.md", "docs/upgrade.md", "packaging/iam/README.md", "packaging/monitoring/README.md"] {
+        let (guide, folder) = (text(path), root().join(path).parent().unwrap().to_owned());
+        for link in guide.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            assert!(link.contains("://") || folder.join(link).exists(), "{path}: {link}");
+            links += 1;
+        }
+        let named = guide.split(|c: char| c.is_whitespace() || "`()[]".contains(c));
+        for file in
+            named.filter(|word| word.starts_with("packaging/")).map(|word| word.trim_end_matches(['.', ',', ';']))
+        {
+            assert!(root().join(file).exists(), "{path}: {file}");
+            links += 1;
+        }
+    }
+    assert!(links > 15, "{links}");
+    let guide = text("docs/install.md");
+    for name in super::texts("packaging/values", "yaml").keys() {
+        assert!(guide.contains(&format!("`{name}.yaml`")), "docs/install.md does not name {name}.yaml");
     }
 }

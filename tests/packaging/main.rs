@@ -10,6 +10,7 @@ mod access;
 mod chart;
 mod daemonset;
 mod monitoring;
+mod support;
 
 use serde_json::{Value, json};
 use std::collections::BTreeMap;

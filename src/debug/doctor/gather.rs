@@ -24,7 +24,7 @@ const NAMES_MAX: usize = 1000;
 const NAMESPACES_MAX: usize = 4096;
 
 /// A path of the host as it is seen from here. `/var/run` is `/run` on every host that has both.
-pub(super) fn under(root: &Path, path: &str) -> PathBuf {
+pub(in crate::debug) fn under(root: &Path, path: &str) -> PathBuf {
     let found = root.join(path.trim_start_matches('/'));
     // Inside a scratch root or a container's mount of the host only one of the two may be there.
     match path.strip_prefix("/var/run/") {
