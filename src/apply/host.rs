@@ -14,8 +14,8 @@ use crate::plan::ruleset;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// Looks at the node in one call: deleting an address takes routes and other addresses with it, which the second look
-/// finds; there is nothing that a third one could.
+/// Looks at the node in one call: deleting an address takes routes and other addresses with it, and a VLAN device that was made
+/// has none yet, which the second look finds; there is nothing that a third one could.
 const PASSES: usize = 2;
 /// How long tables are left alone that the kernel took but shows differently (`spec/dataplane.md` 24.4).
 const STUCK: Duration = Duration::from_mins(10);
@@ -94,7 +94,7 @@ impl Host {
             let trunks = intent.enis.iter().filter(|eni| eni.trunk);
             report.trunks = trunks.filter_map(|eni| Some((eni.id.clone(), link(eni)?))).gather();
             report.seen = seen;
-            if !plan.steps.iter().any(|step| matches!(step.action, Action::DeleteAddress(_))) {
+            if !plan.steps.iter().any(|step| matches!(step.action, Action::DeleteAddress(_) | Action::AddVlan(..))) {
                 break;
             }
         }
@@ -114,6 +114,7 @@ impl Host {
             for step in &adds {
                 let outcome = match &step.action {
                     Action::SetTables(wanted) if tables => self.set_tables(wanted),
+                    Action::AddVlan(eni, trunk) if !tables => self.lay_vlan(eni, *trunk).map(drop),
                     Action::SetSysctl(path, value) if !tables => {
                         self.inside(|| sysctl::set(path, value)).flatten().map(drop)
                     }
@@ -202,7 +203,7 @@ fn request(action: &Action) -> Option<Request> {
         Action::DeleteRoute(route) => route::delete(route),
         Action::AddRule(rule) => rule::add(rule),
         Action::DeleteRule(rule) => rule::delete(rule),
-        Action::SetTables(_) | Action::SetSysctl(..) => return None,
+        Action::SetTables(_) | Action::SetSysctl(..) | Action::AddVlan(..) => return None,
     })
 }
 

@@ -9,11 +9,12 @@ use crate::apply::{self, HostReport};
 use crate::clock;
 use crate::error::{Context, Error, List, Result};
 use crate::model::order::Gather as _;
-use crate::netlink::monitor::Monitor;
+use crate::model::time::Mono;
+use crate::netlink::monitor::{Monitor, Notice};
 use crate::plan::core::{Applied, Event, OpId};
 use crate::plan::host::{Action, Intent, Observation, Plan, Step, What, diff};
 use crate::plan::repair::{Pace, Quarrels, Verdict, Watch};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::net::IpAddr;
 use std::os::fd::AsFd;
@@ -24,6 +25,8 @@ use std::time::Duration;
 const SLEEP_MAX: Duration = Duration::from_hours(1);
 /// Changes that are read in one go, before the clock is looked at.
 const NOTICES_MAX: usize = 4096;
+/// How long the links of a pod with a branch ENI that is being deleted are left alone, if they do not go earlier.
+const DEPARTURE_MAX: Duration = Duration::from_mins(1);
 /// Repairs of one round that are logged one by one.
 const LINES_MAX: usize = 32;
 
@@ -78,6 +81,7 @@ pub(super) fn run(inbox: &Inbox, events: &SyncSender<Event>, metrics: &Metrics) 
         quarrels: Quarrels::default(),
         mended: BTreeSet::new(),
         leaving: BTreeSet::new(),
+        departing: BTreeMap::new(),
         warned: String::new(),
         former: former::Watch::default(),
     };
@@ -113,6 +117,9 @@ struct Keeper<'a> {
     mended: BTreeSet<IpAddr>,
     /// Of those, the ones whose pods turned out to be on their way out.
     leaving: BTreeSet<IpAddr>,
+    /// Pods with a branch ENI that are being deleted: index of the veth, and since when. The core has them in its intent until
+    /// the API server tells otherwise.
+    departing: BTreeMap<IpAddr, (u32, Mono)>,
     /// The last warning, so that it is told once.
     warned: String,
     former: former::Watch,
@@ -121,7 +128,10 @@ struct Keeper<'a> {
 impl Keeper<'_> {
     fn work(&mut self, work: Work, events: &SyncSender<Event>) -> Result<()> {
         let event = match work {
-            Work::Apply(op, intent) => {
+            Work::Apply(op, mut intent) => {
+                let now = clock::now().mono;
+                self.departing.retain(|_, (_, since)| now.since(*since) < DEPARTURE_MAX);
+                intent.branches.retain(|pod| !self.departing.contains_key(&pod.address));
                 let mut primary = String::new();
                 let result = self.round(&intent, true).and_then(|mut report| {
                     primary = std::mem::take(&mut report.primary);
@@ -148,7 +158,9 @@ impl Keeper<'_> {
     fn release(&mut self, addresses: &[IpAddr]) {
         let Some(watch) = &mut self.watch else { return };
         for address in addresses {
-            watch.release(*address);
+            if let Some(veth) = watch.release(*address) {
+                self.departing.insert(*address, (veth, clock::now().mono));
+            }
             if self.mended.remove(address) {
                 self.leaving.insert(*address);
                 self.pace.ask(clock::now().mono);
@@ -160,6 +172,9 @@ impl Keeper<'_> {
     fn listen(&mut self) -> Result<()> {
         for _ in 0..NOTICES_MAX {
             let Some(notice) = self.monitor.next(Duration::ZERO)? else { return Ok(()) };
+            if let Notice::LinkGone(link) = &notice {
+                self.departing.retain(|_, (veth, _)| *veth != link.index);
+            }
             if self.watch.as_ref().is_some_and(|watch| watch.concerns(&notice)) {
                 self.pace.ask(clock::now().mono);
             }

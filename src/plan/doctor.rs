@@ -10,7 +10,7 @@ pub mod pods;
 pub mod reasons;
 mod texts;
 
-use super::host::{Action, HostPod, Intent, Observation, What, diff, link_of};
+use super::host::{Action, HostBranch, HostPod, Intent, Observation, Step, What, diff, link_of};
 use super::ruleset;
 use crate::model::naming::priority;
 use crate::model::net::{Rule, TABLE_MAIN};
@@ -94,6 +94,22 @@ pub fn host(intent: &Intent, seen: &Observation) -> Vec<Finding> {
     let seats = pods::Seats::new(seen, &[]);
     let seat = |pod: &HostPod| Some((seats.of(&pod.veth, pod.address).outer?.index, pod.address));
     let at = intent.pods.iter().filter_map(seat).gather::<BTreeMap<_, _>>();
+    // What belongs to a branch ENI: by its table, or by its device or the veth of its pod.
+    let branch = |step: &Step| {
+        let (table, link) = match &step.action {
+            Action::AddRule(rule) | Action::DeleteRule(rule) => (rule.table, 0),
+            Action::ReplaceRoute(route) | Action::DeleteRoute(route) => (route.table, 0),
+            Action::AddVlan(eni, _) => (eni.table, 0),
+            Action::SetUp(index) | Action::SetMtu(index, _) | Action::SetMac(index, _) => (0, *index),
+            Action::AddAddress(address) => (0, address.dev),
+            _ => return None,
+        };
+        let name = seen.links.iter().find(|there| there.index == link).map_or("", |there| there.name.as_str());
+        let fits = |pod: &&HostBranch| {
+            pod.eni.table == table || (!name.is_empty() && (name == pod.eni.device() || name.ends_with(&pod.veth)))
+        };
+        intent.branches.iter().find(fits).map(|pod| pod.name.as_str())
+    };
     let mut findings = Vec::new();
     for step in &plan.steps {
         if step.what == What::Ruleset {
@@ -104,9 +120,10 @@ pub fn host(intent: &Intent, seen: &Observation) -> Vec<Finding> {
             Action::AddRule(rule) | Action::DeleteRule(rule) => address_of(rule),
             Action::ReplaceRoute(route) | Action::DeleteRoute(route) => single(route.dst),
             Action::SetUp(index) | Action::SetMtu(index, _) | Action::SetMac(index, _) => at.get(index).copied(),
+            Action::AddAddress(address) => at.get(&address.dev).copied(),
             _ => None,
         };
-        let pod = address.and_then(|address| names.get(&address).copied());
+        let pod = address.and_then(|address| names.get(&address).copied()).or_else(|| branch(step));
         let subject = step.eni.as_ref().map_or(pod.unwrap_or_default(), |eni| eni.as_str());
         findings.push(Finding::new(step.what.name(), subject, evidence(&step.text)));
     }

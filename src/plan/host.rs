@@ -175,6 +175,8 @@ pub struct Observation {
 /// One change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
+    /// Makes the VLAN device of a branch ENI on the trunk's link with this index, down.
+    AddVlan(Branch, u32),
     /// Sets the MTU (bytes) of the link with this index.
     SetMtu(u32, u32),
     /// Sets the link with this index up.

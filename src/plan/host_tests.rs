@@ -459,6 +459,7 @@ fn carry_out(seen: &mut Observation, step: &Step) {
             seen.rules.remove(at);
         }
         Action::SetTables(tables) => seen.tables.clone_from(tables),
+        Action::AddVlan(..) => panic!("there are no branch ENIs here"),
     }
 }
 

@@ -38,6 +38,8 @@ struct Wanted {
     eni: Option<usize>,
     /// Whether the link must be up.
     up: bool,
+    /// A VLAN device, which is made again when it goes.
+    device: bool,
 }
 
 impl Watch {
@@ -47,7 +49,7 @@ impl Watch {
         let eni_link = |mac, eni, up| {
             let link = link_of(&seen.links, mac)?;
             let mtu = Some(intent.eni_mtu);
-            Some((link.index, Wanted { name: link.name.clone(), mac: Some(mac), mtu, eni, up }))
+            Some((link.index, Wanted { name: link.name.clone(), mac: Some(mac), mtu, eni, up, device: false }))
         };
         let primary = eni_link(intent.primary_mac, None, false);
         let index = primary.as_ref().map_or(0, |(index, _)| *index);
@@ -57,12 +59,13 @@ impl Watch {
         let veths = veths_of(intent, &seen.links);
         links.extend(veths.values().map(|link| {
             let (mac, mtu) = naming::of_veth_alias(&link.alias).unzip();
-            (link.index, Wanted { name: link.name.clone(), mac, mtu, eni: None, up: true })
+            (link.index, Wanted { name: link.name.clone(), mac, mtu, eni: None, up: true, device: false })
         }));
         let devices = intent.branches.iter().filter_map(|pod| {
             let name = pod.eni.device();
             let link = seen.links.iter().find(|link| link.name == name)?;
-            let wanted = Wanted { name, mac: Some(pod.eni.mac), mtu: None, eni: None, up: true };
+            let mtu = Some(intent.eni_mtu);
+            let wanted = Wanted { name, mac: Some(pod.eni.mac), mtu, eni: None, up: true, device: true };
             Some((link.index, wanted))
         });
         links.extend(devices.filter(|(_, wanted)| wanted.mac != Some(Mac::default())));
@@ -78,13 +81,15 @@ impl Watch {
         &self.intent
     }
 
-    /// The pod with this address is being deleted: what goes of it now is to go.
-    pub fn release(&mut self, address: IpAddr) {
-        if let Some((_, dev)) = self.pods.remove(&address) {
-            self.links.remove(&dev);
-            self.intent.pods.retain(|pod| pod.address != address);
-            self.intent.branches.retain(|pod| pod.address != address);
-        }
+    /// The pod with this address is being deleted: what goes of it now is to go. The index of its veth if it has a branch ENI.
+    pub fn release(&mut self, address: IpAddr) -> Option<u32> {
+        let (_, dev) = self.pods.remove(&address)?;
+        self.links.remove(&dev);
+        self.intent.pods.retain(|pod| pod.address != address);
+        let at = self.intent.branches.iter().position(|pod| pod.address == address)?;
+        let device = self.intent.branches.remove(at).eni.device();
+        self.links.retain(|_, wanted| wanted.name != device);
+        Some(dev)
     }
 
     /// Whether the change may have made something wrong.
@@ -93,7 +98,8 @@ impl Watch {
             Notice::Overrun => true,
             Notice::Ruleset { tables, .. } => tables.contains(naming::NFT_TABLE),
             Notice::Link(link) => self.link(link),
-            Notice::LinkGone(_) => false, // nothing can be put back; what is missing then is told by the regular look
+            // Of the others nothing can be put back; what is missing then is told by the regular look.
+            Notice::LinkGone(link) => self.links.get(&link.index).is_some_and(|wanted| wanted.device),
             Notice::Address(address) => self.eni_of(address.dev).is_some_and(|eni| {
                 let family = eni.own.addr().is_ipv4() == address.addr.addr().is_ipv4();
                 family && eni.own != address.addr && global(address.addr.addr())

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::model::net::{Address, Family, Scope};
-use crate::plan::host::{Action, Egress, HostPod};
+use crate::plan::host::{Action, Egress, HostBranch, HostPod};
 use std::collections::BTreeSet;
 
 fn net(text: &str) -> IpNet {
@@ -166,6 +166,22 @@ fn links_addresses_and_the_rest() {
         let tables = BTreeSet::from([table.to_owned()]);
         check(&Notice::Ruleset { generation: 7, tables, process: None }, look);
     }
+}
+
+#[test]
+fn a_vlan_device_that_goes_is_looked_for() {
+    let eni = crate::plan::branch::Branch::new(7, mac(7), ip("10.20.13.1")).unwrap();
+    let (address, veth) = (ip("10.20.13.70"), "b123456789a".to_owned());
+    let branches = vec![HostBranch { address, eni, name: "default/branch".into(), veth: veth.clone() }];
+    let device = Link { kind: Some("vlan".into()), ..link(20, "vlan.eth.7", mac(7)) };
+    let end = Link { kind: Some("veth".into()), ..link(21, &format!("vlan{veth}"), mac(21)) };
+    let seen = Observation { links: vec![device.clone(), end.clone()], ..Observation::default() };
+    let mut watch = Watch::new(&Intent { branches, ..Intent::default() }, &seen);
+    assert!(!watch.concerns(&Notice::Link(device.clone())));
+    assert!(watch.concerns(&Notice::Link(Link { mtu: 1500, ..device.clone() })));
+    assert!(watch.concerns(&Notice::LinkGone(device.clone())) && !watch.concerns(&Notice::LinkGone(end)));
+    assert_eq!(watch.release(address), Some(21), "it is to go");
+    assert!(!watch.concerns(&Notice::LinkGone(device)) && watch.intent().branches.is_empty());
 }
 
 #[test]

@@ -16,12 +16,20 @@ impl Host {
     pub(super) fn add_branch(&mut self, branch: &PodBranch, veth: &str, made: &mut Made) -> Result<()> {
         let eni = &branch.eni;
         rule::delete_all(&mut self.route, &Branch::earlier_rules(Family::of(eni.gateway), veth))?;
-        let device = self.make_vlan(eni, branch.parent)?;
+        let device = self.lay_vlan(eni, branch.parent)?;
         made.links.push(device.index);
-        let v6 = eni.gateway.is_ipv6();
-        self.inside(|| vlan_sysctls(&device.name, v6))??;
         let [gateway, default] = eni.routes(device.index);
         self.route.run(&[link::set_up(device.index), route::replace(&gateway), route::replace(&default)])
+    }
+
+    /// Makes the device on the trunk's link of this index, ready to be set up.
+    pub(in crate::apply) fn lay_vlan(&mut self, eni: &Branch, trunk: u32) -> Result<Link> {
+        let device = self.make_vlan(eni, trunk)?;
+        let ready = self.inside(|| vlan_sysctls(&device.name, eni.gateway.is_ipv6())).flatten();
+        if ready.is_err() {
+            _ = self.route.run(&[link::delete(device.index)]);
+        }
+        ready.map(|()| device)
     }
 
     /// Makes the device and reads it back. One of the name is of an earlier pod on this VLAN, possibly on a trunk that is gone.
@@ -62,11 +70,12 @@ impl Host {
             return Ok(());
         }
         let mut errors = List::new();
+        // The rules first: as long as they lead to a device, the daemon makes it again.
+        let selector = Rule::any(Family::of(branch.address), priority::BRANCH, branch.table);
+        errors.note(rule::delete_all(&mut self.route, &selector));
         if let Some(index) = index {
             errors.note(self.route.run(&[link::delete(index).or_not_found()]));
         }
-        let selector = Rule::any(Family::of(branch.address), priority::BRANCH, branch.table);
-        errors.note(rule::delete_all(&mut self.route, &selector));
         errors.into_result()
     }
 }

@@ -3,7 +3,7 @@
 //! new pods only. A VLAN device whose pod is not known, or that two pods claim, is nobody's to touch.
 
 use super::planner::Planner;
-use super::{Action, HostBranch, HostPod, Observation, What, single};
+use super::{Action, HostBranch, HostPod, Observation, What, link_of, single};
 use crate::model::naming::{self, priority};
 use crate::model::net::{Family, Link, Mac, Route, Rule, TABLE_LOCAL};
 use crate::model::order::Gather as _;
@@ -19,7 +19,8 @@ const ICMPV6: u8 = 58;
 /// What the host has of a branch pod.
 struct Wired<'a> {
     pod: &'a HostBranch,
-    device: &'a Link,
+    /// Absent if somebody has deleted it.
+    device: Option<&'a Link>,
     veth: &'a Link,
 }
 
@@ -29,7 +30,8 @@ impl Wired<'_> {
     }
 }
 
-/// Pods whose VLAN device and veth are both there. Whatever has but one of them is being made or on its way out.
+/// Pods whose veth is there, and their VLAN device, or a rule to its table: an ADD makes the device before the rules, and a DEL
+/// takes the rules away before the device.
 fn wired<'a>(branches: &'a [HostBranch], seen: &'a Observation) -> Vec<Wired<'a>> {
     let mut claims = BTreeMap::<u16, usize>::new();
     for pod in branches {
@@ -47,11 +49,15 @@ fn wired<'a>(branches: &'a [HostBranch], seen: &'a Observation) -> Vec<Wired<'a>
         }
     }
     let sole = branches.iter().filter(|pod| claims.get(&pod.eni.vlan) == Some(&1));
-    let both = sole.filter_map(|pod| {
-        let device = devices.get(pod.eni.device().as_str()).copied()?;
-        Some(Wired { pod, device, veth: veths.get(pod.veth.as_str()).copied()? })
+    let leads = |rule: &Rule, table: u32| {
+        rule.table == table && matches!(rule.priority, priority::BRANCH | priority::FROM_POD) && !rule.foreign
+    };
+    let whole = sole.filter_map(|pod| {
+        let device = devices.get(pod.eni.device().as_str()).copied();
+        let made = device.is_some() || seen.rules.iter().any(|rule| leads(rule, pod.eni.table));
+        Some(Wired { pod, device, veth: veths.get(pod.veth.as_str()).copied().filter(|_| made)? })
     });
-    both.collect()
+    whole.collect()
 }
 
 /// Without it answers of the router to the host's own questions would be taken for the pod's traffic.
@@ -93,17 +99,9 @@ impl Planner<'_> {
         let mut ordinary = Vec::new();
         for wired in wired(&intent.branches, seen) {
             let Wired { pod, device, veth } = &wired;
-            if !device.up {
-                self.add(What::BranchLink, None, Action::SetUp(device.index), format!("set {} up", device.name));
-            } else if intent.v6 && !self.speaking.contains(&device.index) {
-                self.want_link_local(What::BranchLink, None, device, device.mac.unwrap_or(pod.eni.mac));
-            }
-            if device.mac != Some(pod.eni.mac) && pod.eni.mac != Mac::default() {
-                let text = format!("set address {} on {}", pod.eni.mac, device.name);
-                self.add(What::BranchLink, None, Action::SetMac(device.index, pod.eni.mac), text);
-            }
-            for route in pod.eni.routes(device.index) {
-                self.want_branch_route(route, device);
+            match device {
+                Some(device) => self.branch_device(pod, device),
+                None => self.lost_device(pod),
             }
             if wired.strict() {
                 self.pod_link(veth);
@@ -118,6 +116,37 @@ impl Planner<'_> {
         }
         self.stale_branch_rules();
         ordinary
+    }
+
+    fn branch_device(&mut self, pod: &HostBranch, device: &Link) {
+        let (mac, mtu) = (pod.eni.mac, self.intent.eni_mtu);
+        if !device.up {
+            self.add(What::BranchLink, None, Action::SetUp(device.index), format!("set {} up", device.name));
+        } else if self.intent.v6 && !self.speaking.contains(&device.index) {
+            self.want_link_local(What::BranchLink, None, device, device.mac.unwrap_or(mac));
+        }
+        if device.mac != Some(mac) && mac != Mac::default() {
+            let text = format!("set address {mac} on {}", device.name);
+            self.add(What::BranchLink, None, Action::SetMac(device.index, mac), text);
+        }
+        if device.mtu != mtu {
+            let text = format!("set mtu {mtu} on {}", device.name);
+            self.add(What::BranchLink, None, Action::SetMtu(device.index, mtu), text);
+        }
+        for route in pod.eni.routes(device.index) {
+            self.want_branch_route(route, device);
+        }
+    }
+
+    /// Its address and routes have gone with it; they are put back by the look after this one, which knows its index.
+    fn lost_device(&mut self, pod: &HostBranch) {
+        let seen = self.seen;
+        let trunk = self.intent.enis.iter().find(|eni| eni.trunk && eni.card == 0);
+        let trunk = trunk.and_then(|eni| link_of(&seen.links, eni.mac));
+        if let Some(trunk) = trunk.filter(|_| pod.eni.mac != Mac::default()) {
+            let text = format!("add VLAN device {} on {}", pod.eni.device(), trunk.name);
+            self.add(What::BranchLink, None, Action::AddVlan(pod.eni, trunk.index), text);
+        }
     }
 
     fn want_branch_route(&mut self, route: Route, link: &Link) {
@@ -228,6 +257,7 @@ mod tests {
             check(v6, |_, _| {}, &[]);
         }
         check(false, |_, seen| seen.links[1].up = false, &["set vlan.eth.7 up"]);
+        check(false, |_, seen| seen.links[1].mtu = 1500, &["set mtu 9001 on vlan.eth.7"]);
         check(false, |_, seen| seen.links[1].mac = None, &["set address 02:00:00:00:00:0a on vlan.eth.7"]);
         check(
             true,
@@ -262,6 +292,35 @@ mod tests {
                 ],
             );
         }
+    }
+
+    #[test]
+    fn a_device_that_somebody_deleted_is_made_again() {
+        let check = |fault: &dyn Fn(&mut Intent, &mut Observation), made: bool| {
+            let (mut intent, mut seen) = node(false);
+            let (own, gateway) = ("10.20.12.5/24".parse().unwrap(), ip("10.20.12.1"));
+            let mac = Mac([2, 0, 0, 0, 0, 3]);
+            intent.enis =
+                vec![HostEni { id: "eni-2".into(), mac, card: 0, device: 1, own, gateway, table: 2, trunk: true }];
+            seen.links[1] = link(3, "eth1", "");
+            seen.routes.remove(0);
+            seen.routes.remove(0);
+            fault(&mut intent, &mut seen);
+            let steps = diff(&intent, &seen).unwrap().steps;
+            let found: Vec<_> = steps.iter().filter(|step| step.what == What::BranchLink).collect();
+            assert_eq!(found.len(), usize::from(made), "{steps:?}");
+            if let [step] = found[..] {
+                assert_eq!(step.text, "add VLAN device vlan.eth.7 on eth1");
+                assert_eq!(step.action, Action::AddVlan(intent.branches[0].eni, 3));
+            }
+        };
+        check(&|_, _| {}, true);
+        check(&|_, seen| drop(seen.links.remove(2)), false); // the pod is going
+        check(&|_, seen| seen.rules.retain(|rule| rule.priority != 10), false); // the same, or it is just coming
+        check(&|_, seen| drop(seen.links.remove(1)), false); // no trunk
+        check(&|intent, _| intent.enis[0].trunk = false, false);
+        check(&|intent, _| intent.branches[0].eni.mac = Mac::default(), false);
+        check(&|intent, _| intent.branches.clear(), false);
     }
 
     #[test]
