@@ -5,7 +5,7 @@
 
 pub mod agents;
 pub mod cluster;
-mod controller;
+pub mod controller;
 pub mod demo;
 pub mod egress;
 pub mod flows;

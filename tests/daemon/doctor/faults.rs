@@ -237,3 +237,59 @@ pub const V6_FAULTS: &[Fault] = &[
     Fault { mended: Mended::Partly("ip addr add $NODE/128 dev $ETH nodad; ip -6 route replace default via fe80:ec2::1 dev $ETH"),
         ..ours("IPv6 off everywhere", "sysctl", "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6") },
 ];
+
+/// Of a pod with a branch ENI of its own, in both modes and families. Scripts may name `$IP` (`ip` with the family), `$A`, `$P`
+/// and `$V` (address, namespace and host veth of the pod), `$PGW` (the pod's gateway), `$DEV`, `$T` and `$GW` (the ENI's VLAN
+/// device, table and gateway) and `$TRUNK`.
+#[rustfmt::skip]
+pub const BRANCH_FAULTS: &[Fault] = &[
+    ours("VLAN device deleted", "branch-link", "ip link del $DEV"),
+    ours("VLAN device down", "branch-link", "ip link set $DEV down"),
+    ours("VLAN device down, its routes", "branch-route", "ip link set $DEV down; ip link set $DEV up"),
+    ours("VLAN device's MAC", "branch-link", "ip link set $DEV address 02:00:00:00:00:97"),
+    ours("VLAN device's MTU", "branch-link", "ip link set $DEV mtu 1400"),
+    ours("gateway route of the branch", "branch-route", "$IP route del $GW table $T"),
+    ours("default route of the branch", "branch-route", "$IP route del default table $T"),
+    ours("default route of the branch over the primary", "branch-route", "$IP route del default table $T; $IP route add default dev $ETH table $T"),
+    ours("table of the branch flushed", "branch-route", "$IP route flush table $T"),
+    ours("trunk MTU", "eni-mtu", "ip link set $TRUNK mtu 1500"),
+    ours("trunk MTU, its branches", "branch-link", "ip link set $TRUNK mtu 1500"),
+    ours("trunk down", "eni-link", "ip link set $TRUNK down"),
+    ours("trunk down and up", "branch-route", "ip link set $TRUNK down; ip link set $TRUNK up"),
+    ours("branch rules of a lost device", "branch-rule", "$IP rule add pref 10 iif vlan.eth.999 lookup 1099"),
+    ours("host veth down", "pod-link", "ip link set $V down"),
+    ours("host veth MTU", "pod-mtu", "ip link set $V mtu 1400"),
+    ours("host veth MAC", "pod-mac", "ip link set $V address 02:00:00:00:00:99"),
+    ours("pod link down", "inside-link", "ip -n $P link set eth0 down"),
+    ours("pod address", "inside-address", "ip -n $P addr flush dev eth0 scope global"),
+    ours("pod default route", "inside-route", "ip -n $P ${IP#ip } route del default"),
+    ours("pod MTU", "inside-mtu", "ip -n $P link set eth0 mtu 1400"),
+    ours("pod's gateway neighbour", "inside-neighbour", "ip -n $P neigh del $PGW dev eth0"),
+    ours("pod's gateway neighbour's MAC", "inside-neighbour", "ip -n $P neigh replace $PGW lladdr 02:00:00:00:00:98 dev eth0 nud permanent"),
+];
+
+#[rustfmt::skip]
+pub const V6_BRANCH_FAULTS: &[Fault] = &[
+    ours("VLAN device without link-local address", "branch-link", "ip -6 addr flush dev $DEV"),
+    ours("IPv6 off on the VLAN device", "branch-route", "echo 1 > /proc/sys/net/ipv6/conf/$DEV/disable_ipv6"),
+    ours("VLAN device deleted, its routes", "branch-link", "ip link del $DEV"),
+    ours("veth without link-local address", "pod-link", "ip -6 addr flush dev $V"),
+];
+
+#[rustfmt::skip]
+pub const STRICT_FAULTS: &[Fault] = &[
+    ours("rule from the branch", "branch-rule", "$IP rule del pref 10 iif $DEV"),
+    ours("rule from the pod", "branch-rule", "$IP rule del pref 10 iif $V"),
+    ours("both rules of the branch", "branch-rule", "while $IP rule del pref 10 2> /dev/null; do :; done"),
+    ours("route to the pod", "branch-route", "$IP route del $A table $T"),
+    ours("local rule before the branches", "local-rule", "$IP rule add pref 0 lookup local"),
+    ours("local rule not moved", "local-rule", "$IP rule add pref 0 lookup local; $IP rule del pref 20"),
+];
+
+#[rustfmt::skip]
+pub const STANDARD_FAULTS: &[Fault] = &[
+    ours("way in", "to-pod-rule", "$IP rule del pref 512 to $A"),
+    ours("way out", "from-pod-rule", "$IP rule del pref 1536 from $A"),
+    ours("second way out", "from-pod-rule", "$IP rule add pref 1536 from $A lookup 7"),
+    ours("host route", "pod-route", "$IP route del $A"),
+];

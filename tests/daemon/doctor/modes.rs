@@ -1,21 +1,26 @@
-//! The same in IPv6 mode, on a node with several network cards.
+//! The same in IPv6 mode, on a node with several network cards, and on nodes with pods that have a branch ENI of their own.
 
-use super::faults::V6_FAULTS;
+use super::faults::{BRANCH_FAULTS, Fault, STANDARD_FAULTS, STRICT_FAULTS, V6_BRANCH_FAULTS, V6_FAULTS};
 use super::{Ward, names};
 use crate::settings::fetch;
-use crate::stage::PROGRAM;
+use crate::stage::{PROGRAM, eventually};
+use enibox::clock;
 use enibox::model::limits;
 use enibox::model::naming::{VLAN_PREFIX, host_veth};
 use enibox::model::settings::Settings;
 use enibox::rpc::http1::{Limits, Request, Response, Server};
 use enibox::sandbox::agents::{Agent, EVERY_CARD, Runtime, WiredPod};
 use enibox::sandbox::cluster::{self, ApiServer};
+use enibox::sandbox::controller::{self, Trunk};
+use enibox::sandbox::probe::{Flow, PORT, Proto};
+use enibox::sandbox::serve::kube::Kube;
 use enibox::sandbox::topology::Node;
-use enibox::sandbox::world::{Plan, World};
+use enibox::sandbox::world::{HOSTS, Plan, World};
 use std::collections::BTreeMap;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 const V6: &[(&str, &str)] = &[
     ("ENABLE_IPv6", "true"),
@@ -30,6 +35,7 @@ struct Clinic {
     settings: Settings,
     env: Vec<(String, String)>,
     node: Arc<Node>,
+    kube: Arc<Kube>,
     pods: Vec<WiredPod>,
     world: World,
 }
@@ -43,14 +49,14 @@ impl Clinic {
         let get = |name: &str| env.iter().find(|(key, _)| key == name).map(|(_, value)| value.clone());
         let settings = Settings::parse(get).0;
         let limits = limits::of(instance_type).unwrap();
-        cluster::prepare(&mut world, &settings, &limits, (ApiServer::Answers, 4)).unwrap();
+        let kube = cluster::prepare(&mut world, &settings, &limits, (ApiServer::Answers, 4)).unwrap().unwrap();
         let node = world.node(0).unwrap();
         node.prepare(&settings).unwrap();
         env.push(cluster::endpoint());
         let logs = world.topology().run().logs();
         let mut agent = Agent::start(Path::new(PROGRAM), &logs, &node, &env).unwrap();
         agent.wait_ready(&node, &|| Ok(())).unwrap();
-        Clinic { agent: Some(agent), settings, env, node, pods: Vec::new(), world }
+        Clinic { agent: Some(agent), settings, env, node, kube, pods: Vec::new(), world }
     }
 
     fn add(&mut self, name: &str, annotations: &[(&str, &str)]) {
@@ -63,6 +69,37 @@ impl Clinic {
             egress: None,
         };
         self.pods.push(runtime.add(name, annotations).unwrap());
+    }
+
+    /// A trunk ENI, for pods with branch ENIs.
+    fn trunk(&self) -> Trunk {
+        controller::attach(&self.world, &self.kube, &self.world.nodes[0], &|| Ok(())).unwrap()
+    }
+
+    fn add_branch(&mut self, name: &str, trunk: &Trunk) {
+        let namespace = self.node.place.name.clone();
+        self.kube.change(|api| api.add_pod(&namespace, name, &namespace, &controller::wish()));
+        trunk.branch(&namespace, name).unwrap();
+        self.add(name, &[]);
+        assert!(self.pods.last().unwrap().branch);
+    }
+
+    /// What the internet says to the pod; its patience is short.
+    fn talk(&self, pod: usize, proto: Proto) -> Result<SocketAddr, String> {
+        let pod = &self.pods[pod];
+        let host = HOSTS.iter().find(|host| host.name == "internet").unwrap();
+        let far = self.world.namespace(host.name).unwrap();
+        let at = SocketAddr::from((host.at(pod.address.is_ipv6()), PORT));
+        let near = pod.pod.place.handle().unwrap();
+        let flow = Flow { client: &near, source: None, target: at, server: &far, listen: at };
+        flow.run(proto, Duration::from_secs(2)).map_err(|error| error.to_string())
+    }
+
+    /// How often the daemon has put back a thing of this kind.
+    fn repairs(&self, what: &str) -> u64 {
+        let page = self.node.place.net.run(|| fetch("127.0.0.1:61678", "/metrics")).unwrap();
+        let start = format!("awscni_repairs_total{{what=\"{what}\"}} ");
+        page.lines().find_map(|line| line.strip_prefix(&start)).map_or(0, |count| count.trim().parse().unwrap())
     }
 
     fn ward(&self) -> Ward {
@@ -136,4 +173,89 @@ fn single_faults_in_ipv6_mode() {
     let wrong = ward.trials(V6_FAULTS);
     assert!(wrong.is_empty(), "{wrong:?}");
     assert!(V6_FAULTS.len() >= 60, "{}", V6_FAULTS.len());
+}
+
+/// Whether this kernel has VLAN devices; says so if not.
+fn has_vlan() -> bool {
+    let home = std::env::temp_dir().join(format!("enibox-vlan-{}", std::process::id()));
+    let world = World::create(&Plan { nodes: 1, instance_type: "m5.large", seed: 1, home: &home }).unwrap();
+    let has = world.topology().takes_branches().unwrap();
+    if !has {
+        // Straight to the descriptor: a captured line would be a silent skip.
+        let line = b"SKIP: no vlan device in this kernel, no faults of branch ENIs\n";
+        _ = std::io::Write::write_all(&mut std::io::stderr(), line);
+    }
+    has
+}
+
+fn branch_faults(mode: &str, v6: bool, seed: u64, lists: &[&[Fault]]) {
+    let mut env = vec![
+        ("ENABLE_POD_ENI", "true"),
+        ("DISABLE_TCP_EARLY_DEMUX", "true"),
+        ("POD_SECURITY_GROUP_ENFORCING_MODE", mode),
+    ];
+    env.extend_from_slice(if v6 { &V6[..2] } else { &[] });
+    let mut clinic = Clinic::new("m5.large", seed, &env);
+    let trunk = clinic.trunk();
+    clinic.add_branch("one", &trunk);
+    let mut ward = clinic.ward();
+    let table =
+        ward.told("ip -o link show type vlan | sed 's/.*vlan.eth.\\([0-9]*\\)@.*/\\1/'").parse::<u32>().unwrap() + 100;
+    let ip = if v6 { "ip -6" } else { "ip -4" };
+    ward.variables = vec![
+        ("IP", ip.into()),
+        ("A", clinic.pods[0].address.to_string()),
+        ("P", clinic.netns(0)),
+        ("V", clinic.veth(0, 0)),
+        ("DEV", format!("vlan.eth.{}", table - 100)),
+        ("GW", ward.told(&format!("{ip} -o route show table {table} default | sed 's/.* via \\([^ ]*\\).*/\\1/'"))),
+        ("PGW", if v6 { "fe80::1" } else { "169.254.1.1" }.into()),
+        ("TRUNK", ward.told("ip -o link show type vlan | sed 's/.*@\\([^:]*\\):.*/\\1/'")),
+        ("ETH", "eth0".into()),
+        ("T", table.to_string()),
+    ];
+    ward.is_healthy(1);
+    made_again(&clinic, &ward);
+    let _answers = clinic.replace_daemon();
+    let wrong: Vec<_> = lists.iter().flat_map(|list| ward.trials(list)).collect();
+    assert!(wrong.is_empty(), "{mode} {ip}: {wrong:?}");
+    for proto in [Proto::Tcp, Proto::Udp] {
+        clinic.talk(0, proto).unwrap();
+    }
+}
+
+/// The running daemon makes a deleted VLAN device again, with all that hangs on it, and packets flow.
+fn made_again(clinic: &Clinic, ward: &Ward) {
+    let seen = [Proto::Tcp, Proto::Udp].map(|proto| clinic.talk(0, proto).unwrap().ip());
+    let before = ward.told("ip link show $DEV | sed -n 's/.*ether //p'; $IP route show table $T; $IP rule");
+    let counted = clinic.repairs("branch-link");
+    let begin = clock::instant();
+    ward.script("ip link del $DEV").unwrap();
+    eventually(Duration::from_secs(20), "the device is back", || {
+        let now = ward.script("ip link show $DEV | sed -n 's/.*ether //p'; $IP route show table $T; $IP rule")?;
+        if now.trim() == before { Ok(()) } else { Err(now) }
+    });
+    println!("VLAN device and routes are back after {:?}", begin.elapsed());
+    eventually(Duration::from_secs(20), "packets flow again", || {
+        let again = [Proto::Tcp, Proto::Udp].map(|proto| clinic.talk(0, proto));
+        if again.iter().flatten().map(SocketAddr::ip).eq(seen) { Ok(()) } else { Err(again) }
+    });
+    println!("packets flow after {:?}", begin.elapsed());
+    assert!(clinic.repairs("branch-link") > counted, "it is counted");
+}
+
+#[test]
+fn branch_faults_in_strict_mode() {
+    if has_vlan() {
+        branch_faults("strict", false, 93, &[BRANCH_FAULTS, STRICT_FAULTS]);
+        branch_faults("strict", true, 94, &[BRANCH_FAULTS, V6_BRANCH_FAULTS, STRICT_FAULTS]);
+    }
+}
+
+#[test]
+fn branch_faults_in_standard_mode() {
+    if has_vlan() {
+        branch_faults("standard", false, 95, &[BRANCH_FAULTS, STANDARD_FAULTS]);
+        branch_faults("standard", true, 96, &[V6_BRANCH_FAULTS, STANDARD_FAULTS]);
+    }
 }
