@@ -363,22 +363,17 @@ fn check_finds_what_is_taken_away() {
     };
     let name = &interface.host_veth;
     let to = interface.to_rule();
-    fault(true, &[rule::delete(&to)], &[rule::add(&to)], &format!("rule \"{to}\" is missing"));
+    fault(true, &[rule::delete(&to)], &[rule::add(&to)], &format!("to-pod-rule: missing: rule {to}"));
     let from = interface.from_rule().unwrap();
-    fault(true, &[rule::delete(&from)], &[rule::add(&from)], &format!("rule \"{from}\" is missing"));
+    fault(true, &[rule::delete(&from)], &[rule::add(&from)], &format!("from-pod-rule: missing: rule {from}"));
     let rival = Rule::from(interface.host_net(), 1536, 9);
-    fault(
-        true,
-        &[rule::add(&rival)],
-        &[rule::delete(&rival)],
-        &format!("rule \"{rival}\" sends the pod's traffic to another table"),
-    );
+    fault(true, &[rule::add(&rival)], &[rule::delete(&rival)], &format!("from-pod-rule: should not be: rule {rival}"));
     let host_route = interface.host_route(veth.index);
     fault(
         true,
         &[route::delete(&host_route)],
         &[route::replace(&host_route)],
-        &format!("host route 10.20.12.60 dev {name} is missing"),
+        &format!("pod-route: missing: route 10.20.12.60 dev {name}"),
     );
     fault(
         false,
@@ -410,6 +405,9 @@ fn check_finds_what_is_taken_away() {
     let lines = check(&node, &pod, &sandbox);
     assert_eq!(
         lines,
-        [format!("host interface \"{name}\" is missing"), format!("interface \"eth0\" is missing in {}", pod.netns),]
+        [
+            "pod-veth: 10.20.12.60 is given out, and no veth leads to it".to_owned(),
+            format!("interface \"eth0\" is missing in {}", pod.netns),
+        ]
     );
 }

@@ -14,13 +14,13 @@ mod pod;
 pub use host::{Censor, HostReport};
 pub use mend::{mend, side};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::naming::NFT_TABLE;
-use crate::model::net::{Family, Route, Rule};
+use crate::model::net::{Family, Link, Route, Rule};
 use crate::model::nft::Table;
 use crate::netlink::netns::Namespace;
 use crate::netlink::sysctl;
-use crate::netlink::{Socket, addr, link, nft, route, rule};
+use crate::netlink::{KernelError, Request, Socket, addr, link, nft, route, rule};
 use crate::plan::host::{Intent, Observation, link_of, sysctls};
 use std::thread::ThreadId;
 use std::time::Instant;
@@ -103,6 +103,19 @@ fn netfilter<'a>(socket: &'a mut Option<Socket>, namespace: &Namespace) -> Resul
         Some(socket) => Ok(socket),
         None => Ok(socket.insert(Socket::netfilter_in(namespace)?)),
     }
+}
+
+/// Sends what makes a link and what asks for it; the link, or the kernel's refusal to make it.
+fn make_link(socket: &mut Socket, requests: &[Request; 2]) -> Result<std::result::Result<Link, KernelError>> {
+    let mut outcomes = socket.batch(requests)?.into_iter();
+    let (Some(made), Some(found)) = (outcomes.next(), outcomes.next()) else {
+        return Err(Error::new("two answers for two requests"));
+    };
+    if let Err(refused) = made {
+        return Ok(Err(refused));
+    }
+    let link = found?.iter().find_map(|body| link::decode(body));
+    link.map(Ok).ok_or_else(|| Error::new(format!("{}: no answer", requests[1].what)))
 }
 
 /// The sysctl that says whether IPv6 is off on a link: then it takes neither addresses nor routes (EACCES).

@@ -6,14 +6,15 @@
 
 mod branch;
 
-use super::{Host, side};
+use super::{Host, make_link, side};
 use crate::clock;
 use crate::error::{Context, Error, List, Result};
 use crate::model::naming::{self, priority};
 use crate::model::net::{Link, Rule, TABLE_MAIN};
 use crate::netlink::netns::Namespace;
 use crate::netlink::{KernelError, Request, Socket, addr, conntrack, link, neigh, route, rule, sysctl};
-use crate::plan::pod::{Pod, PodInterface, Removal, RemovedAddress, check, link_route, pair};
+use crate::plan::doctor::pods::check;
+use crate::plan::pod::{Pod, PodInterface, Removal, RemovedAddress, link_route, pair};
 use ipnet::IpNet;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
@@ -91,13 +92,9 @@ impl Host {
 
     /// Makes both ends in one message and reads the host's back; none if one of the names is taken.
     pub(super) fn create_veth(&mut self, veth: &link::Veth<'_>) -> Result<Option<Link>> {
-        let outcomes = self.route.batch(&[link::create_veth(veth), link::query(veth.end.name)])?;
-        let [created, found] = <[_; 2]>::try_from(outcomes).map_err(|_| Error::new("two answers for two requests"))?;
-        match created {
-            Ok(_) => {
-                let link = found?.iter().find_map(|body| link::decode(body));
-                link.map(Some).ok_or_else(|| Error::new(format!("get link {}: no answer", veth.end.name)))
-            }
+        let requests = [link::create_veth(veth), link::query(veth.end.name)];
+        match make_link(&mut self.route, &requests)? {
+            Ok(link) => Ok(Some(link)),
             Err(error) if error.exists() => Ok(None),
             Err(error) => Err(error.into()),
         }

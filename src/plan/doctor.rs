@@ -13,7 +13,7 @@ mod texts;
 use super::host::{Action, HostBranch, HostPod, Intent, Observation, Step, What, diff, link_of};
 use super::ruleset;
 use crate::model::naming::priority;
-use crate::model::net::{Rule, TABLE_MAIN};
+use crate::model::net::{Link, Rule, TABLE_MAIN};
 use crate::model::order::{self, Gather as _};
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
@@ -90,42 +90,10 @@ pub fn host(intent: &Intent, seen: &Observation) -> Vec<Finding> {
         Ok(plan) => plan,
         Err(error) => return vec![Finding::new("no-plan", "", error.to_string())],
     };
-    let names = pod_names(intent);
-    let seats = pods::Seats::new(seen, &[]);
-    let seat = |pod: &HostPod| Some((seats.of(&pod.veth, pod.address).outer?.index, pod.address));
-    let at = intent.pods.iter().filter_map(seat).gather::<BTreeMap<_, _>>();
-    // What belongs to a branch ENI: by its table, or by its device or the veth of its pod.
-    let branch = |step: &Step| {
-        let (table, link) = match &step.action {
-            Action::AddRule(rule) | Action::DeleteRule(rule) => (rule.table, 0),
-            Action::ReplaceRoute(route) | Action::DeleteRoute(route) => (route.table, 0),
-            Action::AddVlan(eni, _) => (eni.table, 0),
-            Action::SetUp(index) | Action::SetMtu(index, _) | Action::SetMac(index, _) => (0, *index),
-            Action::AddAddress(address) => (0, address.dev),
-            _ => return None,
-        };
-        let name = seen.links.iter().find(|there| there.index == link).map_or("", |there| there.name.as_str());
-        let fits = |pod: &&HostBranch| {
-            pod.eni.table == table || (!name.is_empty() && (name == pod.eni.device() || name.ends_with(&pod.veth)))
-        };
-        intent.branches.iter().find(fits).map(|pod| pod.name.as_str())
-    };
-    let mut findings = Vec::new();
-    for step in &plan.steps {
-        if step.what == What::Ruleset {
-            findings.extend(rules_of(intent, seen, &plan.primary.1));
-            continue;
-        }
-        let address = match &step.action {
-            Action::AddRule(rule) | Action::DeleteRule(rule) => address_of(rule),
-            Action::ReplaceRoute(route) | Action::DeleteRoute(route) => single(route.dst),
-            Action::SetUp(index) | Action::SetMtu(index, _) | Action::SetMac(index, _) => at.get(index).copied(),
-            Action::AddAddress(address) => at.get(&address.dev).copied(),
-            _ => None,
-        };
-        let pod = address.and_then(|address| names.get(&address).copied()).or_else(|| branch(step));
-        let subject = step.eni.as_ref().map_or(pod.unwrap_or_default(), |eni| eni.as_str());
-        findings.push(Finding::new(step.what.name(), subject, evidence(&step.text)));
+    let (rules, steps) = plan.steps.into_iter().partition::<Vec<_>, _>(|step| step.what == What::Ruleset);
+    let mut findings = told(intent, seen, &steps);
+    if !rules.is_empty() {
+        findings.extend(rules_of(intent, seen, &plan.primary.1));
     }
     findings.extend(plan.failed.iter().map(|(eni, why)| Finding::new("eni-unplugged", eni.as_str(), why.as_str())));
     let twins = seen.links.iter().filter(|link| link.mac == Some(intent.primary_mac));
@@ -135,6 +103,47 @@ pub fn host(intent: &Intent, seen: &Observation) -> Vec<Finding> {
         findings.push(Finding::new("primary-ambiguous", "", format!("{} have its MAC", twins.join(", "))));
     }
     findings
+}
+
+/// What steps of the host's plan are for, all but those for the rule set.
+fn told(intent: &Intent, seen: &Observation, steps: &[Step]) -> Vec<Finding> {
+    let names = pod_names(intent);
+    let seats = pods::Seats::new(seen, &[]);
+    let seat = |pod: &HostPod| Some((seats.of(&pod.veth, pod.address).outer?.index, pod.address));
+    let at = intent.pods.iter().filter_map(seat).gather::<BTreeMap<_, _>>();
+    let finding = |step: &Step| {
+        let address = match &step.action {
+            Action::AddRule(rule) | Action::DeleteRule(rule) => address_of(rule),
+            Action::ReplaceRoute(route) | Action::DeleteRoute(route) => single(route.dst),
+            Action::SetUp(index) | Action::SetMtu(index, _) | Action::SetMac(index, _) => at.get(index).copied(),
+            Action::AddAddress(address) => at.get(&address.dev).copied(),
+            _ => None,
+        };
+        let pod = address.and_then(|address| names.get(&address).copied());
+        let pod = pod.or_else(|| of_branch(intent, seen, &step.action));
+        let subject = step.eni.as_ref().map_or(pod.unwrap_or_default(), |eni| eni.as_str());
+        Finding::new(step.what.name(), subject, evidence(&step.text))
+    };
+    steps.iter().map(finding).collect()
+}
+
+/// The pod whose branch ENI it is about: by its table, or by its device or the pod's veth.
+fn of_branch<'a>(intent: &'a Intent, seen: &Observation, action: &Action) -> Option<&'a str> {
+    let (table, link) = match action {
+        Action::AddRule(rule) | Action::DeleteRule(rule) => (rule.table, 0),
+        Action::ReplaceRoute(route) | Action::DeleteRoute(route) => (route.table, 0),
+        Action::AddVlan(eni, _) => (eni.table, 0),
+        Action::SetUp(index) | Action::SetMtu(index, _) | Action::SetMac(index, _) => (0, *index),
+        Action::AddAddress(address) => (0, address.dev),
+        _ => return None,
+    };
+    let link = seen.links.iter().find(|there| there.index == link);
+    let fits = |pod: &&HostBranch| {
+        let named =
+            |link: &Link| link.name == pod.eni.device() || (!pod.veth.is_empty() && link.name.ends_with(&pod.veth));
+        pod.eni.table == table || link.is_some_and(named)
+    };
+    intent.branches.iter().find(fits).map(|pod| pod.name.as_str())
 }
 
 // The steps say what is to be done; turned round, that is what was seen.

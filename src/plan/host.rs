@@ -20,10 +20,9 @@ use crate::model::ids::EniId;
 use crate::model::naming;
 use crate::model::net::{Address, Link, Mac, Route, Rule};
 use crate::model::nft::{SnatPorts, Table};
-use crate::model::order::Gather as _;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
 /// What the host's network should be. The daemon tells it to `enibox doctor` as JSON.
@@ -337,16 +336,7 @@ pub fn sysctls(intent: &Intent, primary: &str) -> Vec<(String, &'static str)> {
 pub fn diff(intent: &Intent, seen: &Observation) -> Result<Plan> {
     let primary = link_of(&seen.links, intent.primary_mac).ok_or_else(|| missing(intent.primary_mac, &seen.links))?;
     let tables = ruleset::tables(intent, &primary.name)?;
-    let mut planner = Planner {
-        intent,
-        seen,
-        rules: seen.rules.iter().gather(),
-        planned: BTreeSet::new(),
-        speaking: if intent.v6 { speaking(seen) } else { BTreeSet::new() },
-        add: Vec::new(),
-        delete: Vec::new(),
-        failed: BTreeMap::new(),
-    };
+    let mut planner = Planner::new(intent, seen);
     if primary.mtu != intent.eni_mtu {
         planner.add(
             What::PrimaryMtu,
@@ -367,6 +357,7 @@ pub fn diff(intent: &Intent, seen: &Observation) -> Result<Plan> {
         planner.eni(eni);
     }
     let branches = planner.branches();
+    planner.stale_branch_rules();
     planner.pods(&branches);
     planner.gone();
     planner.external_services();
@@ -381,9 +372,14 @@ pub fn diff(intent: &Intent, seen: &Observation) -> Result<Plan> {
     Ok(Plan { primary: (primary.index, primary.name.clone()), steps, failed: planner.failed })
 }
 
-fn speaking(seen: &Observation) -> BTreeSet<u32> {
-    let own = |address: &&Address| matches!(address.addr.addr(), IpAddr::V6(v6) if v6.is_unicast_link_local());
-    seen.addresses.iter().filter(own).map(|address| address.dev).gather()
+/// Of these steps, those that make what the pods of the intent have on the host. Of the intent nothing else is needed.
+pub fn wiring(intent: &Intent, seen: &Observation) -> Vec<Step> {
+    let mut planner = Planner::new(intent, seen);
+    let branches = planner.branches();
+    planner.pods(&branches);
+    let mut steps = planner.add;
+    steps.append(&mut planner.delete);
+    steps
 }
 
 /// The error when [`link_of`] finds none: names the MAC, and the links that there are with theirs.

@@ -11,7 +11,7 @@ use crate::model::cni::{EnforcingMode, IpConfig, Output};
 use crate::model::naming::{self, normal_table, priority};
 use crate::model::net::{Address, Link, Mac, Neighbour, Route, Rule, Scope, TABLE_MAIN};
 use crate::model::wire::{AddNetworkReply, DelNetworkReply, IpAllocation};
-use crate::plan::branch::{Branch, is_vlan};
+use crate::plan::branch::Branch;
 use ipnet::IpNet;
 use std::net::IpAddr;
 
@@ -431,80 +431,6 @@ pub struct Side {
     pub rules: Vec<Rule>,
     /// Neighbour entries.
     pub neighbours: Vec<Neighbour>,
-}
-
-/// Everything of the pod's network that is missing or wrong, a line each. What later plugins of the chain may change (MTU,
-/// the pod's MAC, more addresses and routes) is not looked at.
-pub fn check(pod: &Pod, host: &Side, inside: &Side) -> Vec<String> {
-    let mut lines = Vec::new();
-    for (number, interface) in pod.interfaces.iter().enumerate() {
-        let outer = check_host(interface, host, &mut lines);
-        check_inside(number, interface, outer, &pod.netns, inside, &mut lines);
-    }
-    lines
-}
-
-fn check_host<'a>(interface: &PodInterface, host: &'a Side, lines: &mut Vec<String>) -> Option<&'a Link> {
-    let link = host.links.iter().find(|link| link.name == interface.host_veth);
-    match link {
-        None => lines.push(format!("host interface {:?} is missing", interface.host_veth)),
-        Some(link) => {
-            if !link.up {
-                lines.push(format!("host interface {:?} is down", interface.host_veth));
-            }
-            if let (Some((made, _)), Some(mac)) = (naming::of_veth_alias(&link.alias), link.mac)
-                && made != mac
-            {
-                lines.push(format!("host interface {:?} has MAC {mac} instead of {made}", interface.host_veth));
-            }
-            if !has_route(host, &interface.host_route(link.index)) {
-                lines.push(format!("host route {} dev {} is missing", interface.address, interface.host_veth));
-            }
-        }
-    }
-    if let Some(branch) = &interface.branch {
-        check_branch(branch, host, lines);
-    }
-    let wanted = interface.host_rules();
-    for rule in &wanted {
-        if !host.rules.contains(rule) {
-            lines.push(format!("rule \"{rule}\" is missing"));
-        }
-    }
-    for rule in &host.rules {
-        let rival = *rule == Rule::from(interface.host_net(), priority::FROM_POD, rule.table);
-        if rival && !wanted.contains(rule) {
-            lines.push(format!("rule \"{rule}\" sends the pod's traffic to another table"));
-        }
-    }
-    link
-}
-
-fn check_branch(branch: &PodBranch, host: &Side, lines: &mut Vec<String>) {
-    let name = branch.eni.device();
-    let Some(link) = host.links.iter().find(|link| link.name == name && is_vlan(link)) else {
-        return lines.push(format!("VLAN device {name:?} is missing"));
-    };
-    if !link.up {
-        lines.push(format!("VLAN device {name:?} is down"));
-    }
-    for route in branch.eni.routes(link.index) {
-        if !has_route(host, &route) {
-            let text = route.to_string().replace(&format!("dev if{}", link.index), &format!("dev {name}"));
-            lines.push(format!("host route {text} is missing"));
-        }
-    }
-}
-
-fn check_inside(
-    number: usize,
-    interface: &PodInterface,
-    outer: Option<&Link>,
-    netns: &str,
-    inside: &Side,
-    lines: &mut Vec<String>,
-) {
-    lines.extend(inside::flaws(number, interface, outer, netns, inside).into_iter().map(|flaw| flaw.text));
 }
 
 /// Whether two links, one of the host's and one of the pod's namespace, name each other as their other end.

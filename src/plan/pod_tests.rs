@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::model::cni::Interface;
+use crate::plan::doctor::pods::check;
 
 fn ip(text: &str) -> IpAddr {
     text.parse().unwrap()
@@ -234,14 +235,17 @@ fn check_finds_each_single_fault() {
         assert_eq!(check(&pod, &host, &inside), lines);
     };
     fault(&|_, _| {}, &[]);
-    fault(&|host, _| host.links.clear(), &["host interface \"enicc21c2d7785\" is missing"]);
-    fault(&|host, _| host.links[0].up = false, &["host interface \"enicc21c2d7785\" is down"]);
-    fault(&|host, _| host.routes.clear(), &["host route 10.0.12.34 dev enicc21c2d7785 is missing"]);
-    fault(&|host, _| host.rules.truncate(1), &["rule \"1536: from 10.0.12.34 lookup 3\" is missing"]);
-    fault(&|host, _| drop(host.rules.remove(0)), &["rule \"512: from all to 10.0.12.34 lookup main\" is missing"]);
+    fault(&|host, _| host.links.clear(), &["pod-veth: 10.0.12.34 is given out, and no veth leads to it"]);
+    fault(&|host, _| host.links[0].up = false, &["pod-link: not so: enicc21c2d7785 up"]);
+    fault(&|host, _| host.routes.clear(), &["pod-route: missing: route 10.0.12.34 dev enicc21c2d7785"]);
+    fault(&|host, _| host.rules.truncate(1), &["from-pod-rule: missing: rule 1536: from 10.0.12.34 lookup 3"]);
+    fault(
+        &|host, _| drop(host.rules.remove(0)),
+        &["to-pod-rule: missing: rule 512: from all to 10.0.12.34 lookup main"],
+    );
     fault(
         &|host, _| host.rules.push(Rule::from("10.0.12.34/32".parse().unwrap(), 1536, 2)),
-        &["rule \"1536: from 10.0.12.34 lookup 2\" sends the pod's traffic to another table"],
+        &["from-pod-rule: should not be: rule 1536: from 10.0.12.34 lookup 2"],
     );
     fault(&|_, inside| inside.links.clear(), &["interface \"eth0\" is missing in /var/run/netns/cni-5a1f"]);
     fault(&|_, inside| inside.links[0].up = false, &["interface \"eth0\" is down"]);
@@ -433,29 +437,36 @@ fn check_finds_each_fault_of_a_branch() {
     };
     for veth in ["enicc21c2d7785", "vlancc21c2d7785"] {
         fault(veth, &|_| {}, &[]);
-        fault(veth, &|host| drop(host.links.remove(0)), &["VLAN device \"vlan.eth.7\" is missing"]);
-        fault(veth, &|host| host.links[0].kind = None, &["VLAN device \"vlan.eth.7\" is missing"]);
-        fault(veth, &|host| host.links[0].up = false, &["VLAN device \"vlan.eth.7\" is down"]);
+        fault(veth, &|host| drop(host.links.remove(0)), &["branch-link: VLAN device vlan.eth.7 is missing"]);
+        fault(veth, &|host| host.links[0].kind = None, &["branch-link: VLAN device vlan.eth.7 is missing"]);
+        fault(veth, &|host| host.links[0].up = false, &["branch-link: not so: vlan.eth.7 up"]);
         fault(
             veth,
             &|host| _ = host.routes.remove(1),
-            &["host route 10.0.32.1 dev vlan.eth.7 table 107 scope link is missing"],
+            &["branch-route: missing: route 10.0.32.1 dev vlan.eth.7 table 107 scope link"],
         );
         fault(
             veth,
             &|host| host.routes.truncate(2),
-            &["host route default via 10.0.32.1 dev vlan.eth.7 table 107 is missing"],
+            &["branch-route: missing: route default via 10.0.32.1 dev vlan.eth.7 table 107"],
         );
     }
     fault(
         "vlancc21c2d7785",
         &|host| host.rules.truncate(1),
-        &["rule \"10: from all iif vlancc21c2d7785 lookup 107\" is missing"],
+        &["branch-rule: missing: rule 10: from all iif vlancc21c2d7785 lookup 107"],
     );
     fault(
         "vlancc21c2d7785",
         &|host| _ = host.routes.remove(0),
-        &["host route 10.0.32.9 dev vlancc21c2d7785 is missing"],
+        &[
+            "branch-route: missing: route 10.0.32.9 dev vlancc21c2d7785 table 107 scope link",
+            "pod-route: route 10.0.32.9 dev vlancc21c2d7785 scope link is missing",
+        ],
     );
-    fault("enicc21c2d7785", &|host| host.rules.truncate(1), &["rule \"1536: from 10.0.32.9 lookup 107\" is missing"]);
+    fault(
+        "enicc21c2d7785",
+        &|host| host.rules.truncate(1),
+        &["from-pod-rule: missing: rule 1536: from 10.0.32.9 lookup 107"],
+    );
 }

@@ -3,13 +3,17 @@
 mod faults;
 mod modes;
 
+use crate::settings::fetch;
 use crate::stage::{PROGRAM, Stage, Subject, eventually};
 use enibox::clock;
+use enibox::rpc::http1::{Limits, Request, Response, Server};
 use enibox::sandbox::topology::{EC2, IMDS, Node};
 use faults::{FAULTS, Fault, Mended};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -17,6 +21,9 @@ use std::time::Duration;
 
 /// Of the daemon and the doctor.
 const SETTINGS: &[(&str, &str)] = &[("AWS_EXTERNAL_SERVICE_CIDRS", "192.0.2.0/28")];
+
+/// Where the daemon answers the doctor.
+const INTROSPECTION: &str = "127.0.0.1:61679";
 
 /// A node that faults are planted on.
 struct Ward {
@@ -58,12 +65,14 @@ impl Ward {
     /// Runs a shell script on the node.
     fn script(&self, text: &str) -> Result<String, String> {
         let mut command = self.node.command("sh").unwrap();
-        // The rule of a chain that has this text, by its handle.
-        let library = "unrule() { nft delete rule ip aws-cni $1 handle $(nft -a list chain ip aws-cni $1 | \
+        // The tool itself, where the shell has a smaller one built in; and the rule of a chain that has this text, by its handle.
+        let tool = ["/usr/sbin/ip", "/sbin/ip", "/usr/bin/ip"].into_iter().find(|path| Path::new(path).exists());
+        let library = "ip() { $TOOL \"$@\"; }\n\
+                       unrule() { nft delete rule ip aws-cni $1 handle $(nft -a list chain ip aws-cni $1 | \
                        grep -e \"$2\" | head -n 1 | sed 's/.*# handle //'); }\n";
         command.args(["-ec", &format!("{library}{text}")]);
         command.envs(self.variables.iter().map(|(name, value)| (name, value)));
-        command.env("R", self.root.0.as_os_str());
+        command.env("R", self.root.0.as_os_str()).env("TOOL", tool.unwrap_or("/bin/ip"));
         let output = command.stdin(Stdio::null()).output().unwrap();
         let told = String::from_utf8_lossy(&output.stdout).into_owned();
         let wrong = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -81,6 +90,25 @@ impl Ward {
             let (code, told) = self.doctor(None, &[]);
             if code == 0 && told["pods"] == addresses { Ok(()) } else { Err(told) }
         });
+    }
+
+    /// What the running daemon says to the doctor.
+    fn pages(&self) -> BTreeMap<String, String> {
+        let ask = |path: &str| {
+            let answer = self.node.place.net.run(|| fetch(INTROSPECTION, path)).unwrap();
+            (path.to_owned(), answer.split_once("\r\n\r\n").unwrap().1.to_owned())
+        };
+        ["/v1/enibox/intent", "/v1/enibox/status"].map(ask).into()
+    }
+
+    /// Says it in place of a daemon that is gone.
+    fn answer_with(&self, pages: BTreeMap<String, String>) -> Server {
+        let listener = self.node.place.net.run(|| TcpListener::bind(INTROSPECTION)).unwrap().unwrap();
+        let answer = move |request: &Request| match pages.get(&request.path) {
+            Some(page) => Response::new(200, "application/json", page.as_str()).into(),
+            None => Response::text(404, "").into(),
+        };
+        Server::start("stand-in", listener, Limits::default(), Arc::new(answer)).unwrap()
     }
 
     fn of(&self, name: &str) -> &str {
@@ -181,6 +209,7 @@ fn single_faults_are_found_and_mended() {
         if (code, &told["pods"], &told["enis"]) == (0, &Value::from(5), &Value::from(1)) { Ok(()) } else { Err(told) }
     });
     beside_a_running_daemon(&ward);
+    let pages = ward.pages();
     stage.kill();
     let begin = clock::instant();
     let (code, told) = ward.doctor(None, &[]);
@@ -188,7 +217,10 @@ fn single_faults_are_found_and_mended() {
     assert_eq!(told["pods"], 5);
     println!("one look takes {:?}", begin.elapsed());
     rules_are_shown_with_their_reasons(&ward);
+    // The last word of the daemon counts: one that starts anew gives up a pod without a link after a while.
+    let answers = ward.answer_with(pages);
     let wrong = ward.trials(FAULTS);
+    drop(answers);
     ec2_and_imds(&stage, &ward);
     assert!(wrong.is_empty(), "{wrong:?}");
     assert!(FAULTS.len() >= 60);

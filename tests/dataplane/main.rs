@@ -6,6 +6,7 @@ mod cleanup;
 mod egress;
 mod matrix;
 mod proxy;
+mod six;
 #[path = "../support/mod.rs"]
 mod support;
 mod takeover;

@@ -74,9 +74,10 @@ pub fn here(backend: Backend) -> bool {
 
 /// Starts kube-proxy: afterwards all services work.
 pub fn start(backend: Backend, node: &Netns, services: &[Service]) {
+    let tool = |kind: &str| format!("ip{}tables-{kind}-restore", if v6(services) { "6" } else { "" });
     match backend {
-        Backend::IptablesNft => restore(node, "iptables-nft-restore", &iptables(services)),
-        Backend::IptablesLegacy => restore(node, "iptables-legacy-restore", &iptables(services)),
+        Backend::IptablesNft => restore(node, &tool("nft"), &iptables(services)),
+        Backend::IptablesLegacy => restore(node, &tool("legacy"), &iptables(services)),
         Backend::Nftables => drop(node.run(|| tool_with_input("nft", &["-f", "-"], &nftables(services)))),
         Backend::Ipvs => ipvs(node, services),
     }
@@ -155,6 +156,11 @@ COMMIT
 COMMIT
 ";
 
+/// Whether the services are those of an IPv6 cluster; all are of one family.
+fn v6(services: &[Service]) -> bool {
+    services.first().is_some_and(|service| service.endpoint.is_ipv6())
+}
+
 fn put(text: &mut String, line: impl std::fmt::Display) {
     writeln!(text, "{line}").unwrap();
 }
@@ -162,6 +168,7 @@ fn put(text: &mut String, line: impl std::fmt::Display) {
 /// What kube-proxy gives to `iptables-restore --noflush`. No cluster CIDR is configured, as on EKS.
 fn iptables(services: &[Service]) -> String {
     let (mut chains, mut rules, mut portals, mut ports) = Default::default();
+    let length = if v6(services) { 128 } else { 32 };
     for (number, service) in services.iter().enumerate() {
         for proto in ["tcp", "udp"] {
             let id = format!("{}{number:05}", proto.to_uppercase());
@@ -170,7 +177,7 @@ fn iptables(services: &[Service]) -> String {
             put(&mut chains, format!(":KUBE-SVC-{id} - [0:0]\n:KUBE-SEP-{id} - [0:0]"));
             if service.kind == Kind::ClusterIp {
                 let dport = format!("-p {proto} -m {proto} --dport {}", at.port());
-                put(&mut portals, format!("-A KUBE-SERVICES -d {}/32 {dport} {say} -j KUBE-SVC-{id}", at.ip()));
+                put(&mut portals, format!("-A KUBE-SERVICES -d {}/{length} {dport} {say} -j KUBE-SVC-{id}", at.ip()));
             } else {
                 put(&mut chains, format!(":KUBE-EXT-{id} - [0:0]"));
                 let dport = format!("-p {proto} -m {proto} --dport {}", at.port());
@@ -183,7 +190,7 @@ fn iptables(services: &[Service]) -> String {
                 put(&mut rules, format!("-A KUBE-EXT-{id} -j KUBE-SVC-{id}"));
             }
             put(&mut rules, format!("-A KUBE-SVC-{id} {say} -j KUBE-SEP-{id}"));
-            put(&mut rules, format!("-A KUBE-SEP-{id} -s {}/32 {say} -j KUBE-MARK-MASQ", endpoint.ip()));
+            put(&mut rules, format!("-A KUBE-SEP-{id} -s {}/{length} {say} -j KUBE-MARK-MASQ", endpoint.ip()));
             put(
                 &mut rules,
                 format!("-A KUBE-SEP-{id} {say} -p {proto} -m {proto} -j DNAT --to-destination {endpoint}"),
@@ -193,7 +200,10 @@ fn iptables(services: &[Service]) -> String {
     let last = "-A KUBE-SERVICES -m comment --comment \"kubernetes service nodeports; NOTE: this must be the last rule in \
                 this chain\" -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS";
     let (table, rest) = MASQUERADE.split_at(MASQUERADE.find("-I").unwrap());
-    format!("{FILTER}{table}{chains}{rest}{portals}{last}\n{ports}{rules}COMMIT\n")
+    // The rule about localnet is for IPv4 alone.
+    let filter = FILTER.lines().filter(|line| !v6(services) || !line.contains("127.0.0.0/8"));
+    let filter: String = filter.map(|line| format!("{line}\n")).collect();
+    format!("{filter}{table}{chains}{rest}{portals}{last}\n{ports}{rules}COMMIT\n")
 }
 
 const NFT_HOOKS: &str = "\
@@ -280,7 +290,7 @@ fn nftables(services: &[Service]) -> String {
         list => format!("elements = {{ {} }}", list.join(", ")),
     };
     let (portals, ports) = (elements(&portals), elements(&ports));
-    format!(
+    let text = format!(
         "table ip kube-proxy {{
 	comment \"rules for kube-proxy\"
 	set cluster-ips {{ type ipv4_addr; comment \"Active ClusterIPs\"; }}
@@ -301,7 +311,17 @@ fn nftables(services: &[Service]) -> String {
 		ip daddr @nodeport-ips meta l4proto . th dport vmap @service-nodeports
 	}}
 {NFT_HOOKS}"
-    )
+    );
+    if !v6(services) {
+        return text;
+    }
+    let node_ports = services.iter().filter(|service| service.kind != Kind::ClusterIp).map(|service| service.at.ip());
+    let node_port = node_ports.take(1).map(|address| address.to_string()).collect::<String>();
+    text.replace("table ip ", "table ip6 ")
+        .replace("ip daddr", "ip6 daddr")
+        .replace("ip saddr", "ip6 saddr")
+        .replace("ipv4_addr", "ipv6_addr")
+        .replace("10.20.11.162, 10.20.12.5", &node_port)
 }
 
 // Virtual servers for every way to a service, the addresses on kube-ipvs0, and rules that only mark.

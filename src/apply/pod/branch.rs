@@ -2,7 +2,7 @@
 //! routes of its table, and their end.
 
 use super::Made;
-use crate::apply::{Host, routes_and_rules};
+use crate::apply::{Host, make_link, routes_and_rules};
 use crate::error::{Context, Error, List, Result};
 use crate::model::naming::priority;
 use crate::model::net::{Family, Link, Rule};
@@ -37,14 +37,8 @@ impl Host {
         let name = eni.device();
         let requests = [link::create_vlan(&name, parent, eni.vlan, Some(eni.mac)), link::query(&name)];
         for again in [false, true] {
-            let outcomes = self.route.batch(&requests)?;
-            let [created, found] =
-                <[_; 2]>::try_from(outcomes).map_err(|_| Error::new("two answers for two requests"))?;
-            match created {
-                Ok(_) => {
-                    let link = found?.iter().find_map(|body| link::decode(body));
-                    return link.ok_or_else(|| Error::new(format!("get link {name}: no answer")));
-                }
+            match make_link(&mut self.route, &requests)? {
+                Ok(link) => return Ok(link),
                 Err(error) if error.exists() && !again => self.delete_vlan(&name)?,
                 Err(error) => return Err(error.into()),
             }

@@ -4,11 +4,11 @@ use super::{Finding, single};
 use crate::model::naming;
 use crate::model::net::{Link, Mac, TABLE_MAIN};
 use crate::model::order::Gather as _;
-use crate::plan::branch::Branch;
-use crate::plan::host::{HostBranch, HostPod, Intent, Observation};
+use crate::plan::branch::{Branch, is_vlan};
+use crate::plan::host::{Action, HostBranch, HostPod, Intent, Observation, wiring};
 use crate::plan::pod::inside::{Mend, flaws};
-use crate::plan::pod::{PodBranch, PodInterface, Side, has_route};
-use std::collections::BTreeMap;
+use crate::plan::pod::{Pod, PodBranch, PodInterface, Side, has_route};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 /// Interfaces of one pod, at most: ENIs that a multi-card instance gives one pod.
@@ -111,9 +111,46 @@ pub fn pods(intent: &Intent, seen: &Observation, namespaces: &[Inside], mtu: u32
         Wired { address: *address, table: eni.table, name, veth, branch: Some(*eni) }
     });
     for pod in plain.chain(branches).filter(|pod| only.is_none_or(|only| only == pod.name)) {
+        if let Some(eni) = pod.branch.filter(|eni| !seen.links.iter().any(|l| l.name == eni.device() && is_vlan(l))) {
+            let mut finding = Finding::new("branch-link", pod.name, format!("VLAN device {} is missing", eni.device()));
+            // Where it can be made again the host's plan says so.
+            finding.mendable = false;
+            found.findings.push(finding);
+        }
         one(intent, &pod, &seats, &host, namespaces, mtu, &mut found);
     }
     found
+}
+
+/// For CHECK: everything of one pod's network that is missing or wrong, a line each, with no more known than its cached result
+/// tells. What later plugins of the chain may change (MTU, the pod's MAC, more addresses and routes) is not looked at.
+pub fn check(pod: &Pod, host: &Side, inside: &Side) -> Vec<String> {
+    let Side { links, addresses, routes, rules, .. } = host.clone();
+    let seen = Observation { links, addresses, routes, rules, ..Observation::default() };
+    let mut intent = Intent::default();
+    for PodInterface { host_veth, address, table, branch, .. } in &pod.interfaces {
+        let (prefix, veth) =
+            host_veth.split_at_checked(host_veth.len().saturating_sub(naming::SUFFIX_LEN)).unwrap_or_default();
+        let (address, veth, name) = (*address, veth.to_owned(), format!("{}/{}", pod.namespace, pod.name));
+        intent.v6 = address.is_ipv6();
+        intent.veth_prefix = prefix.into();
+        match branch {
+            Some(PodBranch { eni, .. }) => intent.branches.push(HostBranch { address, eni: *eni, name, veth }),
+            None => intent.pods.push(HostPod { address, table: *table, name, veth }),
+        }
+    }
+    let mut steps = wiring(&intent, &seen);
+    steps.retain(|step| !matches!(step.action, Action::SetMtu(..)));
+    let mut findings = super::told(&intent, &seen, &steps);
+    let known = findings.iter().map(|finding| finding.name).gather::<BTreeSet<_>>();
+    let more = pods(&intent, &seen, &[], 0, None).findings.into_iter();
+    findings.extend(more.filter(|finding| finding.name != "pod-mtu" && !known.contains(finding.name)));
+    let mut lines = findings.iter().map(|finding| format!("{}: {}", finding.name, finding.seen)).collect::<Vec<_>>();
+    for (number, interface) in pod.interfaces.iter().enumerate() {
+        let outer = host.links.iter().find(|link| link.name == interface.host_veth);
+        lines.extend(flaws(number, interface, outer, &pod.netns, inside).into_iter().map(|flaw| flaw.text));
+    }
+    lines
 }
 
 fn one(

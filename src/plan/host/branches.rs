@@ -114,7 +114,6 @@ impl Planner<'_> {
                 ordinary.push(HostPod { address, table, name: pod.name.clone(), veth: pod.veth.clone() });
             }
         }
-        self.stale_branch_rules();
         ordinary
     }
 
@@ -158,16 +157,18 @@ impl Planner<'_> {
 
     /// Rules that lead to the table of a VLAN device that is gone, and that no link and no known pod needs: what a pod has left
     /// that was not deleted in order.
-    fn stale_branch_rules(&mut self) {
+    pub(super) fn stale_branch_rules(&mut self) {
         let (intent, seen) = (self.intent, self.seen);
         let family = self.family();
         let links = seen.links.iter().map(|link| link.name.as_str()).gather::<BTreeSet<_>>();
         let pods = intent.branches.iter().map(|pod| pod.address).chain(intent.pods.iter().map(|pod| pod.address));
         let pods = pods.gather::<BTreeSet<_>>();
+        // A device that is just made again.
+        let needed = wired(&intent.branches, seen).iter().map(|wired| wired.pod.eni.table).gather::<BTreeSet<_>>();
         self.drop_rules(What::BranchRule, |rule| {
             let Some(vlan) = naming::vlan_of_table(rule.table).filter(|_| rule.family == family) else { return false };
             let device = naming::vlan_device(vlan);
-            if links.contains(device.as_str()) {
+            if links.contains(device.as_str()) || needed.contains(&rule.table) {
                 return false;
             }
             if let Some(source) = rule.src.and_then(single) {
@@ -308,6 +309,7 @@ mod tests {
             fault(&mut intent, &mut seen);
             let steps = diff(&intent, &seen).unwrap().steps;
             let found: Vec<_> = steps.iter().filter(|step| step.what == What::BranchLink).collect();
+            assert!(!made || !steps.iter().any(|step| step.what == What::BranchRule), "the rules stay: {steps:?}");
             assert_eq!(found.len(), usize::from(made), "{steps:?}");
             if let [step] = found[..] {
                 assert_eq!(step.text, "add VLAN device vlan.eth.7 on eth1");

@@ -8,6 +8,7 @@ use crate::model::net::{Address, Family, Link, Mac, Rule, TABLE_MAIN};
 use crate::model::order::Gather as _;
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 pub(super) struct Planner<'a> {
     pub(super) intent: &'a Intent,
@@ -19,6 +20,16 @@ pub(super) struct Planner<'a> {
     pub(super) add: Vec<Step>,
     pub(super) delete: Vec<Step>,
     pub(super) failed: BTreeMap<EniId, String>,
+}
+
+impl<'a> Planner<'a> {
+    pub(super) fn new(intent: &'a Intent, seen: &'a Observation) -> Self {
+        let own = |address: &&Address| matches!(address.addr.addr(), IpAddr::V6(v6) if v6.is_unicast_link_local());
+        let speaking = seen.addresses.iter().filter(|_| intent.v6).filter(own).map(|address| address.dev).gather();
+        let (rules, planned) = (seen.rules.iter().gather(), BTreeSet::new());
+        let (add, delete, failed) = (Vec::new(), Vec::new(), BTreeMap::new());
+        Planner { intent, seen, rules, planned, speaking, add, delete, failed }
+    }
 }
 
 impl Planner<'_> {

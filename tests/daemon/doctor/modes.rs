@@ -8,7 +8,7 @@ use enibox::clock;
 use enibox::model::limits;
 use enibox::model::naming::{VLAN_PREFIX, host_veth};
 use enibox::model::settings::Settings;
-use enibox::rpc::http1::{Limits, Request, Response, Server};
+use enibox::rpc::http1::Server;
 use enibox::sandbox::agents::{Agent, EVERY_CARD, Runtime, WiredPod};
 use enibox::sandbox::cluster::{self, ApiServer};
 use enibox::sandbox::controller::{self, Trunk};
@@ -16,8 +16,7 @@ use enibox::sandbox::probe::{Flow, PORT, Proto};
 use enibox::sandbox::serve::kube::Kube;
 use enibox::sandbox::topology::Node;
 use enibox::sandbox::world::{HOSTS, Plan, World};
-use std::collections::BTreeMap;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -120,21 +119,10 @@ impl Clinic {
     }
 
     /// Ends the daemon, which would mend what is planted, and answers for it with what it has said last.
-    fn replace_daemon(&mut self) -> Server {
-        let at = "127.0.0.1:61679";
-        let ask = |path: &str| {
-            let answer = self.node.place.net.run(|| fetch(at, path)).unwrap();
-            answer.split_once("\r\n\r\n").unwrap().1.to_owned()
-        };
-        let pages = ["/v1/enibox/intent", "/v1/enibox/status"].map(|path| (path.to_owned(), ask(path)));
-        let pages: BTreeMap<String, String> = pages.into();
+    fn replace_daemon(&mut self, ward: &Ward) -> Server {
+        let pages = ward.pages();
         drop(self.agent.take());
-        let listener = self.node.place.net.run(|| TcpListener::bind(at)).unwrap().unwrap();
-        let answer = move |request: &Request| match pages.get(&request.path) {
-            Some(page) => Response::new(200, "application/json", page.as_str()).into(),
-            None => Response::text(404, "").into(),
-        };
-        Server::start("stand-in", listener, Limits::default(), Arc::new(answer)).unwrap()
+        ward.answer_with(pages)
     }
 }
 
@@ -167,7 +155,7 @@ fn single_faults_in_ipv6_mode() {
     ];
     let addresses = clinic.pods.iter().map(|pod| 1 + pod.further.len()).sum();
     ward.is_healthy(addresses);
-    let _answers = clinic.replace_daemon();
+    let _answers = clinic.replace_daemon(&ward);
     let (code, told) = ward.doctor(None, &["--address", "127.0.0.1:1"]);
     assert_eq!((code, names(&told)), (3, vec!["daemon-silent".to_owned()]), "without a daemon: {told:#}");
     let wrong = ward.trials(V6_FAULTS);
@@ -216,7 +204,7 @@ fn branch_faults(mode: &str, v6: bool, seed: u64, lists: &[&[Fault]]) {
     ];
     ward.is_healthy(1);
     made_again(&clinic, &ward);
-    let _answers = clinic.replace_daemon();
+    let _answers = clinic.replace_daemon(&ward);
     let wrong: Vec<_> = lists.iter().flat_map(|list| ward.trials(list)).collect();
     assert!(wrong.is_empty(), "{mode} {ip}: {wrong:?}");
     for proto in [Proto::Tcp, Proto::Udp] {
@@ -226,13 +214,14 @@ fn branch_faults(mode: &str, v6: bool, seed: u64, lists: &[&[Fault]]) {
 
 /// The running daemon makes a deleted VLAN device again, with all that hangs on it, and packets flow.
 fn made_again(clinic: &Clinic, ward: &Ward) {
+    const LOOK: &str = "ip link show $DEV | sed -n 's/.*ether //p'; $IP route show table $T; $IP rule";
     let seen = [Proto::Tcp, Proto::Udp].map(|proto| clinic.talk(0, proto).unwrap().ip());
-    let before = ward.told("ip link show $DEV | sed -n 's/.*ether //p'; $IP route show table $T; $IP rule");
+    let before = ward.told(LOOK);
     let counted = clinic.repairs("branch-link");
     let begin = clock::instant();
     ward.script("ip link del $DEV").unwrap();
     eventually(Duration::from_secs(20), "the device is back", || {
-        let now = ward.script("ip link show $DEV | sed -n 's/.*ether //p'; $IP route show table $T; $IP rule")?;
+        let now = ward.script(LOOK)?;
         if now.trim() == before { Ok(()) } else { Err(now) }
     });
     println!("VLAN device and routes are back after {:?}", begin.elapsed());
