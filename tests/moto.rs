@@ -11,7 +11,7 @@ use enibox::aws::pace::Pace;
 use enibox::aws::{creds, ec2, imds};
 use enibox::model::ec2::{Call, ConntrackTimeouts, Count, Create, Failure, Interface, Reply, Subnet};
 use enibox::model::ids::EniId;
-use std::collections::BTreeMap;
+use enibox::model::map::Map;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 const REGION: &str = "eu-west-1";
 
 /// What moto made, by name. It serves all tests of this process and ends with it, when its standard input does.
-struct Foreign(#[expect(dead_code, reason = "holds the standard input open")] Child, BTreeMap<String, String>);
+struct Foreign(#[expect(dead_code, reason = "holds the standard input open")] Child, Map<String, String>);
 
 impl Foreign {
     fn get_or_start() -> Option<&'static Foreign> {
@@ -36,7 +36,7 @@ impl Foreign {
         command.arg(script).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let mut foreign = Foreign(child, BTreeMap::new());
+        let mut foreign = Foreign(child, Map::new());
         for line in lines {
             let line = line.unwrap();
             let (name, value) = line.split_once(' ').unwrap();
@@ -55,7 +55,7 @@ impl Foreign {
     /// A client that knows of AWS what these variables say.
     fn client(&self, variables: &[(&str, &str)]) -> ec2::Client {
         let endpoints = ["AWS_EC2_ENDPOINT", "AWS_ENDPOINT_URL_STS"].map(|name| (name, self.get("url")));
-        let all: BTreeMap<&str, &str> = variables.iter().copied().chain(endpoints).collect();
+        let all: Map<&str, &str> = variables.iter().copied().chain(endpoints).collect();
         let lookup = |name: &str| all.get(name).map(|value| (*value).to_owned());
         // There is no IMDS; the region is told.
         let nowhere = imds::Config {
@@ -83,7 +83,7 @@ impl Foreign {
             groups: vec![self.get("first").into()],
             count: Count::Addresses(3),
             conntrack: ConntrackTimeouts { tcp_established_s: Some(350), ..ConntrackTimeouts::default() },
-            tags: BTreeMap::from([
+            tags: Map::from([
                 tag("node.k8s.amazonaws.com/createdAt", "2026-11-21T01:30:00Z"),
                 tag("node.k8s.amazonaws.com/instance_id", self.get("instance")),
                 tag("odd ü+&=/*~", &format!("<{number}> & \"more\"")),
@@ -168,7 +168,7 @@ fn an_eni_lives_and_dies() {
 
     let groups = vec![foreign.get("first").into(), foreign.get("second").into()];
     done(&client, &Call::ModifyGroups { eni: made.id.clone(), groups: groups.clone() });
-    let more = BTreeMap::from([("cluster.k8s.amazonaws.com/name".to_owned(), "prod / +".to_owned())]);
+    let more = Map::from([("cluster.k8s.amazonaws.com/name".to_owned(), "prod / +".to_owned())]);
     done(&client, &Call::CreateTags { eni: made.id.clone(), tags: more });
     let changed = one(&client, &made.id);
     assert_eq!(changed.groups, groups);

@@ -4,6 +4,7 @@ use enibox::aws::{creds, ec2, imds};
 use enibox::clock;
 use enibox::model::ec2::{Call, ConntrackTimeouts, Count, Create, Reply};
 use enibox::model::ids::{AttachmentId, EniId};
+use enibox::model::map::Map;
 use enibox::model::net::{Address, Route, Rule, Scope};
 use enibox::netlink::netns::Namespace;
 use enibox::netlink::{addr, link, route, rule};
@@ -11,7 +12,6 @@ use enibox::sandbox::probe::{Flow, PORT, Proto};
 use enibox::sandbox::topology::{EC2, IMDS, Topology};
 use enibox::sandbox::world::{HOSTS, Plan, REGION, World};
 use ipnet::IpNet;
-use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -58,7 +58,7 @@ fn attach(world: &World, node: usize) -> (EniId, AttachmentId) {
             groups: Vec::new(),
             count: Count::Addresses(1),
             conntrack: ConntrackTimeouts::default(),
-            tags: BTreeMap::new(),
+            tags: Map::new(),
             client_token: format!("t{node}"),
         }),
     );

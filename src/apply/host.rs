@@ -4,6 +4,7 @@ use super::{Host, netfilter};
 use crate::clock;
 use crate::error::{Context, Error, Result};
 use crate::model::ids::EniId;
+use crate::model::map::Map;
 use crate::model::naming::NFT_TABLE;
 use crate::model::net::{Address, Family, Route};
 use crate::model::nft::Table;
@@ -11,7 +12,6 @@ use crate::model::order::Gather as _;
 use crate::netlink::{KernelError, Outcome, Request, addr, link, nft, route, rule, sysctl};
 use crate::plan::host::{Action, HostEni, Intent, Observation, Plan, Step, What, diff};
 use crate::plan::ruleset;
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Looks at the node in one call: deleting an address takes routes and other addresses with it, and a VLAN device that was made
@@ -28,9 +28,9 @@ pub struct HostReport {
     /// Its index.
     pub primary_index: u32,
     /// Every ENI of the intent: set up, or why not.
-    pub enis: BTreeMap<EniId, Result<()>>,
+    pub enis: Map<EniId, Result<()>>,
     /// Indexes of the links of trunk ENIs.
-    pub trunks: BTreeMap<EniId, u32>,
+    pub trunks: Map<EniId, u32>,
     /// What was done; empty when all was right.
     pub steps: Vec<Step>,
     /// What failed and concerns the node rather than one ENI.
@@ -49,7 +49,7 @@ pub type Censor<'a> = &'a mut dyn FnMut(&Observation, &mut Plan);
 pub(super) struct Refused {
     pub(super) node: Vec<Error>,
     warnings: Vec<Error>,
-    enis: BTreeMap<EniId, Error>,
+    enis: Map<EniId, Error>,
 }
 
 impl Refused {

@@ -2,7 +2,7 @@
 //! what would be sent.
 
 use crate::model::ec2::{Call, Count, Create};
-use std::collections::BTreeMap;
+use crate::model::map::Map;
 use std::fmt::Write;
 
 /// The version of the API.
@@ -107,7 +107,7 @@ impl Fields {
         }
     }
 
-    fn tags(&mut self, prefix: &str, tags: &BTreeMap<String, String>) {
+    fn tags(&mut self, prefix: &str, tags: &Map<String, String>) {
         for (number, (key, value)) in (1..).zip(tags) {
             self.put(&format!("{prefix}Tag.{number}.Key"), key);
             self.put(&format!("{prefix}Tag.{number}.Value"), value);
@@ -218,7 +218,7 @@ mod tests {
             groups: vec!["sg-596a".into(), "sg-596b".into()],
             count,
             conntrack: ConntrackTimeouts { tcp_established_s: Some(350), udp_stream_s: None, udp_s: Some(60) },
-            tags: BTreeMap::from([("b".into(), "2".into()), ("a".into(), "1".into())]),
+            tags: Map::from([("b".into(), "2".into()), ("a".into(), "1".into())]),
             client_token: "0b0f9c1e".into(),
         }
     }
@@ -236,7 +236,7 @@ mod tests {
         let bare = Create {
             groups: Vec::new(),
             conntrack: ConntrackTimeouts::default(),
-            tags: BTreeMap::new(),
+            tags: Map::new(),
             ..create(Count::Prefixes(1))
         };
         let expected = "Description=aws-K8S-i-8555 SubnetId=subnet-1a96 Ipv4PrefixCount=1 ClientToken=0b0f9c1e";
@@ -260,7 +260,7 @@ mod tests {
             "NetworkInterfaceId=eni-1 SecurityGroupId.1=sg-1 SecurityGroupId.2=sg-2",
         );
         check(
-            &Call::CreateTags { eni: "eni-1".into(), tags: BTreeMap::from([("k".into(), "v".into())]) },
+            &Call::CreateTags { eni: "eni-1".into(), tags: Map::from([("k".into(), "v".into())]) },
             "ResourceId.1=eni-1 Tag.1.Key=k Tag.1.Value=v",
         );
         check(

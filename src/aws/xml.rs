@@ -4,10 +4,10 @@
 use crate::error::{Context, Error, Result};
 use crate::model::ec2::{Attachment, Call, ConntrackTimeouts, InstanceType, Interface, Reply, Subnet};
 use crate::model::ids::GroupId;
+use crate::model::map::Map;
 use crate::model::order::{self, Gather as _};
 use ipnet::IpNet;
 use roxmltree::{Document, Node, ParsingOptions};
-use std::collections::BTreeMap;
 use std::str::FromStr;
 
 /// Bytes of an answer. A full page of ENIs with 50 addresses each has 3 MB.
@@ -166,7 +166,7 @@ fn list<T: FromStr>(node: Node<'_, '_>, set: &str, name: &str) -> Result<Vec<T>>
     items(node, set).map(|item| required(item, name).and_then(|text| parsed(text, name))).collect()
 }
 
-fn tags(node: Node<'_, '_>) -> BTreeMap<String, String> {
+fn tags(node: Node<'_, '_>) -> Map<String, String> {
     items(node, "tagSet")
         .filter_map(|item| text_of(item, "key").map(|key| (key.to_owned(), raw(item, "value"))))
         .gather()

@@ -2,12 +2,12 @@
 
 use crate::clock;
 use crate::error::{Context, Error, Result};
+use crate::model::map::Map;
 use crate::model::net::{Family, TABLE_MAIN};
 use crate::model::spool::{self, Record};
 use crate::netlink::{link, route, rule, socket::Socket};
 use crate::plan::core::{Event, Seen};
-use serde_json::{Map, Value};
-use std::collections::BTreeMap;
+use serde_json::{Map as Object, Value};
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -18,7 +18,7 @@ const CHECKPOINT_BYTES_MAX: u64 = 64 << 20;
 
 /// Everything that the core wants to know before it starts.
 pub(super) fn read_start(store: &Path, cards: impl Iterator<Item = u32>, v6: bool) -> Result<Event> {
-    let mut checkpoints = BTreeMap::new();
+    let mut checkpoints = Map::new();
     for card in cards {
         let store = store_of(store, card);
         sweep_temporaries(&store);
@@ -102,20 +102,20 @@ fn boot() -> Option<Value> {
 }
 
 /// What IMDS told an earlier run since the node was started; empty if there is nothing of use.
-pub(super) fn read_metadata(store: &Path) -> Map<String, Value> {
+pub(super) fn read_metadata(store: &Path) -> Object<String, Value> {
     let text = read(&metadata_of(store)).ok().flatten();
     let Some(Value::Object(mut kept)) = text.and_then(|text| serde_json::from_slice(text.as_bytes()).ok()) else {
-        return Map::new();
+        return Object::new();
     };
     let same = boot().is_some_and(|boot| kept.get("boot") == Some(&boot));
     match kept.remove("told") {
         Some(Value::Object(told)) if same => told,
-        _ => Map::new(),
+        _ => Object::new(),
     }
 }
 
 /// Keeps what IMDS told for the next run.
-pub(super) fn write_metadata(store: &Path, told: Map<String, Value>) -> Result<()> {
+pub(super) fn write_metadata(store: &Path, told: Object<String, Value>) -> Result<()> {
     let Some(boot) = boot() else { return Ok(()) };
     let kept = Value::Object([("boot".into(), boot), ("told".into(), Value::Object(told))].into_iter().collect());
     write(&metadata_of(store), kept.to_string().as_bytes())
@@ -229,7 +229,7 @@ mod tests {
         let folder = std::env::temp_dir().join(format!("enibox-metadata-{}", std::process::id()));
         let store = folder.join("ipam.json");
         assert!(read_metadata(&store).is_empty());
-        let told: Map<_, _> = [("mac".to_owned(), Value::from("02:00:00:00:00:01"))].into_iter().collect();
+        let told: Object<_, _> = [("mac".to_owned(), Value::from("02:00:00:00:00:01"))].into_iter().collect();
         write_metadata(&store, told.clone()).unwrap();
         assert_eq!(read_metadata(&store), told);
         let text = fs::read_to_string(metadata_of(&store)).unwrap();

@@ -8,13 +8,13 @@ use super::{files, former};
 use crate::apply::{self, HostReport};
 use crate::clock;
 use crate::error::{Context, Error, List, Result};
+use crate::model::map::{Map, Set};
 use crate::model::order::Gather as _;
 use crate::model::time::Mono;
 use crate::netlink::monitor::{Monitor, Notice};
 use crate::plan::core::{Applied, Event, OpId};
 use crate::plan::host::{Action, Intent, Observation, Plan, Step, What, diff};
 use crate::plan::repair::{Pace, Quarrels, Verdict, Watch};
-use std::collections::{BTreeMap, BTreeSet};
 use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::net::IpAddr;
 use std::os::fd::AsFd;
@@ -79,9 +79,9 @@ pub(super) fn run(inbox: &Inbox, events: &SyncSender<Event>, metrics: &Metrics) 
         watch: None,
         pace: Pace::default(),
         quarrels: Quarrels::default(),
-        mended: BTreeSet::new(),
-        leaving: BTreeSet::new(),
-        departing: BTreeMap::new(),
+        mended: Set::new(),
+        leaving: Set::new(),
+        departing: Map::new(),
         warned: String::new(),
         former: former::Watch::default(),
     };
@@ -114,12 +114,12 @@ struct Keeper<'a> {
     pace: Pace,
     quarrels: Quarrels,
     /// Addresses of pods for which the last round has put something back.
-    mended: BTreeSet<IpAddr>,
+    mended: Set<IpAddr>,
     /// Of those, the ones whose pods turned out to be on their way out.
-    leaving: BTreeSet<IpAddr>,
+    leaving: Set<IpAddr>,
     /// Pods with a branch ENI that are being deleted: index of the veth, and since when. The core has them in its intent until
     /// the API server tells otherwise.
-    departing: BTreeMap<IpAddr, (u32, Mono)>,
+    departing: Map<IpAddr, (u32, Mono)>,
     /// The last warning, so that it is told once.
     warned: String,
     former: former::Watch,
@@ -203,7 +203,7 @@ impl Keeper<'_> {
         self.metrics.host_look(regular);
         let last = self.watch.as_ref().map(Watch::intent);
         let (quarrels, metrics) = (&mut self.quarrels, self.metrics);
-        let (mut repairs, mut left) = (BTreeSet::new(), Vec::new());
+        let (mut repairs, mut left) = (Set::new(), Vec::new());
         let report = self.host.host_with(intent, &mut |seen, plan| {
             mark(&mut repairs, last, intent, seen, plan);
             plan.steps.retain(|step| {
@@ -232,7 +232,7 @@ impl Keeper<'_> {
         Ok(report)
     }
 
-    fn tell(&mut self, report: &HostReport, repairs: &BTreeSet<String>) {
+    fn tell(&mut self, report: &HostReport, repairs: &Set<String>) {
         for warning in &report.warnings {
             self.warn(warning);
         }
@@ -262,11 +262,11 @@ impl Keeper<'_> {
 
 /// Notes which steps of the plan mend what was right once: those that the last intent asked for as well. The rest follows from
 /// the change of the intent.
-fn mark(repairs: &mut BTreeSet<String>, last: Option<&Intent>, intent: &Intent, seen: &Observation, plan: &Plan) {
-    let texts = |steps: &[Step]| steps.iter().map(|step| step.text.clone()).gather::<BTreeSet<_>>();
+fn mark(repairs: &mut Set<String>, last: Option<&Intent>, intent: &Intent, seen: &Observation, plan: &Plan) {
+    let texts = |steps: &[Step]| steps.iter().map(|step| step.text.clone()).gather::<Set<_>>();
     match last {
-        Some(last) if last == intent => repairs.append(&mut texts(&plan.steps)),
-        Some(last) if !plan.steps.is_empty() => repairs.append(&mut texts(&diff(last, seen).unwrap_or_default().steps)),
+        Some(last) if last == intent => repairs.extend(texts(&plan.steps)),
+        Some(last) if !plan.steps.is_empty() => repairs.extend(texts(&diff(last, seen).unwrap_or_default().steps)),
         _ => {}
     }
 }

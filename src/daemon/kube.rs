@@ -12,10 +12,10 @@ use crate::kube::events::Writer;
 use crate::kube::{Client, Config, Seen, objects};
 use crate::model::ids::PodName;
 use crate::model::kube::{Call, Node, Reply};
+use crate::model::map::Map;
 use crate::model::settings::Settings;
 use crate::plan::core::{Event, OpId};
 use crate::sys;
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -239,8 +239,8 @@ fn kept(pod: &serde_json::Value) -> Option<Kept> {
 // The pods of our node that need an address or have a branch ENI, by uid.
 #[derive(Default)]
 struct Pods {
-    there: BTreeMap<String, Kept>,
-    listed: BTreeMap<String, Kept>, // of a list that is not whole yet
+    there: Map<String, Kept>,
+    listed: Map<String, Kept>, // of a list that is not whole yet
     told: Option<(usize, Vec<(PodName, String)>)>,
 }
 
@@ -253,7 +253,7 @@ struct News {
 
 impl Pods {
     fn see(&mut self, seen: &Seen) -> News {
-        let put = |pods: &mut BTreeMap<String, Kept>, pod: &serde_json::Value| match kept(pod) {
+        let put = |pods: &mut Map<String, Kept>, pod: &serde_json::Value| match kept(pod) {
             Some(kept) => drop(pods.insert(uid(pod), kept)),
             None => drop(pods.remove(&uid(pod))),
         };
@@ -289,8 +289,8 @@ fn uid(pod: &serde_json::Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::map::Set;
     use serde_json::json;
-    use std::collections::BTreeSet;
 
     #[test]
     fn pods_are_counted() {
@@ -416,7 +416,7 @@ mod tests {
             let api = waiting.join().unwrap().unwrap().unwrap();
             assert_eq!(api.node.unwrap().max_pods, Some(17));
             // Credentials that are refused are not waited for.
-            kube.tune(|knobs| knobs.tokens = Some(BTreeSet::new()));
+            kube.tune(|knobs| knobs.tokens = Some(Set::new()));
             let error = reach(&settings).err().unwrap().to_string();
             assert!(error.starts_with("reach the API server: GET /version: Unauthorized"), "{error}");
         });

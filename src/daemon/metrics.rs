@@ -6,11 +6,12 @@
 use super::introspect::View;
 use crate::aws::{ec2, imds};
 use crate::clock;
+use crate::model::map::Map;
 use crate::model::time::{Mono, Now, Wall};
 use crate::plan::core::Tally;
 use crate::plan::host::What;
 use crate::plan::pool::Cidr;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::fs;
 use std::sync::{Mutex, PoisonError};
@@ -92,11 +93,11 @@ pub(super) struct Repair {
 
 #[derive(Default)]
 struct Kept {
-    counters: BTreeMap<&'static str, BTreeMap<Labels, u64>>,
+    counters: Map<&'static str, Map<Labels, u64>>,
     // Sum in milliseconds and count of calls.
-    latencies: BTreeMap<Labels, (f64, u64)>,
-    histograms: BTreeMap<(&'static str, Labels), Histogram>,
-    troubles: BTreeMap<String, Trouble>,
+    latencies: Map<Labels, (f64, u64)>,
+    histograms: Map<(&'static str, Labels), Histogram>,
+    troubles: Map<String, Trouble>,
     repairs: VecDeque<Repair>,
     initialising: Option<Mono>,
     legacy: bool,
@@ -280,7 +281,7 @@ impl Metrics {
     }
 
     /// The last error of each cause.
-    pub(super) fn troubles(&self) -> BTreeMap<String, Trouble> {
+    pub(super) fn troubles(&self) -> Map<String, Trouble> {
         self.kept().troubles.clone()
     }
 

@@ -22,6 +22,7 @@ use crate::error::{Context, Error, Result, exit};
 use crate::logging;
 use crate::model::imds::Identity;
 use crate::model::limits::Limits;
+use crate::model::map::Map;
 use crate::model::naming;
 use crate::model::settings::{Mode, Settings, Valid};
 use crate::model::time::Mono;
@@ -34,7 +35,6 @@ use executors::Executors;
 use introspect::{Board, View};
 use metrics::Metrics;
 use rpc_server::Desk;
-use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
@@ -60,7 +60,7 @@ struct Calls(Arc<Mutex<OpenCalls>>);
 #[derive(Default)]
 struct OpenCalls {
     last: CallId,
-    waiting: BTreeMap<CallId, SyncSender<Answer>>,
+    waiting: Map<CallId, SyncSender<Answer>>,
 }
 
 impl Calls {

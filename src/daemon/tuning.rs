@@ -246,10 +246,10 @@ pub(super) fn start(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeMap;
+    use crate::model::map::Map;
     use std::fs;
 
-    fn texts(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    fn texts(pairs: &[(&str, &str)]) -> Map<String, String> {
         pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
     }
 

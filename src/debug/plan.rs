@@ -10,9 +10,9 @@ mod trial;
 use super::{complain, print, read};
 use crate::error::exit;
 use crate::model::limits::{self, Limits};
+use crate::model::map::Map;
 use crate::model::settings::{Mode, Settings};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{Read as _, stdin};
 use std::path::{Path, PathBuf};
@@ -67,7 +67,7 @@ struct Question {
     /// ENIs that the node may have, on all cards that are managed.
     enis_max: u32,
     /// The settings by which it differs from the defaults.
-    set: BTreeMap<String, String>,
+    set: Map<String, String>,
     /// Pods as they were asked for.
     asked: Vec<(u64, u32)>,
     curve: bool,
@@ -121,8 +121,8 @@ impl Story {
     }
 }
 
-fn settings(words: &[String]) -> Result<BTreeMap<String, String>, String> {
-    let mut set = BTreeMap::new();
+fn settings(words: &[String]) -> Result<Map<String, String>, String> {
+    let mut set = Map::new();
     for word in words {
         let (name, value) = word.split_once('=').ok_or_else(|| format!("--set {word}: not VAR=VALUE"))?;
         if Settings::docs().all(|doc| doc.variable != name) {
@@ -133,8 +133,8 @@ fn settings(words: &[String]) -> Result<BTreeMap<String, String>, String> {
     Ok(set)
 }
 
-fn delays(words: &[String]) -> Result<BTreeMap<&'static str, u64>, String> {
-    let mut delays = BTreeMap::from([IMDS]);
+fn delays(words: &[String]) -> Result<Map<&'static str, u64>, String> {
+    let mut delays = Map::from([IMDS]);
     for (name, _, millis) in DELAYS {
         delays.insert(name, millis);
     }
@@ -205,7 +205,7 @@ fn curve_of(path: &Path) -> Result<Vec<(u64, u32)>, String> {
 fn question(
     kind: &str,
     limits: &Limits,
-    set: BTreeMap<String, String>,
+    set: Map<String, String>,
     max_pods_told: Option<u32>,
 ) -> Result<Question, String> {
     let (settings, complaints) = Settings::parse(|name| set.get(name).cloned());
@@ -224,7 +224,7 @@ fn question(
         limits: limits.clone(),
         settings: Rc::new(settings),
         max_pods: 0,
-        delays: BTreeMap::new(),
+        delays: Map::new(),
         subnet_bits: 16,
     };
     // Limits under MAX_ENI.

@@ -5,6 +5,7 @@ use super::doctor::{Source, gather};
 use super::{Asking, complain, environment, print};
 use crate::apply::Host;
 use crate::error::{Result, exit};
+use crate::model::map::Map;
 use crate::model::net::{Family, Link, Route};
 use crate::model::nft::{AnyChain, Hook, Table};
 use crate::model::order::Gather as _;
@@ -14,7 +15,6 @@ use crate::plan::doctor::reasons::{Reasons, Whose};
 use crate::plan::former;
 use crate::plan::host::{Intent, Observation, link_of};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 /// Arguments of `rules`.
@@ -59,7 +59,7 @@ fn listing(args: &Args) -> Result<Listing> {
     let mut facts = Facts::default();
     gather::chains(&mut facts, &host, &seen.tables)?;
     let intent = source.intent.unwrap_or_default();
-    let names = seen.links.iter().map(|link| (link.index, link)).gather::<BTreeMap<_, _>>();
+    let names = seen.links.iter().map(|link| (link.index, link)).gather::<Map<_, _>>();
     let mut listing = Listing { sections: Vec::new(), tables: seen.tables.clone(), others: Vec::new() };
     routing(&Reasons::new(&intent), &seen, &names, &mut listing);
     listing.sections.push(("sysctl".into(), settings(&intent, &seen)));
@@ -67,7 +67,7 @@ fn listing(args: &Args) -> Result<Listing> {
     Ok(listing)
 }
 
-fn routing(reasons: &Reasons<'_>, seen: &Observation, names: &BTreeMap<u32, &Link>, listing: &mut Listing) {
+fn routing(reasons: &Reasons<'_>, seen: &Observation, names: &Map<u32, &Link>, listing: &mut Listing) {
     for (family, flag) in [(Family::V4, ""), (Family::V6, " -6")] {
         let (mut rules, mut routes) = (Vec::new(), Vec::new());
         for rule in seen.rules.iter().filter(|rule| rule.family == family) {
@@ -90,7 +90,7 @@ fn sort_out(whose: Whose, text: String, kind: &str, ours: &mut Vec<Entry>, other
     }
 }
 
-fn route_text(route: &Route, names: &BTreeMap<u32, &Link>) -> String {
+fn route_text(route: &Route, names: &Map<u32, &Link>) -> String {
     let text = route.to_string();
     let name = names.get(&route.dev).map(|link| link.name.as_str());
     match (text.split_once(&format!(" dev if{}", route.dev)), name) {

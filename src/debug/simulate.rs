@@ -4,11 +4,11 @@
 use super::{complain, print};
 use crate::error::exit;
 use crate::model::limits;
+use crate::model::map::Map;
 use crate::model::order::Gather as _;
 use crate::model::settings::{Mode, Settings};
 use crate::sim::trial::{DELAYS_MS, Report, Trial};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -49,7 +49,7 @@ pub struct Args {
 
 /// Settings from `VAR=VALUE` words; an error for a word that is none, or a value that is not understood.
 pub(super) fn settings(words: &[String]) -> Result<Settings, String> {
-    let mut pairs = BTreeMap::new();
+    let mut pairs = Map::new();
     for word in words {
         let (name, value) = word.split_once('=').ok_or_else(|| format!("--set {word}: not VAR=VALUE"))?;
         if Settings::docs().all(|doc| doc.variable != name) {
@@ -65,8 +65,8 @@ pub(super) fn settings(words: &[String]) -> Result<Settings, String> {
 }
 
 /// EC2's usual delays, and those that are given.
-pub(super) fn delays(words: &[String]) -> Result<BTreeMap<String, Duration>, String> {
-    let mut delays: BTreeMap<String, Duration> =
+pub(super) fn delays(words: &[String]) -> Result<Map<String, Duration>, String> {
+    let mut delays: Map<String, Duration> =
         DELAYS_MS.iter().map(|(action, ms)| ((*action).to_owned(), Duration::from_millis(*ms))).gather();
     for word in words {
         let parts = word.split_once('=').and_then(|(action, ms)| Some((action, ms.parse().ok()?)));

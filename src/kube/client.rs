@@ -11,9 +11,9 @@ use crate::clock;
 use crate::error::{Context, Error, Result};
 use crate::http::{Agent, Broken, Options, Proxies, Response, Roots};
 use crate::model::kube::{Call, EniConfig, Failure, Pod, Reply};
+use crate::model::map::Map;
 use crate::model::time::Mono;
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::fmt;
 use std::io::Read;
 use std::sync::mpsc::SyncSender;
@@ -89,10 +89,10 @@ type Body = Option<ureq::BodyReader<'static>>;
 
 #[derive(Default)]
 struct State {
-    agents: BTreeMap<usize, Arc<Agent>>,
+    agents: Map<usize, Arc<Agent>>,
     preferred: usize,
     token: Option<(String, Option<Mono>)>, // and when it was read; `None`: the server did not like it
-    kept: BTreeMap<String, EniConfig>,
+    kept: Map<String, EniConfig>,
     no_authority: bool, // its file could not be read, which is told once
 }
 

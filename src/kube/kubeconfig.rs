@@ -7,8 +7,8 @@
 
 use super::config::{Authority, Config, Token};
 use crate::error::{Context, Error, Result};
+use crate::model::map::Map;
 use serde_json::Value;
-use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::Path;
 
@@ -32,7 +32,7 @@ const KEYS: [&str; 10] = [
     "exec",
 ];
 
-type Found = BTreeMap<&'static str, String>;
+type Found = Map<&'static str, String>;
 
 /// Takes over what the file says.
 pub(super) fn read(file: &Path, config: &mut Config) -> Result<()> {

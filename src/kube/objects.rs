@@ -4,9 +4,9 @@
 //! missing or of another type counts as absent; unknown fields are passed over.
 
 use crate::model::kube::{EniConfig, Feature, Node, POD_ENI, Pod};
+use crate::model::map::Map;
 use crate::model::order::Gather as _;
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 
 /// A text inside an object, by JSON pointer; empty if it is not there.
 pub fn text<'a>(object: &'a Value, pointer: &str) -> &'a str {
@@ -22,7 +22,7 @@ fn items<'a>(object: &'a Value, pointer: &str) -> impl Iterator<Item = &'a Value
     object.pointer(pointer).and_then(Value::as_array).into_iter().flatten()
 }
 
-fn map(object: &Value, pointer: &str) -> BTreeMap<String, String> {
+fn map(object: &Value, pointer: &str) -> Map<String, String> {
     let map = object.pointer(pointer).and_then(Value::as_object).into_iter().flatten();
     map.filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).gather()
 }
@@ -141,7 +141,7 @@ mod tests {
                 "spec": {"taints": [taint]}, "status": {"capacity": {"pods": pods}}});
             let node = node(&object);
             assert_eq!((node.unschedulable, node.max_pods), expect, "{object}");
-            assert_eq!(node.labels, BTreeMap::from([("a".to_owned(), "b".to_owned())]));
+            assert_eq!(node.labels, Map::from([("a".to_owned(), "b".to_owned())]));
             assert!(node.annotations.is_empty());
         };
         check(taint("node.kubernetes.io/unschedulable", "NoSchedule"), json!("58"), (true, Some(58)));

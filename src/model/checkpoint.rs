@@ -7,9 +7,9 @@
 use super::ec2::Count;
 use super::ids::{AttachmentId, EniId, GroupId, SubnetId};
 use super::net::Mac;
+use crate::model::map::{Map, Set};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
@@ -109,24 +109,24 @@ fn empty_is_none_v6<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<
 #[serde(default)]
 pub struct Own {
     /// What EC2 told about the attached ENIs.
-    pub enis: BTreeMap<EniId, EniFacts>,
+    pub enis: Map<EniId, EniFacts>,
     /// Addresses in their cooldown: when they were released, in Unix nanoseconds.
-    pub cooling: BTreeMap<IpAddr, i64>,
+    pub cooling: Map<IpAddr, i64>,
     /// CIDRs that were given back lately, and when, in Unix nanoseconds: whoever still lists them is behind.
-    pub given_back: BTreeMap<IpNet, i64>,
+    pub given_back: Map<IpNet, i64>,
     /// Subnets that are not for pods by their tags; absent as long as EC2 has not told.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub excluded_subnets: Option<BTreeSet<SubnetId>>,
+    pub excluded_subnets: Option<Set<SubnetId>>,
     /// Subnets that had no block for a prefix: refusals in a row, and when the next try is due, in Unix nanoseconds.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub fragmented: BTreeMap<SubnetId, (u32, i64)>,
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    pub fragmented: Map<SubnetId, (u32, i64)>,
     /// An ENI may have been made that nobody remembers: it is looked for.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub leak_suspected: bool,
     /// ENIs being created.
     pub creating: Vec<Creating>,
     /// ENIs being given back.
-    pub freeing: BTreeMap<EniId, Freeing>,
+    pub freeing: Map<EniId, Freeing>,
 }
 
 /// What only EC2 knows of an ENI.
@@ -160,7 +160,7 @@ pub struct Creating {
     /// What it carries from the start.
     pub count: Count,
     /// Tags, as in the call: it must be repeated word by word.
-    pub tags: BTreeMap<String, String>,
+    pub tags: Map<String, String>,
     /// The ENI, once EC2 has answered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eni: Option<(EniId, Mac)>,

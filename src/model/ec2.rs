@@ -3,9 +3,9 @@
 
 use super::ids::{AttachmentId, EniId, GroupId, InstanceId, SubnetId, VpcId};
 use super::net::Mac;
+use crate::model::map::Map;
 use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -91,7 +91,7 @@ pub enum Call {
         /// The ENI.
         eni: EniId,
         /// Tags by key.
-        tags: BTreeMap<String, String>,
+        tags: Map<String, String>,
     },
     /// AssignPrivateIpAddresses (addresses or prefixes).
     Assign {
@@ -170,7 +170,7 @@ pub struct Create {
     /// Idle times copied from the primary ENI.
     pub conntrack: ConntrackTimeouts,
     /// Tags by key.
-    pub tags: BTreeMap<String, String>,
+    pub tags: Map<String, String>,
     /// The same token gives the same ENI, however often it is sent.
     pub client_token: String,
 }
@@ -216,7 +216,7 @@ pub struct Interface {
     /// Idle times.
     pub conntrack: ConntrackTimeouts,
     /// Tags.
-    pub tags: BTreeMap<String, String>,
+    pub tags: Map<String, String>,
 }
 
 /// How an ENI is attached.
@@ -242,7 +242,7 @@ pub struct Subnet {
     /// Free addresses.
     pub free: u32,
     /// Tags.
-    pub tags: BTreeMap<String, String>,
+    pub tags: Map<String, String>,
 }
 
 /// Limits of an instance type as EC2 describes them (`spec/aws.md` 7.1).

@@ -5,9 +5,9 @@
 
 use super::ids::{GroupId, SubnetId};
 use super::net::Mac;
+use crate::model::map::Map;
 use ipnet::IpNet;
 use serde_json::Value;
-use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -111,9 +111,9 @@ impl std::error::Error for Failure {}
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Node {
     /// `metadata.labels`.
-    pub labels: BTreeMap<String, String>,
+    pub labels: Map<String, String>,
     /// `metadata.annotations`.
-    pub annotations: BTreeMap<String, String>,
+    pub annotations: Map<String, String>,
     /// A taint `node.kubernetes.io/unschedulable` with effect `NoSchedule`: cordoned.
     pub unschedulable: bool,
     /// `status.capacity.pods`; absent or 0 is unknown.
@@ -135,7 +135,7 @@ pub struct Pod {
     /// `metadata.uid`.
     pub uid: String,
     /// `metadata.annotations`.
-    pub annotations: BTreeMap<String, String>,
+    pub annotations: Map<String, String>,
     /// Some container has a limit whose name starts with [`POD_ENI`].
     pub wants_branch: bool,
 }
@@ -277,7 +277,7 @@ mod tests {
     #[test]
     fn the_eni_config_of_a_node() {
         let map = |pairs: &[(&str, &str)]| {
-            pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect::<BTreeMap<_, _>>()
+            pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect::<Map<_, _>>()
         };
         for (labels, annotations, expected) in [
             (vec![], vec![], "default"),

@@ -272,12 +272,12 @@ fn parse_head(text: &'static str) -> Option<(u32, u32, &'static str)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeSet;
+    use crate::model::map::Set;
 
     #[test]
     fn the_table_holds_every_type_once() {
         let names: Vec<String> = entries().map(|(_, _, size, family)| format!("{family}.{size}")).collect();
-        let unique: BTreeSet<&String> = names.iter().collect();
+        let unique: Set<&String> = names.iter().collect();
         assert_eq!((names.len(), unique.len()), (1391, 1391));
         for name in &names {
             let limits = of(name).unwrap_or_else(|| panic!("{name} is not found by its own name"));
@@ -296,7 +296,7 @@ mod tests {
     #[test]
     fn multi_card_types_are_in_the_table() {
         let types: Vec<&str> = CARDS.iter().flat_map(|(_, types)| types.split_ascii_whitespace()).collect();
-        assert_eq!(types.iter().collect::<BTreeSet<_>>().len(), types.len(), "a type is named twice");
+        assert_eq!(types.iter().collect::<Set<_>>().len(), types.len(), "a type is named twice");
         for name in types {
             assert!(of(name).is_some_and(|limits| limits.cards.len() > 1), "{name}");
         }

@@ -8,6 +8,7 @@ pub mod ids;
 pub mod imds;
 pub mod kube;
 pub mod limits;
+pub mod map;
 pub mod naming;
 pub mod net;
 pub mod nft;

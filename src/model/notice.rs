@@ -1,7 +1,7 @@
 //! A change in the kernel as it is told to those who subscribed.
 
 use super::net::{Address, Link, Route, Rule};
-use std::collections::BTreeSet;
+use crate::model::map::Set;
 
 /// What has changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,7 +34,7 @@ pub enum Notice {
         /// The new generation.
         generation: u32,
         /// Names of the tables that were touched, of all families.
-        tables: BTreeSet<String>,
+        tables: Set<String>,
         /// Name of the process that did it, if the kernel tells.
         process: Option<String>,
     },

@@ -13,9 +13,9 @@ mod table;
 
 use super::limits::Limits;
 use super::nft::SnatPorts;
+use crate::model::map::Map;
 use ipnet::Ipv4Net;
 use layers::{Layer, Scope};
-use std::collections::BTreeMap;
 use std::fmt;
 use table::{GROUPS, Kind, NOT_YET, Row};
 
@@ -44,7 +44,7 @@ pub struct Settings {
     // ENIs, subnets and tags; empty texts are unset.
     pub subnet_discovery: bool,
     pub cluster_name: String,
-    pub additional_eni_tags: BTreeMap<String, String>,
+    pub additional_eni_tags: Map<String, String>,
     pub manage_untagged_eni: bool,
     pub provisioning_disabled: bool,
     pub imds_only: bool,
@@ -103,7 +103,7 @@ pub struct Settings {
 
 /// Variables for the credential chain and the HTTP client, by name.
 #[derive(Clone, Default, PartialEq, Eq)]
-pub struct Inherited(BTreeMap<&'static str, String>);
+pub struct Inherited(Map<&'static str, String>);
 
 impl Inherited {
     /// The value of a variable of the AWS SDKs; `None` when it is unset or empty.

@@ -11,11 +11,12 @@ use super::netns::Namespace;
 use super::socket::{Message, Socket, messages};
 use super::{addr, link, nft, route, rule};
 use crate::error::{Context, Result};
+use crate::model::map::Set;
 pub use crate::model::notice::Notice;
 use crate::{clock, sys};
 use neli::consts::rtnl::Rtm;
 use neli::consts::socket::NlFamily;
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
@@ -27,7 +28,7 @@ const QUEUE: usize = 1024 * 1024;
 pub struct Monitor {
     route: Socket,
     nft: Option<Socket>,
-    touched: BTreeSet<String>,
+    touched: Set<String>,
     ready: VecDeque<Notice>,
 }
 
@@ -54,7 +55,7 @@ impl Monitor {
         Ok(Monitor {
             route: open(NlFamily::Route, &groups, "links, addresses, routes and rules")?,
             nft: if nft { Some(open(NlFamily::Netfilter, &[group], "nf_tables")?) } else { None },
-            touched: BTreeSet::new(),
+            touched: Set::new(),
             ready: VecDeque::new(),
         })
     }
@@ -156,7 +157,7 @@ fn conf(body: &[u8]) -> Option<Notice> {
 
 /// The changes of a transaction come one by one, each with the table's name as its first attribute, and then the new
 /// generation.
-fn ruleset(message: &Message<'_>, touched: &mut BTreeSet<String>) -> Option<Notice> {
+fn ruleset(message: &Message<'_>, touched: &mut Set<String>) -> Option<Notice> {
     let attrs = Attrs::after(message.body, nft::HEADER);
     if message.kind != nft::NEW_GEN {
         if message.kind & 0xff00 == nft::SUBSYSTEM {
@@ -181,7 +182,7 @@ mod tests {
         fn hostile_notifications_never_panic(kind in 0u16..130, bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
             let message = Message { kind, flags: 0, sequence: 0, port: 0, body: &bytes };
             notice(&message);
-            ruleset(&Message { kind: nft::SUBSYSTEM | kind, ..message }, &mut BTreeSet::new());
+            ruleset(&Message { kind: nft::SUBSYSTEM | kind, ..message }, &mut Set::new());
         }
     }
 }

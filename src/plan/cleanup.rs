@@ -5,12 +5,12 @@
 //! could be somebody else's stays.
 
 use super::host::{Action, Observation, Step, What, gateway_rule};
+use crate::model::map::Set;
 use crate::model::naming::{self, priority};
 use crate::model::net::{Family, Link, Route, Rule, TABLE_LOCAL, TABLE_MAIN};
 use crate::model::nft::{ChainKind, Removal, Table};
 use crate::model::order::Gather as _;
 use ipnet::IpNet;
-use std::collections::BTreeSet;
 
 /// What is ours on a node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -141,9 +141,9 @@ fn routes(seen: &Observation, steps: &mut Vec<Step>) {
         .rules
         .iter()
         .filter(|rule| matches!(kind(rule), Some(What::FromPodRule | What::EniRule | What::BranchRule)));
-    let led_to = led_to.map(|rule| rule.table).gather::<BTreeSet<_>>();
+    let led_to = led_to.map(|rule| rule.table).gather::<Set<_>>();
     let inside = |table: u32| seen.routes.iter().filter(move |route| route.table == table);
-    let tables = seen.routes.iter().map(|route| route.table).gather::<BTreeSet<_>>();
+    let tables = seen.routes.iter().map(|route| route.table).gather::<Set<_>>();
     for table in tables.into_iter().filter(|table| !(253..=255).contains(table)) {
         if led_to.contains(&table) || (naming::in_eni_ranges(table) && of_eni(&inside(table).collect::<Vec<_>>())) {
             for route in inside(table) {

@@ -36,10 +36,11 @@ use crate::model::ec2::{Call, ConntrackTimeouts, Failure, Interface, Reply, Subn
 use crate::model::ids::{EniId, GroupId, PodKey, SubnetId};
 use crate::model::imds::{self, Identity, Query};
 use crate::model::kube;
+use crate::model::map::{Map, Set};
 use crate::model::order::Gather as _;
 use crate::model::time::{Mono, Now};
 use ipnet::IpNet;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -56,7 +57,7 @@ pub struct Config {
     /// CIDRs per ENI besides its own address.
     pub slots: usize,
     /// ENIs that each managed network card may hold, by card index; card 0 is always there.
-    pub cards: BTreeMap<u32, usize>,
+    pub cards: Map<u32, usize>,
     /// Pods that the node may run, until its Node object tells.
     pub max_pods: usize,
     /// ENIs and addresses may be created, tagged and given back.
@@ -82,7 +83,7 @@ pub struct Config {
     /// CLUSTER_NAME; empty when not set.
     pub cluster_name: String,
     /// ADDITIONAL_ENI_TAGS, checked.
-    pub additional_tags: BTreeMap<String, String>,
+    pub additional_tags: Map<String, String>,
     /// NETWORK_POLICY_ENFORCING_MODE verbatim; empty when not set.
     pub network_policy_mode: String,
     /// What may change while the daemon runs.
@@ -155,7 +156,7 @@ enum Op {
     VpcCidrs,
     Groups,
     Describe,
-    Host { enis: BTreeSet<EniId>, gone: BTreeSet<IpAddr>, swept: BTreeMap<IpAddr, Mono>, young: bool },
+    Host { enis: Set<EniId>, gone: Set<IpAddr>, swept: Map<IpAddr, Mono>, young: bool },
     Tags(EniId),
     ModifyGroups(EniId),
     Unassign(EniId, Vec<IpNet>),
@@ -230,10 +231,10 @@ pub struct Core {
     phase: Phase,
     now: Now,
     out: Vec<Effect>,
-    ops: BTreeMap<OpId, Op>,
+    ops: Map<OpId, Op>,
     next_op: OpId,
-    timers: BTreeMap<Timer, Mono>,
-    attempts: BTreeMap<Timer, u32>,
+    timers: Map<Timer, Mono>,
+    attempts: Map<Timer, u32>,
     woken_for: Option<Mono>,
     // Looks for forgotten ENIs that are still to come.
     leak_checks: usize,
@@ -249,66 +250,66 @@ pub struct Core {
     bound: usize,
     restarted: bool,
     // Addresses that a pod seems to have although the checkpoint was unreadable.
-    reserved: BTreeMap<IpAddr, PodKey>,
+    reserved: Map<IpAddr, PodKey>,
     // Cooldowns from the checkpoint, until the CIDR of the address is known.
-    cooling: BTreeMap<IpAddr, Mono>,
-    missing_veth: BTreeSet<PodKey>,
+    cooling: Map<IpAddr, Mono>,
+    missing_veth: Set<PodKey>,
 
     // What IMDS and EC2 told.
-    attached: BTreeMap<EniId, imds::Eni>,
+    attached: Map<EniId, imds::Eni>,
     scanned: bool,
-    facts: BTreeMap<EniId, EniFacts>,
+    facts: Map<EniId, EniFacts>,
     asked_ec2: bool,
     described: Option<Mono>,
     // What EC2 listed on each ENI when it was last asked.
-    listed: BTreeMap<EniId, BTreeSet<IpNet>>,
+    listed: Map<EniId, Set<IpNet>>,
     // The device index of each ENI that EC2 listed as attached: IMDS may omit one.
-    devices: BTreeMap<EniId, u32>,
+    devices: Map<EniId, u32>,
     // How often EC2 was asked again about ENIs among them that IMDS does not show.
     looks: u32,
     // What EC2 had listed when the last run of this process ended.
-    trusted: BTreeMap<EniId, BTreeSet<IpNet>>,
+    trusted: Map<EniId, Set<IpNet>>,
     conntrack: ConntrackTimeouts,
     vpc_cidrs: Option<Vec<IpNet>>,
     groups: Option<Vec<GroupId>>,
     // Absent inside: EC2 would not tell.
     subnets: Option<(Mono, Option<Vec<Subnet>>)>,
-    exhausted: BTreeMap<SubnetId, Mono>,
+    exhausted: Map<SubnetId, Mono>,
     fragmented: fallback::Fragmented,
     judgement: subnets::Judgement,
     // ENIs that take no more CIDRs by EC2's word, although we know of fewer: until when that is believed.
-    full: BTreeMap<EniId, Mono>,
+    full: Map<EniId, Mono>,
     // ENIs that EC2 has shown to be the most that a card takes, and until when that is believed.
-    lowered: BTreeMap<u32, (usize, Mono)>,
-    absent: BTreeMap<(EniId, Option<IpNet>), Absent>,
-    unassigned: BTreeMap<IpNet, Mono>,
+    lowered: Map<u32, (usize, Mono)>,
+    absent: Map<(EniId, Option<IpNet>), Absent>,
+    unassigned: Map<IpNet, Mono>,
     // What EC2 assigned by its answer to a call: who lists it elsewhere may be behind.
-    arrived: BTreeMap<IpNet, Mono>,
+    arrived: Map<IpNet, Mono>,
 
     // The host's network: what it should hold, and what it holds.
-    wanted: BTreeMap<EniId, imds::Eni>,
+    wanted: Map<EniId, imds::Eni>,
     // Since when the host could not be set up for some of them.
-    refused: BTreeMap<EniId, Mono>,
-    ready: BTreeSet<EniId>,
+    refused: Map<EniId, Mono>,
+    ready: Set<EniId>,
     // Link indexes of trunk ENIs.
-    trunks: BTreeMap<EniId, u32>,
+    trunks: Map<EniId, u32>,
     // Pods with a branch ENI, as the API server told last.
     branches: Vec<super::host::HostBranch>,
-    gone: BTreeSet<IpAddr>,
+    gone: Set<IpAddr>,
     // Addresses that were given back lately: what is left of them on the host is swept.
-    released: BTreeMap<IpAddr, Mono>,
+    released: Map<IpAddr, Mono>,
     host_dirty: bool,
 
     // What is being done with EC2.
     pacer: Pacer<OpId>,
-    growths: BTreeMap<GrowthId, growth::Growth>,
+    growths: Map<GrowthId, growth::Growth>,
     growth_failures: u32,
     // Failures of the cards above 0, and until when each is left alone.
-    held_up: BTreeMap<u32, (u32, Mono)>,
+    held_up: Map<u32, (u32, Mono)>,
     last_failure: Option<String>,
     grown_once: bool,
     resume: VecDeque<Creating>,
-    freeing: BTreeMap<EniId, freeing::Free>,
+    freeing: Map<EniId, freeing::Free>,
     last_action: Mono,
     last_reconcile: Mono,
     last_shrink: Option<Mono>,
@@ -325,10 +326,10 @@ impl Core {
             phase: Phase::Starting,
             now: Now::default(),
             out: Vec::new(),
-            ops: BTreeMap::new(),
+            ops: Map::new(),
             next_op: 1,
-            timers: BTreeMap::new(),
-            attempts: BTreeMap::new(),
+            timers: Map::new(),
+            attempts: Map::new(),
             woken_for: None,
             leak_checks: 0,
             leftovers: Vec::new(),
@@ -337,46 +338,46 @@ impl Core {
             cluster: cluster::Cluster::default(),
             bound: 0,
             restarted: false,
-            reserved: BTreeMap::new(),
-            cooling: BTreeMap::new(),
-            missing_veth: BTreeSet::new(),
-            attached: BTreeMap::new(),
+            reserved: Map::new(),
+            cooling: Map::new(),
+            missing_veth: Set::new(),
+            attached: Map::new(),
             scanned: false,
-            facts: BTreeMap::new(),
+            facts: Map::new(),
             asked_ec2: false,
             described: None,
-            listed: BTreeMap::new(),
-            devices: BTreeMap::new(),
+            listed: Map::new(),
+            devices: Map::new(),
             looks: 0,
-            trusted: BTreeMap::new(),
+            trusted: Map::new(),
             conntrack: ConntrackTimeouts::default(),
             vpc_cidrs: None,
             groups: None,
             subnets: None,
-            exhausted: BTreeMap::new(),
+            exhausted: Map::new(),
             fragmented: fallback::Fragmented::default(),
             judgement: subnets::Judgement::default(),
-            full: BTreeMap::new(),
-            lowered: BTreeMap::new(),
-            absent: BTreeMap::new(),
-            unassigned: BTreeMap::new(),
-            arrived: BTreeMap::new(),
-            wanted: BTreeMap::new(),
-            refused: BTreeMap::new(),
-            ready: BTreeSet::new(),
-            trunks: BTreeMap::new(),
+            full: Map::new(),
+            lowered: Map::new(),
+            absent: Map::new(),
+            unassigned: Map::new(),
+            arrived: Map::new(),
+            wanted: Map::new(),
+            refused: Map::new(),
+            ready: Set::new(),
+            trunks: Map::new(),
             branches: Vec::new(),
-            gone: BTreeSet::new(),
-            released: BTreeMap::new(),
+            gone: Set::new(),
+            released: Map::new(),
             host_dirty: false,
             pacer: Pacer::default(),
-            growths: BTreeMap::new(),
+            growths: Map::new(),
             growth_failures: 0,
-            held_up: BTreeMap::new(),
+            held_up: Map::new(),
             last_failure: None,
             grown_once: false,
             resume: VecDeque::new(),
-            freeing: BTreeMap::new(),
+            freeing: Map::new(),
             last_action: Mono::default(),
             last_reconcile: Mono::default(),
             last_shrink: None,
@@ -685,7 +686,7 @@ impl Core {
 }
 
 // What EC2 says an ENI carries besides its own address.
-fn cidrs_of(interface: &Interface) -> BTreeSet<IpNet> {
+fn cidrs_of(interface: &Interface) -> Set<IpNet> {
     let single = interface.secondary_ipv4s.iter().map(|ip| IpNet::from(IpAddr::V4(*ip)));
     single.chain(interface.v4_prefixes.iter().map(|net| IpNet::V4(*net))).gather()
 }

@@ -12,11 +12,11 @@ mod texts;
 
 use super::host::{Action, HostBranch, HostPod, Intent, Observation, Step, What, diff, link_of};
 use super::ruleset;
+use crate::model::map::{Map, Set};
 use crate::model::naming::priority;
 use crate::model::net::{Link, Rule, TABLE_MAIN};
 use crate::model::order::{self, Gather as _};
 use ipnet::IpNet;
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 /// Differences of the rule set that are told one by one; a table that is gone has dozens.
@@ -110,7 +110,7 @@ fn told(intent: &Intent, seen: &Observation, steps: &[Step]) -> Vec<Finding> {
     let names = pod_names(intent);
     let seats = pods::Seats::new(seen, &[]);
     let seat = |pod: &HostPod| Some((seats.of(&pod.veth, pod.address).outer?.index, pod.address));
-    let at = intent.pods.iter().filter_map(seat).gather::<BTreeMap<_, _>>();
+    let at = intent.pods.iter().filter_map(seat).gather::<Map<_, _>>();
     let finding = |step: &Step| {
         let address = match &step.action {
             Action::AddRule(rule) | Action::DeleteRule(rule) => address_of(rule),
@@ -167,7 +167,7 @@ fn rules_of(intent: &Intent, seen: &Observation, primary: &str) -> Vec<Finding> 
     lines.into_iter().map(|line| Finding::new(What::Ruleset.name(), "", line)).collect()
 }
 
-fn pod_names(intent: &Intent) -> BTreeMap<IpAddr, &str> {
+fn pod_names(intent: &Intent) -> Map<IpAddr, &str> {
     let branches = intent.branches.iter().map(|pod| (pod.address, pod.name.as_str()));
     intent.pods.iter().map(|pod| (pod.address, pod.name.as_str())).chain(branches).gather()
 }
@@ -180,9 +180,9 @@ fn address_of(rule: &Rule) -> Option<IpAddr> {
 /// daemon knows the addresses of the pods that it has seen go; these are older.
 pub fn strays(intent: &Intent, seen: &Observation) -> Vec<Rule> {
     let known = intent.pods.iter().map(|pod| pod.address).chain(intent.gone.iter().copied());
-    let known = known.chain(intent.branches.iter().map(|pod| pod.address)).gather::<BTreeSet<_>>();
+    let known = known.chain(intent.branches.iter().map(|pod| pod.address)).gather::<Set<_>>();
     let main = seen.routes.iter().filter(|route| route.table == TABLE_MAIN && route.gateway.is_none());
-    let linked = main.filter_map(|route| single(route.dst)).gather::<BTreeSet<_>>();
+    let linked = main.filter_map(|route| single(route.dst)).gather::<Set<_>>();
     let stray = |rule: &&Rule| {
         let Some(address) = address_of(rule) else { return false };
         let host = IpNet::from(address);

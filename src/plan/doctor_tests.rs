@@ -35,5 +35,5 @@ fn every_step_of_the_plan_has_its_texts() {
     }
     let names: Vec<_> = texts::names().collect();
     assert!(names.iter().all(|name| name.bytes().all(|b| b.is_ascii_lowercase() || b == b'-' || b.is_ascii_digit())));
-    assert_eq!(names.iter().collect::<BTreeSet<_>>().len(), names.len(), "none twice");
+    assert_eq!(names.iter().collect::<Set<_>>().len(), names.len(), "none twice");
 }

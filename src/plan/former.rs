@@ -1,11 +1,11 @@
 //! What an installation of the original leaves in tables that are not ours (`spec/dataplane.md` 25): what of it may be
 //! removed, and what only an operator can.
 
+use crate::model::map::Set;
 use crate::model::naming::NFT_TABLE;
 use crate::model::net::Family;
 use crate::model::nft::{Outline, Removal, RuleOutline, Table};
 use crate::model::order::Gather as _;
-use std::collections::BTreeSet;
 
 /// Tables of `iptables-nft` that it writes to.
 pub const TABLES: [(Family, &str); 5] =
@@ -39,7 +39,7 @@ pub fn leftovers(found: &[Outline], ours: &[Table]) -> Vec<Removal> {
                 && (CHAINS.iter().any(|prefix| chain.starts_with(prefix))
                     || (translated && egress_chain(chain, &outline.rules)))
         });
-        let gone = chains.iter().gather::<BTreeSet<_>>();
+        let gone = chains.iter().gather::<Set<_>>();
         let listed = |rule: &RuleOutline| {
             RULES.iter().any(|(table, chain, comment)| {
                 outline.table == *table && rule.chain == *chain && rule.comment.as_deref() == Some(*comment)
@@ -65,7 +65,7 @@ fn egress_chain(chain: &str, rules: &[RuleOutline]) -> bool {
 /// What a removal does, for logs.
 pub fn text(removal: &Removal) -> String {
     let family = if removal.family == Family::V4 { "ip" } else { "ip6" };
-    let rules = removal.rules.iter().map(|(chain, _)| chain.as_str()).gather::<BTreeSet<_>>();
+    let rules = removal.rules.iter().map(|(chain, _)| chain.as_str()).gather::<Set<_>>();
     let list = |names: Vec<&str>| if names.is_empty() { "none".to_owned() } else { names.join(" ") };
     format!(
         "table {family} {}: chains {}; {} rules of chains {}",
@@ -141,7 +141,7 @@ mod tests {
     }
 
     fn check(table: &str, rules: &[RuleOutline], ours: &[Table], expected: Option<(&[u64], &[&str])>) {
-        let chains = rules.iter().map(|rule| rule.chain.clone()).collect::<BTreeSet<_>>().into_iter().collect();
+        let chains = rules.iter().map(|rule| rule.chain.clone()).collect::<Set<_>>().into_iter().collect();
         let outline = Outline { family: Family::V4, table: table.into(), chains, rules: rules.to_vec() };
         let found = leftovers(&[outline], ours);
         let found = found.first().map(|removal| {

@@ -17,12 +17,12 @@ use super::branch::Branch;
 use super::ruleset;
 use crate::error::{Error, Result};
 use crate::model::ids::EniId;
+use crate::model::map::{Map, Set};
 use crate::model::naming;
 use crate::model::net::{Address, Link, Mac, Route, Rule};
 use crate::model::nft::{SnatPorts, Table};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
 /// What the host's network should be. The daemon tells it to `enibox doctor` as JSON.
@@ -168,7 +168,7 @@ pub struct Observation {
     /// Our nf_tables tables.
     pub tables: Vec<Table>,
     /// Those of [`sysctls`] that this kernel has, with their values.
-    pub sysctls: BTreeMap<String, String>,
+    pub sysctls: Map<String, String>,
 }
 
 /// One change.
@@ -300,7 +300,7 @@ pub struct Plan {
     /// Steps in order; empty when all is right.
     pub steps: Vec<Step>,
     /// ENIs that cannot be set up yet, with the reason; they do not hold up the rest.
-    pub failed: BTreeMap<EniId, String>,
+    pub failed: Map<EniId, String>,
 }
 
 /// The link of an ENI: that MAC, and not stacked on another link nor part of a bridge or bond, whose MACs may be copies.

@@ -92,7 +92,7 @@ fn right() -> Observation {
             Rule::any(Family::V6, 0, TABLE_LOCAL),
         ],
         tables: ruleset::tables(&intent(), "eth0").unwrap(),
-        sysctls: BTreeMap::from([("net/ipv4/conf/eth0/rp_filter".into(), "2".into())]),
+        sysctls: Map::from([("net/ipv4/conf/eth0/rp_filter".into(), "2".into())]),
     }
 }
 

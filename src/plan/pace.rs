@@ -8,8 +8,8 @@
 
 use super::backoff::Random;
 use crate::model::ec2::{Call, Failure, Reply};
+use crate::model::map::Map;
 use crate::model::time::Mono;
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Calls of one action that may leave at once.
@@ -93,14 +93,14 @@ struct Paced {
 /// The calls that wait, and those that are out. `N` numbers a call; lower ones came first.
 #[derive(Clone, Debug)]
 pub struct Pacer<N> {
-    buckets: BTreeMap<&'static str, Bucket>,
-    waiting: BTreeMap<N, Paced>,
-    out: BTreeMap<N, Paced>,
+    buckets: Map<&'static str, Bucket>,
+    waiting: Map<N, Paced>,
+    out: Map<N, Paced>,
 }
 
 impl<N: Copy + Ord> Default for Pacer<N> {
     fn default() -> Self {
-        Pacer { buckets: BTreeMap::new(), waiting: BTreeMap::new(), out: BTreeMap::new() }
+        Pacer { buckets: Map::new(), waiting: Map::new(), out: Map::new() }
     }
 }
 

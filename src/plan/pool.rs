@@ -9,12 +9,12 @@ mod check;
 mod moves;
 
 use crate::model::ids::{EniId, PodKey, PodName, SubnetId};
+use crate::model::map::{Map, Set};
 use crate::model::net::Mac;
 use crate::model::order::{self, Gather as _};
 use crate::model::time::{Mono, Now, Wall};
 use ipnet::IpNet;
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -59,7 +59,7 @@ pub struct Eni {
     pub own: IpNet,
     /// When it entered the pool.
     pub added: Mono,
-    cidrs: BTreeMap<IpNet, Cidr>,
+    cidrs: Map<IpNet, Cidr>,
 }
 
 impl Eni {
@@ -75,7 +75,7 @@ impl Eni {
         own: IpNet,
         added: Mono,
     ) -> Self {
-        let cidrs = BTreeMap::new();
+        let cidrs = Map::new();
         let (excluded, missing, unwired) = (false, false, false);
         Eni { mac, card, device, primary, kind, excluded, missing, unwired, table, subnet, own, added, cidrs }
     }
@@ -113,8 +113,7 @@ pub struct Cidr {
     pub prefix: bool,
     /// EC2 has not confirmed it, or does not list it any more: who has an address of it keeps it, nobody gets a new one.
     pub barred: bool,
-    // Boxed, because a map of one entry has room for eleven: 2 KB for each address of a node in secondary mode otherwise.
-    slots: BTreeMap<IpAddr, Box<Slot>>,
+    slots: Map<IpAddr, Slot>,
 }
 
 impl Cidr {
@@ -125,7 +124,7 @@ impl Cidr {
 
     /// Addresses that were used and are known; owners and cooling ones.
     pub fn slots(&self) -> impl Iterator<Item = (&IpAddr, &Slot)> {
-        self.slots.iter().map(|(ip, slot)| (ip, &**slot))
+        self.slots.iter().map(|(ip, slot)| (ip, slot))
     }
 
     fn cooling(&self, now: Mono, cooldown: Duration) -> usize {
@@ -258,11 +257,11 @@ pub struct Pool {
     prefix_mode: bool,
     singles: bool,
     cooldown: Duration,
-    enis: BTreeMap<EniId, Eni>,
-    index: BTreeMap<At, (EniId, IpNet, IpAddr)>,
+    enis: Map<EniId, Eni>,
+    index: Map<At, (EniId, IpNet, IpAddr)>,
     // Addresses of living pods whose CIDR has not been seen since the restart: kept, so that they are neither forgotten
     // nor handed out when their CIDR turns up (B6).
-    orphans: BTreeMap<At, (IpAddr, Arc<Owner>)>,
+    orphans: Map<At, (IpAddr, Arc<Owner>)>,
     // What changed since the last check.
     touched: Touched,
     memo: Memo,
@@ -278,7 +277,7 @@ struct Touched {
 /// The figures that were asked for last, by card, and until when they hold if nothing changes: most steps of the core ask
 /// several times and change nothing. And how often the pool was changed.
 #[derive(Debug, Default)]
-struct Memo(Mutex<BTreeMap<u32, (Mono, Mono, Stats)>>, u64);
+struct Memo(Mutex<Map<u32, (Mono, Mono, Stats)>>, u64);
 
 impl Clone for Memo {
     fn clone(&self) -> Memo {
@@ -314,9 +313,9 @@ impl Pool {
             prefix_mode,
             singles: !prefix_mode,
             cooldown,
-            enis: BTreeMap::new(),
-            index: BTreeMap::new(),
-            orphans: BTreeMap::new(),
+            enis: Map::new(),
+            index: Map::new(),
+            orphans: Map::new(),
             touched: Touched::default(),
             memo: Memo::default(),
         }
@@ -389,8 +388,8 @@ impl Pool {
         self.touch();
         assert!(eni.cidrs.is_empty(), "CIDRs are added one by one, so that the index sees them");
         match self.enis.entry(id) {
-            std::collections::btree_map::Entry::Occupied(entry) => Err(Refused::Duplicate(entry.key().clone())),
-            std::collections::btree_map::Entry::Vacant(entry) => {
+            crate::model::map::Entry::Occupied(entry) => Err(Refused::Duplicate(entry.key().clone())),
+            crate::model::map::Entry::Vacant(entry) => {
                 entry.insert(eni);
                 Ok(())
             }
@@ -458,13 +457,13 @@ impl Pool {
         self.touch();
         let eni = self.enis.get_mut(id).ok_or(Refused::UnknownEni)?;
         let prefix = net.prefix_len() != net.max_prefix_len();
-        let mut cidr = Cidr { prefix, barred: false, slots: BTreeMap::new() };
+        let mut cidr = Cidr { prefix, barred: false, slots: Map::new() };
         // An orphan found on another card than it was on keeps the card that it is found on.
         let returning: Vec<At> =
             self.orphans.iter().filter(|(_, (ip, _))| net.contains(ip)).map(|(key, _)| key.clone()).collect();
         for key in returning {
             if let Some((address, owner)) = self.orphans.remove(&key) {
-                cidr.slots.insert(address, Box::new(Slot { owner: Some(owner), freed: None }));
+                cidr.slots.insert(address, Slot { owner: Some(owner), freed: None });
                 self.index.insert((key.0, eni.card), (id.clone(), net, address));
             }
         }
@@ -490,7 +489,7 @@ impl Pool {
     }
 
     /// The cards on which a key has an address.
-    pub fn cards_of(&self, key: &PodKey) -> BTreeSet<u32> {
+    pub fn cards_of(&self, key: &PodKey) -> Set<u32> {
         let all = (key.clone(), 0)..=(key.clone(), u32::MAX);
         let placed = self.index.range(all.clone()).map(|((_, card), _)| *card);
         placed.chain(self.orphans.range(all).map(|((_, card), _)| *card)).gather()

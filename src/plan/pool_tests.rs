@@ -259,7 +259,7 @@ proptest! {
         let cooldown_s = 30;
         let mut pool = Pool::new(prefixes, Duration::from_secs(cooldown_s));
         let mut now_s = 0;
-        let mut freed: BTreeMap<IpAddr, u64> = BTreeMap::new();
+        let mut freed: Map<IpAddr, u64> = Map::new();
         let cidr = |e: u8, n: u8| -> IpNet {
             if prefixes { format!("10.{e}.0.{}/28", u32::from(n) * 16).parse().unwrap() }
             else { format!("10.{e}.0.{n}/32").parse().unwrap() }

@@ -7,13 +7,13 @@
 //! an ADD is not over yet or because the pod was released.
 
 use super::host::{HostEni, Intent, Observation, Step, What, global, link_of, single, veths_of};
+use crate::model::map::Map;
 use crate::model::naming::{self, priority};
 use crate::model::net::{Link, Mac, Route, Rule, TABLE_LOCAL, TABLE_MAIN};
 use crate::model::notice::Notice;
 use crate::model::order::Gather as _;
 use crate::model::time::Mono;
 use ipnet::IpNet;
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -22,9 +22,9 @@ use std::time::Duration;
 pub struct Watch {
     intent: Intent,
     /// Pods by address: table, and index of the link that leads there, 0 if it is not known.
-    pods: BTreeMap<IpAddr, (u32, u32)>,
+    pods: Map<IpAddr, (u32, u32)>,
     /// Links that matter, as they should be.
-    links: BTreeMap<u32, Wanted>,
+    links: Map<u32, Wanted>,
     /// Index of the primary ENI's link.
     primary: u32,
 }
@@ -45,7 +45,7 @@ struct Wanted {
 impl Watch {
     /// Watches for changes of `seen`, which is about as `intent` wants it.
     pub fn new(intent: &Intent, seen: &Observation) -> Watch {
-        let mut links = BTreeMap::new();
+        let mut links = Map::new();
         let eni_link = |mac, eni, up| {
             let link = link_of(&seen.links, mac)?;
             let mtu = Some(intent.eni_mtu);
@@ -278,7 +278,7 @@ impl Pace {
 /// Repairs that somebody else undoes again and again.
 #[derive(Debug, Default)]
 pub struct Quarrels {
-    repairs: BTreeMap<(What, String), Quarrel>,
+    repairs: Map<(What, String), Quarrel>,
 }
 
 #[derive(Debug)]

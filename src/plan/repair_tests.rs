@@ -1,9 +1,9 @@
 //! Tables for the watch: which of the kernel's notices lead to a look, and when.
 
 use super::*;
+use crate::model::map::Set;
 use crate::model::net::{Address, Family, Scope};
 use crate::plan::host::{Action, Egress, HostBranch, HostPod};
-use std::collections::BTreeSet;
 
 fn net(text: &str) -> IpNet {
     text.parse().unwrap()
@@ -163,7 +163,7 @@ fn links_addresses_and_the_rest() {
     check(&Notice::Conf { dev: -1, rp_filter: Some(1) }, false);
     check(&Notice::Overrun, true);
     for (table, look) in [("aws-cni", true), ("kube-proxy", false)] {
-        let tables = BTreeSet::from([table.to_owned()]);
+        let tables = Set::from([table.to_owned()]);
         check(&Notice::Ruleset { generation: 7, tables, process: None }, look);
     }
 }

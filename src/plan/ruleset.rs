@@ -4,12 +4,12 @@
 
 use super::host::{Egress, Intent};
 use crate::error::{Error, Result};
+use crate::model::map::Set;
 use crate::model::naming::{NFT_TABLE, VLAN_PREFIX};
 use crate::model::net::Family;
 use crate::model::nft::{Base, Chain, ChainKind, Expr, Hook, Rule, Table};
 use crate::model::order::Gather as _;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// Comment of the tables; tells an operator whose they are.
@@ -85,10 +85,10 @@ fn ipv4(intent: &Intent, primary: &str) -> Result<Table> {
 
 /// One `return` for each CIDR that keeps the pod's address: VPC CIDRs, then excluded ones, each sorted, none twice.
 fn kept_cidrs(intent: &Intent) -> Result<Vec<Rule>> {
-    let mut seen = BTreeSet::new();
+    let mut seen = Set::new();
     let mut rules = Vec::new();
     for (cidrs, comment) in [(&intent.vpc_cidrs, "VPC CIDR"), (&intent.excluded_cidrs, "excluded CIDR")] {
-        let wanted = cidrs.iter().filter(|net| net.addr().is_ipv4()).map(IpNet::trunc).gather::<BTreeSet<_>>();
+        let wanted = cidrs.iter().filter(|net| net.addr().is_ipv4()).map(IpNet::trunc).gather::<Set<_>>();
         for net in wanted.into_iter().filter(|net| seen.insert(*net)) {
             let matched = (net.prefix_len() > 0).then_some(Expr::Daddr { net, negate: false });
             rules.push(rule(matched.into_iter().chain([Expr::COUNTER, Expr::Return]), Some(comment)));

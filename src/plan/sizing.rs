@@ -5,11 +5,11 @@
 
 use super::pool::{Eni, Kind, Pool, Stats};
 use crate::model::ids::EniId;
+use crate::model::map::Map;
 use crate::model::order;
 use crate::model::time::Mono;
 use ipnet::IpNet;
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Addresses in an IPv4 prefix (/28).
@@ -59,7 +59,7 @@ pub struct Outlook {
     /// A pod waits: addresses in their cooldown do not count as available (B59).
     pub starved: bool,
     /// CIDRs that are being assigned to ENIs of the pool.
-    pub assigning: BTreeMap<EniId, usize>,
+    pub assigning: Map<EniId, usize>,
     /// New ENIs that are being made, with the CIDRs that each will carry.
     pub creating: Vec<usize>,
     /// In prefix mode: single addresses that are on their way, which the two above do not count.

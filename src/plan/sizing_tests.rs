@@ -3,7 +3,7 @@
 
 use super::super::pool::tests::{at, eni, eni_on, owner, pool_of};
 use super::*;
-use std::collections::BTreeSet;
+use crate::model::map::Set;
 
 const OLD: u64 = 3600; // seconds after which every ENI of a test is old enough
 
@@ -118,12 +118,12 @@ fn which_enis_may_go() {
     for (row, state, (warm, minimum), may_go) in cases {
         let pool = pool_of(state, 30);
         let sizing = sizing(8, 14, 1, *warm, *minimum);
-        let going: BTreeSet<String> = pool
+        let going: Set<String> = pool
             .enis()
             .filter(|(id, _)| sizing.dispensable(&pool, id, at(OLD).mono))
             .map(|(id, _)| id.0.clone())
             .collect();
-        let want: BTreeSet<String> = may_go.iter().map(|device| format!("eni-{device}")).collect();
+        let want: Set<String> = may_go.iter().map(|device| format!("eni-{device}")).collect();
         assert_eq!(going, want, "row {row} with W {warm} M {minimum}");
     }
 }

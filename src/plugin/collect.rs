@@ -10,13 +10,13 @@ use crate::clock;
 use crate::error::{Context, Error, List, Result};
 use crate::model::checkpoint::Allocation;
 use crate::model::cni::{Attachment, CniError, code};
+use crate::model::map::{Map, Set};
 use crate::model::naming;
 use crate::model::order::Gather as _;
 use crate::model::time::Wall;
 use crate::model::wire::{DelNetworkRequest, UNKNOWN_POD};
 use crate::netlink::{Socket, link};
 use crate::plan::pod::{Removal, Request as PodRequest};
-use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 /// An ADD may be under way whose veth is not there yet; it takes no longer than its deadline.
@@ -48,22 +48,22 @@ pub fn gc(request: &Request) -> Result<(), CniError> {
     errors.into_result().map_err(failed)
 }
 
-fn link_names() -> Result<BTreeSet<String>> {
+fn link_names() -> Result<Set<String>> {
     // Not from sysfs, which shows the interfaces of the namespace that it was mounted in.
     let links = link::list(&mut Socket::route()?).context("list interfaces")?;
     Ok(links.into_iter().map(|link| link.name).gather())
 }
 
-type Dead<'a> = BTreeMap<(&'a str, &'a str), &'a Allocation>;
+type Dead<'a> = Map<(&'a str, &'a str), &'a Allocation>;
 
 /// Which allocations are dead, one per container and interface, and which are spared although they are not listed, and why.
 fn sort_out<'a>(
     allocations: impl Iterator<Item = &'a Allocation>,
     valid: &[Attachment],
-    links: &BTreeSet<String>,
+    links: &Set<String>,
     now: Wall,
 ) -> (Dead<'a>, Vec<(&'a Allocation, &'static str)>) {
-    let (mut dead, mut spared) = (BTreeMap::new(), Vec::new());
+    let (mut dead, mut spared) = (Map::new(), Vec::new());
     for allocation in allocations {
         let listed = |a: &Attachment| a.container == allocation.container && a.ifname == allocation.ifname;
         if valid.iter().any(listed) {
@@ -154,7 +154,7 @@ mod tests {
     fn another_interface_of_a_listed_container_is_not_listed() {
         let all = [allocation("a", "p", 0)];
         let valid = [Attachment { container: "a".into(), ifname: "net1".into() }];
-        let (dead, _) = sort_out(all.iter(), &valid, &BTreeSet::new(), Wall::from_unix_seconds(1000));
+        let (dead, _) = sort_out(all.iter(), &valid, &Set::new(), Wall::from_unix_seconds(1000));
         assert_eq!(dead.len(), 1);
     }
 }

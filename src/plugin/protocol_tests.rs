@@ -2,9 +2,9 @@
 
 use super::*;
 use crate::model::cni::{Interface, IpConfig};
+use crate::model::map::Map;
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 
 const ADDED: fn(&Request) -> Result<Output, CniError> = |_| {
     Ok(Output {
@@ -51,7 +51,7 @@ fn input(bytes: &[u8]) -> io::PipeReader {
 }
 
 fn call_raw(env: &[(&str, &str)], stdin: &[u8]) -> Answer {
-    let env: BTreeMap<String, String> = env.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
+    let env: Map<String, String> = env.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect();
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
     let get = |name: &str| env.get(name).cloned().map(Ok);
     let code = serve(&PLUGIN, get, input(stdin), &mut stdout, &mut stderr);
@@ -69,7 +69,7 @@ const GOOD_ENV: [(&str, &str); 6] = [
 
 /// A good call with some variables replaced.
 fn call(command: &str, version: &str, changes: &[(&str, &str)]) -> Answer {
-    let mut env: BTreeMap<&str, &str> = GOOD_ENV.into_iter().collect();
+    let mut env: Map<&str, &str> = GOOD_ENV.into_iter().collect();
     env.insert("CNI_COMMAND", command);
     env.extend(changes.iter().copied());
     let env: Vec<_> = env.into_iter().collect();
@@ -220,7 +220,7 @@ fn the_own_namespace_is_refused_before_anything_is_done() {
     const NEVER: Plugin = Plugin { add: |_| panic!("acted"), del: |_| panic!("acted"), ..PLUGIN };
     let own = "/proc/self/ns/net";
     for command in ["ADD", "DEL"] {
-        let mut env: BTreeMap<&str, &str> = GOOD_ENV.into_iter().collect();
+        let mut env: Map<&str, &str> = GOOD_ENV.into_iter().collect();
         env.extend([("CNI_COMMAND", command), ("CNI_NETNS", own)]);
         let get = |name: &str| env.get(name).map(|value| Ok((*value).to_owned()));
         let mut stdout = Vec::new();
@@ -259,7 +259,7 @@ fn a_result_nobody_reads_is_a_failure() {
         }
     }
     for command in ["ADD", "FOO", "VERSION"] {
-        let mut env: BTreeMap<&str, &str> = GOOD_ENV.into_iter().collect();
+        let mut env: Map<&str, &str> = GOOD_ENV.into_iter().collect();
         env.insert("CNI_COMMAND", command);
         let get = |name: &str| env.get(name).map(|value| Ok((*value).to_owned()));
         let stdin = input(br#"{"name":"a"}"#);

@@ -9,8 +9,9 @@ mod frame;
 pub use frame::{FRAME_LIMIT, Fault, code};
 
 use super::hpack::{Decoder, Field};
+use crate::model::map::Map;
 use frame::{Frame, fault, flag, kind, put_header, put_headers, put_number, put_settings, setting, unpad, violation};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 
 /// What a client sends first (RFC 9113 3.4).
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -129,7 +130,7 @@ pub struct Conn {
     settings_seen: bool,
     settings_acked: bool,
     header_block: Option<HeaderBlock>,
-    streams: BTreeMap<u32, Stream>,
+    streams: Map<u32, Stream>,
     last_peer_stream: u32,
     next_stream: u32,
     send_window: i64,
@@ -154,7 +155,7 @@ impl Conn {
             settings_seen: false,
             settings_acked: false,
             header_block: None,
-            streams: BTreeMap::new(),
+            streams: Map::new(),
             last_peer_stream: 0,
             next_stream: 1,
             send_window: DEFAULT_WINDOW,

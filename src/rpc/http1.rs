@@ -6,8 +6,8 @@
 
 use crate::clock;
 use crate::error::{Context, Result};
+use crate::model::map::Map;
 use crate::sys;
-use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -162,13 +162,13 @@ pub type Handler = dyn Fn(&Request) -> Verdict + Send + Sync;
 
 struct Shared {
     stopping: AtomicBool,
-    open: Mutex<BTreeMap<u64, TcpStream>>,
+    open: Mutex<Map<u64, TcpStream>>,
     limits: Limits,
     handler: Arc<Handler>,
 }
 
 impl Shared {
-    fn open(&self) -> std::sync::MutexGuard<'_, BTreeMap<u64, TcpStream>> {
+    fn open(&self) -> std::sync::MutexGuard<'_, Map<u64, TcpStream>> {
         // The map is whole after every statement, so a panic elsewhere does not spoil it.
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -248,7 +248,7 @@ impl Server {
         };
         let listener = Arc::new(listener);
         let shared =
-            Arc::new(Shared { stopping: AtomicBool::new(false), open: Mutex::new(BTreeMap::new()), limits, handler });
+            Arc::new(Shared { stopping: AtomicBool::new(false), open: Mutex::new(Map::new()), limits, handler });
         let (for_thread, sharing) = (Arc::clone(&listener), Arc::clone(&shared));
         let accepting = std::thread::Builder::new()
             .name(name.into())

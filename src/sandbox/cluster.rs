@@ -9,10 +9,10 @@ use crate::clock;
 use crate::error::{Context, Error, Result};
 use crate::model::ec2::{Call, ConntrackTimeouts, Count, Create, Reply};
 use crate::model::limits::Limits;
+use crate::model::map::Map;
 use crate::model::settings::{Mode, Settings};
 use ipnet::Ipv4Net;
 use serde_json::json;
-use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
@@ -116,7 +116,7 @@ fn provide(world: &World, node: &WorldNode, settings: &Settings, limits: &Limits
                 groups: Vec::new(),
                 count,
                 conntrack: ConntrackTimeouts::default(),
-                tags: BTreeMap::new(),
+                tags: Map::new(),
                 client_token: format!("{}-{device}", node.name),
             }),
         )?;

@@ -343,7 +343,7 @@ impl Stage {
     // An address belongs to one pod, and EC2 has assigned it to the pod's node; the interfaces of a pod are on network
     // cards in ascending order.
     fn check_addresses(&self, report: &mut Report) {
-        let mut seen = std::collections::BTreeMap::new();
+        let mut seen = crate::model::map::Map::new();
         let wires = self.world.cloud.vpc().wires();
         for (node, pods) in self.world.nodes.iter().zip(&self.pods) {
             for pod in pods {

@@ -4,8 +4,9 @@
 //! Objects are kept as JSON, as they are sent. Nothing is defaulted or validated, and only the field selectors are
 //! understood that the daemon uses.
 
-use serde_json::{Map, Value, json};
-use std::collections::{BTreeMap, VecDeque};
+use crate::model::map::Map;
+use serde_json::{Map as Object, Value, json};
+use std::collections::VecDeque;
 
 /// Changes kept for watches; older ones are compacted away.
 const CHANGES_LIMIT: usize = 10_000;
@@ -56,7 +57,7 @@ struct Change {
 pub struct Api {
     version: u64,
     oldest: u64, // changes up to this version are forgotten
-    objects: BTreeMap<Key, Value>,
+    objects: Map<Key, Value>,
     changes: VecDeque<Change>,
 }
 
@@ -72,7 +73,7 @@ fn merge(target: &mut Value, patch: &Value) {
         return;
     };
     if !target.is_object() {
-        *target = Value::Object(Map::new());
+        *target = Value::Object(Object::new());
     }
     let Value::Object(map) = target else { return };
     for (key, value) in patch {

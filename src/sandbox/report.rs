@@ -1,9 +1,9 @@
 //! What a run has shown, for people and for programs.
 
 use super::flows::Outcome;
+use crate::model::map::Map;
 use crate::model::order;
 use serde::Serialize;
-use std::collections::BTreeMap;
 use std::fmt;
 
 /// One node.
@@ -50,7 +50,7 @@ pub struct Report {
     /// Flows.
     pub flows: Vec<Outcome>,
     /// Calls per action.
-    pub ec2_calls: BTreeMap<String, u64>,
+    pub ec2_calls: Map<String, u64>,
     /// Requests to IMDS.
     pub imds_requests: u64,
     /// What else was wrong: requests that EC2 would not expect, leftovers.

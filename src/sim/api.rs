@@ -2,7 +2,7 @@
 //! behind it.
 
 use crate::model::kube::{Call, EniConfig, Failure, Feature, Node, Notice, Pod, Reply};
-use std::collections::BTreeMap;
+use crate::model::map::Map;
 
 /// Notices that are kept.
 const NOTICES_MAX: usize = 1000;
@@ -13,11 +13,11 @@ pub struct Api {
     /// The Node.
     pub node: Node,
     /// ENIConfigs by name.
-    pub eni_configs: BTreeMap<String, EniConfig>,
+    pub eni_configs: Map<String, EniConfig>,
     /// Features of the CNINode.
     pub features: Vec<Feature>,
     /// Pods by name, in the namespace `default`.
-    pub pods: BTreeMap<String, Pod>,
+    pub pods: Map<String, Pod>,
     /// Events, latest last.
     pub notices: Vec<Notice>,
     version: u64,

@@ -6,10 +6,10 @@ use super::queue::Queue;
 use super::vpc::Vpc;
 use crate::model::ec2::{Call, Failure};
 use crate::model::ids::InstanceId;
+use crate::model::map::Map;
 use crate::model::time::Now;
 use crate::plan::core::Tally;
 use ipnet::IpNet;
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Everything that the nodes share.
@@ -43,9 +43,9 @@ pub struct Counts {
     /// Calls to EC2 that would change something, failed ones included.
     pub mutating: u64,
     /// When each node became ready for the first time, in nanoseconds.
-    pub ready: BTreeMap<u32, u64>,
+    pub ready: Map<u32, u64>,
     /// ADDs without an address, by cause.
-    pub causes: BTreeMap<&'static str, u64>,
+    pub causes: Map<&'static str, u64>,
 }
 
 impl Sky {

@@ -9,11 +9,11 @@ use super::node::{Happening, Item, Node, addresses};
 use crate::model::checkpoint::{Allocation, Checkpoint};
 use crate::model::ids::{PodKey, PodName};
 use crate::model::kube;
+use crate::model::map::Map;
 use crate::model::naming;
 use crate::model::spool::{RECORDS_MAX, Record};
 use crate::model::wire::{AddNetworkRequest, DelNetworkRequest, IpAllocation, UNKNOWN_POD};
 use crate::plan::core::{Answer, Event};
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -88,9 +88,9 @@ pub struct Pod {
 #[derive(Clone, Debug, Default)]
 pub struct Kubelet {
     /// Pods by number.
-    pub pods: BTreeMap<u32, Pod>,
+    pub pods: Map<u32, Pod>,
     /// Sandboxes by number.
-    pub sandboxes: BTreeMap<u64, Sandbox>,
+    pub sandboxes: Map<u64, Sandbox>,
     last_pod: u32,
     last_sandbox: u64,
 }
@@ -294,8 +294,8 @@ impl Node {
         sandbox.stage = Stage::Running;
         if !sandbox.branch {
             // A branch ENI's rules go by its link and lead to no address.
-            self.host.linked.extend(&sandbox.addresses);
-            self.host.routed.extend(&sandbox.addresses);
+            self.host.linked.extend(sandbox.addresses.iter().copied());
+            self.host.routed.extend(sandbox.addresses.iter().copied());
         }
         let Some(pod) = self.kubelet.pods.get_mut(&sandbox.pod) else { return };
         self.host.links.insert(veth(&pod.name), id);

@@ -16,6 +16,7 @@ use crate::model::ids::{GroupId, InstanceId, PodKey};
 use crate::model::imds::{self, Query};
 use crate::model::kube;
 use crate::model::limits::{self, Limits};
+use crate::model::map::{Map, Set};
 use crate::model::order::{self, Gather as _};
 use crate::model::settings::{Mode, Settings};
 use crate::model::spool::Record;
@@ -26,7 +27,7 @@ use crate::plan::configure;
 use crate::plan::core::{Answer, Applied, CallId, Core, Effect, Event, Level, OpId, Seen};
 use crate::plan::host::Intent;
 use ipnet::IpNet;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::Duration;
@@ -135,7 +136,7 @@ impl File {
 #[derive(Clone, Debug, Default)]
 pub struct Disk {
     /// Checkpoints by network card.
-    pub files: BTreeMap<u32, File>,
+    pub files: Map<u32, File>,
     /// Checkpoints that were put aside as unreadable.
     pub aside: usize,
     /// Records of DELs that no daemon took.
@@ -147,11 +148,11 @@ pub struct Disk {
 #[derive(Clone, Debug, Default)]
 pub struct Host {
     /// Host ends of veths, and whose they are.
-    pub links: BTreeMap<String, u64>,
+    pub links: Map<String, u64>,
     /// Addresses with rules.
-    pub routed: BTreeSet<IpAddr>,
+    pub routed: Set<IpAddr>,
     /// Addresses with a route, which goes with the veth.
-    pub linked: BTreeSet<IpAddr>,
+    pub linked: Set<IpAddr>,
 }
 
 /// A node.
@@ -193,7 +194,7 @@ pub struct Node {
     pub log: VecDeque<String>,
     pub(super) life: u32,
     pub(super) dice: Random,
-    pub(super) open: BTreeMap<CallId, Asked>,
+    pub(super) open: Map<CallId, Asked>,
     pub(super) last_call: CallId,
     wake: Option<Mono>,
     pods_untold: bool,
@@ -237,7 +238,7 @@ impl Node {
             log: VecDeque::new(),
             life: 0,
             dice: Random::new(seed),
-            open: BTreeMap::new(),
+            open: Map::new(),
             last_call: 0,
             wake: None,
             pods_untold: false,
@@ -586,7 +587,7 @@ impl Node {
         }
         let now = self.now(sky).mono;
         let link = self.setup.latencies.link;
-        let mut failed = BTreeMap::new();
+        let mut failed = Map::new();
         for eni in &intent.enis {
             let plugged = sky.vpc.plugged(&self.instance, &eni.id);
             if plugged.is_none_or(|at| now < at.plus(link)) {

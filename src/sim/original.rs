@@ -9,13 +9,13 @@
 use crate::model::ec2::{Call, Count, Create, Failure, Interface, Reply};
 use crate::model::ids::{AttachmentId, EniId, GroupId, PodKey, SubnetId};
 use crate::model::imds::{self, Query};
+use crate::model::map::{Map, Set};
 use crate::model::order::{self, Gather as _};
 use crate::model::time::{Mono, Now};
 use crate::model::wire::{AddNetworkReply, DelNetworkReply, IpAllocation, UNKNOWN_POD};
 use crate::plan::backoff::{Backoff, Random};
 use crate::plan::core::{Answer, Config, Effect, Event, OpId};
 use ipnet::IpNet;
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
@@ -48,7 +48,7 @@ struct Eni {
     primary: bool,
     own: Ipv4Addr,
     added: Mono,
-    cidrs: BTreeMap<IpNet, BTreeMap<IpAddr, Slot>>,
+    cidrs: Map<IpNet, Map<IpAddr, Slot>>,
 }
 
 /// T, A, P and F of 6.2.
@@ -100,8 +100,8 @@ pub struct Original {
     random: Random,
     now: Now,
     out: Vec<Effect>,
-    enis: BTreeMap<EniId, Eni>,
-    index: BTreeMap<PodKey, (EniId, IpNet, IpAddr)>,
+    enis: Map<EniId, Eni>,
+    index: Map<PodKey, (EniId, IpNet, IpAddr)>,
     groups: Vec<GroupId>,
     doing: Doing,
     paused: Option<Doing>,
@@ -110,8 +110,8 @@ pub struct Original {
     exhausted: Option<Mono>,
     decreased: Option<Mono>,
     acted: Option<Mono>,
-    freed: BTreeMap<IpNet, Mono>,
-    foreign: BTreeSet<EniId>,
+    freed: Map<IpNet, Mono>,
+    foreign: Set<EniId>,
     figures: Option<Stats>,
 }
 
@@ -123,8 +123,8 @@ impl Original {
             config: config.clone(),
             now: Now::default(),
             out: Vec::new(),
-            enis: BTreeMap::new(),
-            index: BTreeMap::new(),
+            enis: Map::new(),
+            index: Map::new(),
             groups: Vec::new(),
             doing: Doing::BootDescribe,
             paused: None,
@@ -133,8 +133,8 @@ impl Original {
             exhausted: None,
             decreased: None,
             acted: None,
-            freed: BTreeMap::new(),
-            foreign: BTreeSet::new(),
+            freed: Map::new(),
+            foreign: Set::new(),
             figures: None,
         }
     }
@@ -390,7 +390,7 @@ impl Original {
         self.figures = None;
         let mut gone = Vec::new();
         for (id, eni) in &mut self.enis {
-            let idle = |slots: &BTreeMap<IpAddr, Slot>| slots.values().all(|slot| slot.owner.is_none());
+            let idle = |slots: &Map<IpAddr, Slot>| slots.values().all(|slot| slot.owner.is_none());
             let nets: Vec<IpNet> = eni.cidrs.iter().filter(|(_, s)| idle(s)).map(|(net, _)| *net).take(left).collect();
             left -= nets.len();
             for net in &nets {
@@ -430,7 +430,7 @@ impl Original {
         let free = stats.total - stats.assigned;
         let per_eni = self.config.slots * if self.config.prefix_mode { PREFIX } else { 1 };
         let n = 1 + if self.config.prefix_mode { targets.warm_prefix } else { targets.warm_eni };
-        let pods = |eni: &Eni| eni.cidrs.values().flat_map(BTreeMap::values).any(|slot| slot.owner.is_some());
+        let pods = |eni: &Eni| eni.cidrs.values().flat_map(Map::values).any(|slot| slot.owner.is_some());
         let idle = self.config.prefix_mode && self.enis.values().any(|eni| !eni.primary && !pods(eni));
         let defined = targets.warm_ip > 0 || targets.minimum_ip > 0;
         let spare = if defined || free >= n * per_eni || idle { self.spare() } else { None };
@@ -449,7 +449,7 @@ impl Original {
         let (now, cooldown, targets) = (self.now.mono, self.config.tunables.ip_cooldown, self.config.tunables.targets);
         let whole = |n: usize| if self.config.prefix_mode { n.next_multiple_of(PREFIX) } else { n };
         let may_go = |id: &EniId, eni: &Eni| {
-            let mut slots = eni.cidrs.values().flat_map(BTreeMap::values);
+            let mut slots = eni.cidrs.values().flat_map(Map::values);
             let busy = slots.any(|s| s.owner.is_some() || s.freed.is_some_and(|at| now.since(at) <= cooldown));
             let others = self.stats(Some(id));
             let free = others.total - others.assigned;
@@ -545,7 +545,7 @@ impl Original {
     fn set_up(&mut self, seen: &imds::Eni) {
         let (Some(own), 0) = (seen.ipv4s.first().copied(), seen.card) else { return };
         let singles = seen.ipv4s.iter().skip(1).map(|ip| IpNet::from(IpAddr::V4(*ip)));
-        let cidrs = singles.chain(seen.v4_prefixes.iter().copied()).map(|net| (net, BTreeMap::new())).gather();
+        let cidrs = singles.chain(seen.v4_prefixes.iter().copied()).map(|net| (net, Map::new())).gather();
         let primary = seen.id == self.config.identity.primary_eni;
         let eni = Eni { device: seen.device, primary, own, added: self.now.mono, cidrs };
         self.figures = None;
@@ -567,7 +567,7 @@ impl Original {
             return self.boot_check(self.enis.len());
         };
         let instance = self.config.identity.instance.0.clone();
-        let tags = BTreeMap::from([("node.k8s.amazonaws.com/instance_id".to_owned(), instance)]);
+        let tags = Map::from([("node.k8s.amazonaws.com/instance_id".to_owned(), instance)]);
         self.call(Doing::BootTags(untagged), Call::CreateTags { eni, tags });
     }
 
@@ -661,8 +661,7 @@ impl Original {
             }
             (Doing::Subnets(count), Ok(Reply::Subnets(subnets))) => {
                 let primary = self.config.identity.subnet.clone();
-                let role =
-                    |tags: &BTreeMap<String, String>| tags.get("kubernetes.io/role/cni").cloned().unwrap_or_default();
+                let role = |tags: &Map<String, String>| tags.get("kubernetes.io/role/cni").cloned().unwrap_or_default();
                 let valid = |s: &&crate::model::ec2::Subnet| match role(&s.tags).as_str() {
                     "" => s.id == primary,
                     value => value != "0",
@@ -725,7 +724,7 @@ impl Original {
     }
 
     fn attach(&mut self, eni: EniId, count: u32) {
-        let used: BTreeSet<u32> = self.enis.values().map(|eni| eni.device).gather();
+        let used: Set<u32> = self.enis.values().map(|eni| eni.device).gather();
         let device = (0..100).find(|device| !used.contains(device)).unwrap_or(99);
         self.paused = Some(Doing::Modify(eni.clone(), count));
         let instance = self.config.identity.instance.clone();

@@ -1,7 +1,8 @@
 //! What will happen, in the order of time; what happens at one moment keeps the order in which it was put in.
 
+use crate::model::map::Map;
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::BinaryHeap;
 
 #[derive(Debug)]
 struct Entry<T> {
@@ -42,7 +43,7 @@ const SLOT_BITS: u32 = 28;
 pub struct Queue<T> {
     near: BinaryHeap<Entry<T>>,
     // By slot of time; all of them lie behind what is near.
-    far: BTreeMap<u64, Vec<Entry<T>>>,
+    far: Map<u64, Vec<Entry<T>>>,
     // The first slot that is not near.
     edge: u64,
     serial: u64,
@@ -50,7 +51,7 @@ pub struct Queue<T> {
 
 impl<T> Default for Queue<T> {
     fn default() -> Self {
-        Queue { near: BinaryHeap::new(), far: BTreeMap::new(), edge: 0, serial: 0 }
+        Queue { near: BinaryHeap::new(), far: Map::new(), edge: 0, serial: 0 }
     }
 }
 

@@ -7,9 +7,9 @@ use super::node::Setup;
 use super::vpc::Vpc;
 use crate::model::ec2::Failure;
 use crate::model::limits::Limits;
+use crate::model::map::Map;
 use crate::model::settings::{Mode, Settings};
 use crate::plan::backoff::Random;
-use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -40,7 +40,7 @@ pub struct Trial {
     /// The original's algorithm instead of ours.
     pub original: bool,
     /// How long EC2 takes, by action.
-    pub ec2_delays: BTreeMap<String, Duration>,
+    pub ec2_delays: Map<String, Duration>,
     /// Seed.
     pub seed: u64,
 }
@@ -61,7 +61,7 @@ pub struct Report {
     /// ADDs that were refused.
     pub refused: u64,
     /// Calls by action, failed ones included.
-    pub calls: BTreeMap<&'static str, u64>,
+    pub calls: Map<&'static str, u64>,
     /// Of these, calls that would change something.
     pub mutating: u64,
     /// Of all, calls that were throttled.
@@ -93,7 +93,7 @@ pub const DELAYS_MS: [(&str, u64); 12] = [
 const SLOW: Duration = Duration::from_millis(1500);
 
 /// A VPC with room for so many addresses, throttled as AWS documents it; the subnets are in one zone each.
-pub fn roomy_vpc(addresses: usize, delays: &BTreeMap<String, Duration>, seed: u64) -> Vpc {
+pub fn roomy_vpc(addresses: usize, delays: &Map<String, Duration>, seed: u64) -> Vpc {
     let nets = addresses.div_ceil(50_000).clamp(1, 250);
     let cidr = |n: usize| format!("10.{n}.0.0/16").parse().ok();
     let cidrs: Vec<ipnet::Ipv4Net> = (0..nets).filter_map(cidr).collect();

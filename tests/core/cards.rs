@@ -4,12 +4,12 @@ use super::lives::{live, pick};
 use super::world::{DEFAULT, World};
 use enibox::model::ec2::{Attachment, Call, Reply};
 use enibox::model::ids::EniId;
+use enibox::model::map::Map;
 use enibox::plan::backoff::Random;
 use enibox::plan::core::{Answer, Config};
 use enibox::plan::pool::Eni;
 use enibox::sim::vpc::Planned;
 use ipnet::IpNet;
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -582,7 +582,7 @@ fn cards_that_are_not_known_and_enis_without_addresses_do_no_harm() {
     world.settle();
     let (now, instance) = (world.now(), world.instance.clone());
     let subnet = world.vpc.identity(&instance).unwrap().subnet;
-    let tags = BTreeMap::new();
+    let tags = Map::new();
     let far = world.vpc.add_interface(now, &subnet, "on a card that nobody knows", &tags).unwrap();
     let bare = attach(&mut world, 0, 1, &[]);
     world.vpc.meddle(now, &far, |eni| {
@@ -696,7 +696,7 @@ fn others(world: &mut World, dice: &mut Random) {
     }
     let (now, subnet) = (world.now(), world.vpc.identity(&world.instance).unwrap().subnet);
     let kind = dice.below(3);
-    let tags: BTreeMap<_, _> =
+    let tags: Map<_, _> =
         (kind == 1).then(|| ("node.k8s.amazonaws.com/no_manage".to_owned(), "true".to_owned())).into_iter().collect();
     let Ok(eni) = world.vpc.add_interface(now, &subnet, "by hand", &tags) else { return };
     world.foreign.insert(eni.clone());

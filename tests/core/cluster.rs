@@ -4,11 +4,11 @@ use super::world::{DEFAULT, TRUNK_LINK, World, key};
 use enibox::model::ec2::Call;
 use enibox::model::ids::{EniId, PodName};
 use enibox::model::kube::{EniConfig, Pod};
+use enibox::model::map::Map;
 use enibox::model::wire::{AddNetworkReply, DelNetworkRequest, UNKNOWN_POD};
 use enibox::plan::core::{Answer, Event};
 use enibox::plan::sizing::Targets;
 use enibox::sim::api::Api;
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 const MINUTE: Duration = Duration::from_mins(1);
@@ -149,7 +149,7 @@ fn custom_networking_takes_subnet_and_groups_from_the_eniconfig() {
 const BRANCH: &str = r#"[{"eniId":"eni-b","ifAddress":"02:aa:bb:cc:dd:ee","privateIp":"10.20.9.7","vlanId":3,"subnetCidr":"10.20.8.0/22"}]"#;
 
 fn branch_pod(uid: &str, annotation: Option<&str>) -> Pod {
-    let annotations: BTreeMap<_, _> =
+    let annotations: Map<_, _> =
         annotation.map(|text| ("vpc.amazonaws.com/pod-eni".to_owned(), text.to_owned())).into_iter().collect();
     Pod { uid: uid.into(), annotations, wants_branch: true }
 }

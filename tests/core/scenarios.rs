@@ -4,11 +4,12 @@ use super::world::{DEFAULT, World, key};
 
 use enibox::model::ec2::{Call, Reply};
 use enibox::model::ids::PodName;
+use enibox::model::map::Map;
 use enibox::model::spool::Record;
 use enibox::plan::core::{Answer, Event};
 use enibox::plan::sizing::Targets;
 use enibox::sim::vpc::Planned;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -361,7 +362,7 @@ fn an_eni_that_somebody_else_attached_is_taken_in() {
     world.settle();
     let subnet = world.vpc.identity(&world.instance).unwrap().subnet;
     let now = world.now();
-    let eni = world.vpc.add_interface(now, &subnet, "by hand", &BTreeMap::new()).unwrap();
+    let eni = world.vpc.add_interface(now, &subnet, "by hand", &Map::new()).unwrap();
     let instance = world.instance.clone();
     let call = Call::Attach { eni: eni.clone(), instance, device: 1, card: 0 };
     assert!(matches!(world.vpc.execute(now, &call).result, Ok(Reply::Attached(_))));

@@ -2,7 +2,7 @@
 
 use super::world::{DEFAULT, World};
 use enibox::model::ec2::{Call, Reply};
-use std::collections::BTreeMap;
+use enibox::model::map::Map;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -73,7 +73,7 @@ fn enis_of_dead_nodes_are_deleted_and_young_ones_kept() {
     world.pass(MINUTE);
     let subnet = world.vpc.identity(&world.instance).unwrap().subnet;
     let leave = |world: &mut World, description: &str, created: Option<String>| {
-        let mut tags = BTreeMap::from([("node.k8s.amazonaws.com/instance_id".to_owned(), "i-dead".to_owned())]);
+        let mut tags = Map::from([("node.k8s.amazonaws.com/instance_id".to_owned(), "i-dead".to_owned())]);
         tags.insert("cluster.k8s.amazonaws.com/name".into(), "test".into());
         tags.extend(created.map(|created| ("node.k8s.amazonaws.com/createdAt".to_owned(), created)));
         let now = world.now();

@@ -4,6 +4,7 @@ use enibox::model::ec2::{InstanceType, Interface};
 use enibox::model::ids::{EniId, InstanceId, PodKey, PodName};
 use enibox::model::imds::{Answer as Told, Query};
 use enibox::model::kube;
+use enibox::model::map::Map;
 use enibox::model::naming;
 use enibox::model::spool::Record;
 use enibox::model::time::{Mono, Now, Wall};
@@ -156,7 +157,7 @@ impl World {
     pub fn seen(&self) -> Seen {
         let linked: BTreeSet<IpAddr> = self.pods.values().chain(self.more.values().flatten()).copied().collect();
         let routed = linked.union(&self.stale_rules).copied().collect();
-        Seen { links: self.links.iter().cloned().collect(), routed, linked }
+        Seen { links: self.links.iter().cloned().collect(), routed, linked: linked.into_iter().collect() }
     }
 
     /// The process starts: with the disk, and without a memory.
@@ -182,7 +183,7 @@ impl World {
             subnet_discovery: self.discovery,
             manage_untagged: true,
             cluster_name: "test".into(),
-            additional_tags: BTreeMap::new(),
+            additional_tags: Map::new(),
             network_policy_mode: String::new(),
             tunables: Tunables {
                 targets: self.targets,

@@ -1,9 +1,9 @@
 //! The daemon and the API server: there, away, late, silent.
 
 use crate::stage::{Stage, eventually};
+use enibox::model::map::Set;
 use enibox::sandbox::kube::{Api, Kind};
 use serde_json::json;
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 const ENDPOINT: (&str, &str) = ("CLUSTER_ENDPOINT", "http://198.51.100.2");
@@ -66,7 +66,7 @@ fn serves_pods_while_the_api_server_is_away() {
     assert!(!stage.log().contains("our node takes"));
     // It appears late, and takes no token but that of a file which comes later still.
     let kube = stage.world.serve_kube(objects()).unwrap();
-    kube.tune(|knobs| knobs.tokens = Some(BTreeSet::from(["t-1".to_owned()])));
+    kube.tune(|knobs| knobs.tokens = Some(Set::from(["t-1".to_owned()])));
     logged(&stage, "Unauthorized");
     let write = || {
         std::fs::create_dir_all("/run/secrets/kubernetes.io/serviceaccount")?;
@@ -76,7 +76,7 @@ fn serves_pods_while_the_api_server_is_away() {
     logged(&stage, "our node takes 29 pods");
     // The kubelet has renewed the token, and the old one has run out.
     stage.write(TOKEN, "t-2\n");
-    kube.tune(|knobs| knobs.tokens = Some(BTreeSet::from(["t-2".to_owned()])));
+    kube.tune(|knobs| knobs.tokens = Some(Set::from(["t-2".to_owned()])));
     kube.cut();
     kube.change(|api| api.cordon("node-1", true));
     logged(&stage, "our node takes 29 pods, cordoned");

@@ -257,7 +257,7 @@ impl Stage {
     }
 
     pub fn calls(&self) -> BTreeMap<&'static str, u64> {
-        self.world.cloud.vpc().journal().counts().clone()
+        self.world.cloud.vpc().journal().counts().iter().map(|(action, count)| (*action, *count)).collect()
     }
 
     /// EC2's ENIs that are attached to the node, with the addresses that pods may have on each, and those that are not.

@@ -4,13 +4,13 @@ use crate::judge::{FOREIGN, Judge};
 use crate::world::{self, Controller, Pairs, Sort};
 use enibox::model::ec2::{Call, Count};
 use enibox::model::ids::SubnetId;
+use enibox::model::map::Map;
 use enibox::model::settings::Settings;
 use enibox::plan::backoff::Random;
 use enibox::sim::conditions::{Latencies, Lie, WriteFate};
 use enibox::sim::fleet::Fleet;
 use enibox::sim::node::{File, Setup, carried};
 use enibox::sim::vpc::{Planned, Vpc};
-use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -318,10 +318,9 @@ impl Life {
                 _ => return,
             },
             2 => Call::Assign { eni: eni.id.clone(), count: Count::Addresses(1) },
-            3 => Call::CreateTags { eni: eni.id.clone(), tags: BTreeMap::from([("team".into(), "blue".into())]) },
+            3 => Call::CreateTags { eni: eni.id.clone(), tags: Map::from([("team".into(), "blue".into())]) },
             4 => {
-                let Ok(eni) = self.fleet.sky.vpc.add_interface(now, &self.subnets[0], "by hand", &BTreeMap::new())
-                else {
+                let Ok(eni) = self.fleet.sky.vpc.add_interface(now, &self.subnets[0], "by hand", &Map::new()) else {
                     return;
                 };
                 let device = u32::try_from(enis.len() + 3).unwrap();

@@ -6,11 +6,11 @@ use enibox::model::ec2::{Call, Count, InstanceType, Interface};
 use enibox::model::ids::{EniId, SubnetId};
 use enibox::model::kube::{EniConfig, FEATURE_TRUNK, POD_ENI};
 use enibox::model::limits;
+use enibox::model::map::Map;
 use enibox::model::settings::Settings;
 use enibox::sim::fleet::Fleet;
 use enibox::sim::node::{Node, carried};
 use enibox::sim::vpc::Vpc;
-use std::collections::BTreeMap;
 
 pub type Pairs = &'static [(&'static str, &'static str)];
 
@@ -117,7 +117,7 @@ pub fn prepare(fleet: &mut Fleet, sort: Sort, other: &SubnetId) {
             let count = if prefixes { Count::Prefixes(1) } else { Count::Addresses(few) };
             fleet.sky.vpc.execute(now, &Call::Assign { eni: primary, count }).result.unwrap();
             let subnet = fleet.sky.vpc.identity(&instance).unwrap().subnet;
-            let eni = fleet.sky.vpc.add_interface(now, &subnet, "by hand", &BTreeMap::new()).unwrap();
+            let eni = fleet.sky.vpc.add_interface(now, &subnet, "by hand", &Map::new()).unwrap();
             let attach = Call::Attach { eni: eni.clone(), instance, device: 1, card: 0 };
             fleet.sky.vpc.execute(now, &attach).result.unwrap();
             fleet.sky.vpc.execute(now, &Call::Assign { eni, count }).result.unwrap();
@@ -138,8 +138,8 @@ pub fn managed(eni: &Interface, node: &Node) -> bool {
 }
 
 /// The tags of an ENI that is nobody's but its owner's.
-pub fn no_manage() -> BTreeMap<String, String> {
-    BTreeMap::from([(NO_MANAGE.to_owned(), "true".to_owned())])
+pub fn no_manage() -> Map<String, String> {
+    Map::from([(NO_MANAGE.to_owned(), "true".to_owned())])
 }
 
 /// Pods with an address of the pool that the node can serve as EC2 stands now, at least.
@@ -189,7 +189,7 @@ impl Controller {
                 return;
             }
             let device = (1..100).find(|device| !used.contains(device)).unwrap();
-            let tags = BTreeMap::from([(INSTANCE.to_owned(), instance.0.clone())]);
+            let tags = Map::from([(INSTANCE.to_owned(), instance.0.clone())]);
             let Ok(eni) = fleet.sky.vpc.add_interface(now, subnet, "aws-k8s-trunk-eni", &tags) else { return };
             fleet.sky.vpc.meddle(now, &eni, |eni| eni.interface_type = "trunk".into());
             by_hand(fleet, &Call::Attach { eni: eni.clone(), instance, device, card: 0 });

@@ -3,7 +3,7 @@ use crate::aws::imds;
 use crate::aws::script::{Request, Server, Step, answer, answer_with};
 use crate::model::ec2::{ConntrackTimeouts, Count, Create};
 use crate::model::ids::EniId;
-use std::collections::BTreeMap;
+use crate::model::map::Map;
 
 const SECRET: &str = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY";
 const INTERFACES: &str = include_str!("../../../testdata/ec2/interfaces.xml");
@@ -47,7 +47,7 @@ fn create() -> Call {
         groups: Vec::new(),
         count: Count::Addresses(1),
         conntrack: ConntrackTimeouts::default(),
-        tags: BTreeMap::new(),
+        tags: Map::new(),
         client_token: "0b0f9c1e".into(),
     })
 }

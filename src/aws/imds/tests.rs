@@ -1,6 +1,6 @@
 use super::*;
 use crate::aws::script::{Request, Server, Step, answer, answer_with};
-use std::collections::BTreeMap;
+use crate::model::map::Map;
 use std::sync::Arc;
 
 const TOKEN: &str = "AQAEAToken==";
@@ -26,10 +26,9 @@ fn client(server: &Server) -> Client {
 }
 
 /// A server with a tree of paths below `/latest/meta-data/` (or absolute), which insists on a token.
-fn tree(entries: &[(&str, &str)]) -> (Server, Arc<Mutex<BTreeMap<String, String>>>) {
+fn tree(entries: &[(&str, &str)]) -> (Server, Arc<Mutex<Map<String, String>>>) {
     let full = |path: &str| if path.starts_with('/') { path.into() } else { format!("/latest/meta-data/{path}") };
-    let entries: BTreeMap<String, String> =
-        entries.iter().map(|(path, text)| (full(path), (*text).to_owned())).collect();
+    let entries: Map<String, String> = entries.iter().map(|(path, text)| (full(path), (*text).to_owned())).collect();
     let entries = Arc::new(Mutex::new(entries));
     let shared = entries.clone();
     let server = Server::new(move |request| {

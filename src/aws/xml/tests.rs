@@ -28,7 +28,7 @@ fn create() -> Call {
         groups: Vec::new(),
         count: Count::Addresses(1),
         conntrack: ConntrackTimeouts::default(),
-        tags: BTreeMap::new(),
+        tags: Map::new(),
         client_token: "t".into(),
     })
 }
@@ -86,7 +86,7 @@ fn interfaces() {
         v6_prefixes: vec!["2001:db8:0:1:5b1f::/80".parse().unwrap()],
         groups: vec!["sg-596a".into()],
         conntrack: ConntrackTimeouts { tcp_established_s: Some(350), ..ConntrackTimeouts::default() },
-        tags: BTreeMap::from([
+        tags: Map::from([
             ("node.k8s.amazonaws.com/instance_id".into(), "i-8555".into()),
             ("note".into(), " with <spaces> ".into()),
             ("empty".into(), String::new()),
@@ -164,7 +164,7 @@ fn calls_without_a_result_succeed_whatever_comes() {
     for call in [
         Call::DeleteOnTermination { eni: "eni-1".into(), attachment: "a".into() },
         Call::ModifyGroups { eni: "eni-1".into(), groups: Vec::new() },
-        Call::CreateTags { eni: "eni-1".into(), tags: BTreeMap::new() },
+        Call::CreateTags { eni: "eni-1".into(), tags: Map::new() },
         Call::UnassignAddresses { eni: "eni-1".into(), addresses: Vec::new() },
         Call::UnassignPrefixes { eni: "eni-1".into(), prefixes: Vec::new() },
         Call::Detach("a".into()),

@@ -2,6 +2,7 @@
 
 use crate::apply::{self, Host};
 use crate::error::Result;
+use crate::model::map::Set;
 use crate::model::naming::SUFFIX_LEN;
 use crate::model::net::Link;
 use crate::model::nft::Table;
@@ -11,7 +12,6 @@ use crate::netlink::{Socket, nft, nft_outline};
 use crate::plan::doctor::environment::{DIRECTORIES, FILES, Facts, MARKS};
 use crate::plan::doctor::pods::Inside;
 use crate::plan::former;
-use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -68,12 +68,12 @@ pub(super) fn facts(root: &Path, store: &Path, links: &[Link]) -> Facts {
 }
 
 // What this kernel has as modules or built in; none if its lists are not seen.
-fn modules(root: &Path, facts: &Facts) -> Option<BTreeSet<String>> {
+fn modules(root: &Path, facts: &Facts) -> Option<Set<String>> {
     let release = facts.files.get("/proc/sys/kernel/osrelease")?.trim();
     let list = |name: &str| {
         super::super::read(&under(root, &format!("/lib/modules/{release}/{name}")), 16 * FILE_BYTES_MAX).ok()
     };
-    let mut names = BTreeSet::new();
+    let mut names = Set::new();
     for text in [list("modules.dep")?, list("modules.builtin")?] {
         for line in text.lines() {
             let path = line.split(':').next().unwrap_or_default();
@@ -112,7 +112,7 @@ pub(super) fn namespaces(root: &Path) -> Vec<Inside> {
     let processes = processes.filter(|entry| entry.file_name().to_string_lossy().bytes().all(|b| b.is_ascii_digit()));
     paths.extend(processes.map(|entry| entry.path().join("ns/net")));
     let id = |path: &Path| fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
-    let mut known: BTreeSet<_> = id(Path::new("/proc/thread-self/ns/net")).into_iter().collect();
+    let mut known: Set<_> = id(Path::new("/proc/thread-self/ns/net")).into_iter().collect();
     let mut found = Vec::new();
     for path in paths {
         if found.len() == NAMESPACES_MAX {

@@ -7,14 +7,15 @@ use crate::error::{Context, Error, Result};
 use crate::model::ec2::{Call, Failure, Interface, Reply};
 use crate::model::imds::{Answer, Eni, Identity, Query};
 use crate::model::limits;
+use crate::model::map::Map;
 use crate::model::settings::Settings;
 use crate::model::time::Now;
 use crate::plan::configure;
 use crate::plan::core::{Applied, Core, Effect, Event, Seen};
 use crate::plan::doctor::{Finding, cloud};
 use crate::plan::host::{Intent, Observation};
-use serde_json::{Map, Value};
-use std::collections::{BTreeMap, VecDeque};
+use serde_json::{Map as Object, Value};
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -56,14 +57,14 @@ fn client() -> Result<imds::Client> {
 }
 
 // What IMDS told the daemon since the node was started, beside the checkpoint; empty if there is nothing of use.
-fn told_before(settings: &Settings) -> Map<String, Value> {
+fn told_before(settings: &Settings) -> Object<String, Value> {
     let path = PathBuf::from(&settings.backing_store).with_file_name("imds.json");
     let text = super::super::read(&path, METADATA_BYTES_MAX).unwrap_or_default();
     let boot = super::super::read(Path::new("/proc/sys/kernel/random/boot_id"), METADATA_BYTES_MAX);
     let mut kept: Value = serde_json::from_slice(text.as_bytes()).unwrap_or_default();
     match kept["told"].take() {
         Value::Object(told) if boot.is_ok_and(|boot| kept["boot"] == boot.trim()) => told,
-        _ => Map::new(),
+        _ => Object::new(),
     }
 }
 
@@ -113,7 +114,7 @@ impl Cloud {
         let limits = limits::of(kind).unwrap_or_else(|| limits::unknown(kind));
         let valid = settings.validate(&limits).map_err(Error::new).context("settings")?;
         let config = configure::config(settings, &valid, &limits, &self.identity, 0);
-        let mut checkpoints = BTreeMap::new();
+        let mut checkpoints = Map::new();
         for card in config.cards.keys() {
             let path = store_of(&settings.backing_store, *card);
             match super::super::read(&path, CHECKPOINT_BYTES_MAX) {

@@ -7,13 +7,14 @@ use crate::model::ec2::Call;
 use crate::model::ids::EniId;
 use crate::model::kube::{DEFAULT_ENI_CONFIG, EniConfig, FEATURE_TRUNK};
 use crate::model::limits::{self, Limits};
+use crate::model::map::Map;
 use crate::model::settings::{Mode, Settings};
 use crate::sim::conditions::Latencies;
 use crate::sim::fleet::Fleet;
 use crate::sim::node::Setup;
 use crate::sim::vpc::Vpc;
 use ipnet::Ipv4Net;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::rc::Rc;
 use std::time::Duration;
@@ -54,7 +55,7 @@ pub(super) struct Scene {
     /// The kubelet's `--max-pods`.
     pub max_pods: u32,
     /// How long EC2 takes, in milliseconds, by the short names of [`DELAYS`] and [`IMDS`].
-    pub delays: BTreeMap<&'static str, u64>,
+    pub delays: Map<&'static str, u64>,
     /// Bits of the prefix of the subnet that pods' addresses come from: 16 to 28.
     pub subnet_bits: u8,
 }
@@ -101,7 +102,7 @@ pub(super) struct Story {
     /// The most of each figure at any moment.
     pub peak: Held,
     /// Calls by action, from the start of the node to its rest after the last change.
-    pub calls: BTreeMap<&'static str, u64>,
+    pub calls: Map<&'static str, u64>,
     /// What happens when some pods are replaced at once, after that.
     pub churn: Option<(usize, Stage)>,
 }
@@ -277,7 +278,7 @@ impl Run {
         let vpc = &mut self.fleet.sky.vpc;
         let Some(identity) = vpc.identity(&instance) else { return Ok(()) };
         let eni: EniId = vpc
-            .add_interface(now, &identity.subnet, "aws-k8s-trunk-eni", &BTreeMap::new())
+            .add_interface(now, &identity.subnet, "aws-k8s-trunk-eni", &Map::new())
             .map_err(|failure| failure.to_string())?;
         vpc.meddle(now, &eni, |eni| eni.interface_type = "trunk".into());
         let device = vpc.attached_to(&instance).filter_map(|eni| Some(eni.attachment.as_ref()?.device + 1)).max();

@@ -1,8 +1,8 @@
 //! The network configuration on standard input (`spec/plugin.md` 2).
 
 use super::{CniError, Output, Version, code, is_valid_id};
-use serde_json::{Map, Value};
-use std::collections::BTreeMap;
+use crate::model::map::Map;
+use serde_json::{Map as Object, Value};
 
 /// MTU of pods when the configuration has none, or none that can be used.
 pub const DEFAULT_MTU: u32 = 9001;
@@ -21,7 +21,7 @@ pub struct Envelope {
     pub version: Version,
     /// Name of the network.
     pub name: String,
-    pub(super) fields: Map<String, Value>,
+    pub(super) fields: Object<String, Value>,
 }
 
 impl Envelope {
@@ -95,7 +95,7 @@ pub struct Config {
     /// `pluginLogLevel`.
     pub log_level: String,
     /// The pod's annotations, where the runtime passes them.
-    pub annotations: BTreeMap<String, String>,
+    pub annotations: Map<String, String>,
     /// What earlier plugins (ADD) or the whole chain (DEL, CHECK) returned. The inner error is the reason why one that is
     /// there cannot be understood: ADD and CHECK refuse it, DEL goes on without.
     pub prev_result: Result<Option<Output>, String>,
@@ -139,7 +139,7 @@ impl Config {
 }
 
 /// A string field; absent and null are the same, as in Go.
-pub(super) fn string<'a>(fields: &'a Map<String, Value>, key: &str) -> Result<Option<&'a str>, String> {
+pub(super) fn string<'a>(fields: &'a Object<String, Value>, key: &str) -> Result<Option<&'a str>, String> {
     match fields.get(key) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(text)) => Ok(Some(text)),
@@ -158,16 +158,16 @@ fn mtu(value: Option<&Value>) -> Result<u32, String> {
     Ok(number.filter(|mtu| (SMALLEST_MTU..=DEFAULT_MTU).contains(mtu)).unwrap_or(DEFAULT_MTU))
 }
 
-fn annotations(fields: &Map<String, Value>) -> Result<BTreeMap<String, String>, String> {
+fn annotations(fields: &Object<String, Value>) -> Result<Map<String, String>, String> {
     let found = match fields.get("runtimeConfig") {
         None | Some(Value::Null) => None,
         Some(Value::Object(runtime)) => runtime.get(POD_ANNOTATIONS),
         Some(_) => return Err("field runtimeConfig must be an object".to_owned()),
     };
     match found {
-        None | Some(Value::Null) => Ok(BTreeMap::new()),
+        None | Some(Value::Null) => Ok(Map::new()),
         Some(Value::Object(pairs)) => {
-            let mut all = BTreeMap::new();
+            let mut all = Map::new();
             for (key, value) in pairs {
                 let text = value.as_str().ok_or_else(|| format!("pod annotation {key:?} must be a string"))?;
                 all.insert(key.clone(), text.to_owned());
@@ -178,7 +178,7 @@ fn annotations(fields: &Map<String, Value>) -> Result<BTreeMap<String, String>, 
     }
 }
 
-pub(super) fn prev_result(fields: &Map<String, Value>, version: Version) -> Result<Option<Output>, String> {
+pub(super) fn prev_result(fields: &Object<String, Value>, version: Version) -> Result<Option<Output>, String> {
     match fields.get("prevResult") {
         None | Some(Value::Null) => Ok(None),
         Some(value) => {
@@ -188,7 +188,7 @@ pub(super) fn prev_result(fields: &Map<String, Value>, version: Version) -> Resu
 }
 
 /// `cni.dev/valid-attachments`, or the name that libcni wrote by mistake for some releases (containernetworking/cni#1101).
-fn valid_attachments(fields: &Map<String, Value>) -> Result<Option<Vec<Attachment>>, String> {
+fn valid_attachments(fields: &Object<String, Value>) -> Result<Option<Vec<Attachment>>, String> {
     let key = "cni.dev/valid-attachments";
     let list = match fields.get(key).or_else(|| fields.get("cni.dev/attachments")) {
         None | Some(Value::Null) => return Ok(None),

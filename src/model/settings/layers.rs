@@ -7,8 +7,8 @@
 
 use super::table::Row;
 use super::{Complaint, Line, Settings};
+use crate::model::map::Map;
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::fmt;
 
 /// What annotations and labels of a Node start with when they are settings: `enibox.io/WARM_IP_TARGET`.
@@ -70,7 +70,7 @@ pub enum Scope {
 }
 
 /// Texts by variable.
-pub type Texts = BTreeMap<String, String>;
+pub type Texts = Map<String, String>;
 
 /// What is set for this node alone.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -85,7 +85,7 @@ pub struct Overlay {
 
 impl Overlay {
     /// The settings among labels or annotations.
-    pub fn marks(all: &BTreeMap<String, String>) -> Texts {
+    pub fn marks(all: &Map<String, String>) -> Texts {
         let mut texts = Texts::new();
         for (key, value) in all {
             if let Some(variable) = key.strip_prefix(PREFIX) {
@@ -107,7 +107,7 @@ impl Overlay {
             let (mut mixed, mut now) = (then.clone(), now.clone());
             mixed.retain(|variable, _| scope_of(variable) != Some(Scope::Live));
             now.retain(|variable, _| scope_of(variable) == Some(Scope::Live));
-            mixed.append(&mut now);
+            mixed.extend(now);
             mixed
         };
         Overlay {
@@ -182,7 +182,7 @@ pub struct Layered {
     /// Everything that is set for this node was left out, because of the combination.
     pub refused: bool,
     /// Layers by variable; one that is not here has its default.
-    pub(super) sources: BTreeMap<&'static str, Layer>,
+    pub(super) sources: Map<&'static str, Layer>,
 }
 
 impl Layered {

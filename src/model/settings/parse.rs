@@ -3,9 +3,9 @@
 use super::layers::{self, Layer, Layered, Overlay};
 use super::table::{Kind, Row};
 use super::{COMPLAINT_BYTES_MAX, Complaint, Inherited, Settings};
+use crate::model::map::Map;
 use crate::model::nft::SnatPorts;
 use ipnet::{IpNet, Ipv4Net};
-use std::collections::BTreeMap;
 
 /// The keys that EC2 tags of ours live under; the operator may not write there.
 const RESERVED_TAG: &str = "k8s.amazonaws.com";
@@ -30,7 +30,7 @@ impl Settings {
     /// The same with what is set for this node alone, which is stronger.
     pub(super) fn parse_sourced(lookup: &dyn Fn(&str) -> Option<String>, over: &Overlay) -> Layered {
         let mut settings = Settings::blank();
-        let (mut complaints, mut sources) = (Vec::new(), BTreeMap::new());
+        let (mut complaints, mut sources) = (Vec::new(), Map::new());
         let mut ipv4_told = false;
         for row in Settings::rows() {
             // A default that did not parse would be noticed by the test of the table, so its outcome needs no answer here.
@@ -99,7 +99,7 @@ impl Settings {
             manage_non_schedulable: false,
             subnet_discovery: false,
             cluster_name: String::new(),
-            additional_eni_tags: BTreeMap::new(),
+            additional_eni_tags: Map::new(),
             manage_untagged_eni: false,
             provisioning_disabled: false,
             imds_only: false,
@@ -319,8 +319,8 @@ fn take_cidrs(slot: &mut Vec<Ipv4Net>, text: &str) -> Outcome {
     if whats.is_empty() { Outcome::Taken } else { Outcome::Told(whats) }
 }
 
-fn take_tags(slot: &mut BTreeMap<String, String>, text: &str) -> Outcome {
-    let Ok(mut tags) = serde_json::from_slice::<BTreeMap<String, String>>(text.as_bytes()) else {
+fn take_tags(slot: &mut Map<String, String>, text: &str) -> Outcome {
+    let Ok(mut tags) = serde_json::from_slice::<Map<String, String>>(text.as_bytes()) else {
         slot.clear();
         return told("is not a JSON object of strings; no tags are added".into());
     };

@@ -7,9 +7,9 @@
 
 use super::Settings;
 use super::layers::Scope;
+use crate::model::map::Map;
 use crate::model::nft::SnatPorts;
 use ipnet::Ipv4Net;
-use std::collections::BTreeMap;
 
 /// Where in the settings a value lives.
 pub(super) type Slot<T> = fn(&mut Settings) -> &mut T;
@@ -36,7 +36,7 @@ pub(super) enum Kind {
     /// IPv4 CIDRs between commas; a bad one is left out.
     Cidrs(Slot<Vec<Ipv4Net>>),
     /// A JSON object of strings; malformed gives none at all, keys of Kubernetes are left out.
-    Tags(Slot<BTreeMap<String, String>>),
+    Tags(Slot<Map<String, String>>),
     /// `prng`, `hashrandom` or `none`.
     Ports(Slot<SnatPorts>),
     /// A variable of the AWS SDKs, kept as text for the credential chain and the HTTP client; `secret` hides its value.

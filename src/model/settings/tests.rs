@@ -17,7 +17,7 @@ fn every_default_is_understood() {
 
 #[test]
 fn no_variable_is_named_twice() {
-    let mut seen = std::collections::BTreeSet::new();
+    let mut seen = crate::model::map::Set::new();
     for doc in Settings::docs() {
         assert!(seen.insert(doc.variable), "{}", doc.variable);
         assert!(doc.help.ends_with('.'), "{}: {:?}", doc.variable, doc.help);
@@ -219,7 +219,7 @@ proptest! {
             values.iter().find(|(index, _)| names.get(**index) == Some(&name)).map(|(_, value)| value.clone())
         });
         prop_assert!(complaints.iter().all(|complaint| complaint.value.len() <= COMPLAINT_BYTES_MAX));
-        let lines: BTreeMap<&str, String> =
+        let lines: Map<&str, String> =
             settings.effective().filter_map(|line| Some((line.variable, line.value?))).collect();
         let (again, complaints) = Settings::parse(|name| lines.get(name).cloned());
         prop_assert_eq!(&again, &settings);

@@ -8,6 +8,7 @@ use super::{SETTLED, Seen, TRUST, Timer};
 use crate::model::checkpoint::{Allocation, Checkpoint, Own};
 use crate::model::ids::{EniId, PodKey, PodName};
 use crate::model::imds::{self, Query};
+use crate::model::map::{Map, Set};
 use crate::model::naming;
 use crate::model::order::{self, Gather as _};
 use crate::model::spool::Record;
@@ -15,7 +16,6 @@ use crate::model::time::{Mono, Wall};
 use crate::plan::host::{HostEni, HostPod, Intent};
 use crate::plan::pool::{Eni, Held, Kind, Owner, Refused};
 use ipnet::IpNet;
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ fn nameless(address: IpAddr) -> PodKey {
 }
 
 impl Core {
-    pub(super) fn started(&mut self, checkpoints: &BTreeMap<u32, String>, seen: &Seen, spool: Vec<Record>) {
+    pub(super) fn started(&mut self, checkpoints: &Map<u32, String>, seen: &Seen, spool: Vec<Record>) {
         self.phase = Phase::Booting;
         if checkpoints.is_empty() {
             self.log(Level::Info, "no checkpoint: a fresh node".into());
@@ -201,7 +201,7 @@ impl Core {
     }
 
     /// ENIs that are being created.
-    pub(super) fn coming(&self) -> BTreeSet<EniId> {
+    pub(super) fn coming(&self) -> Set<EniId> {
         let growing = self.growths.values().filter_map(|growth| growth.creating());
         growing.chain(&self.resume).filter_map(|creating| creating.eni.as_ref()).map(|(id, _)| id.clone()).gather()
     }
@@ -272,7 +272,7 @@ impl Core {
         self.host_dirty = false;
         let included = self.wanted.keys().cloned().gather();
         let swept = self.sweepable();
-        let gone: BTreeSet<IpAddr> = self.gone.iter().copied().chain(swept.keys().copied()).gather();
+        let gone: Set<IpAddr> = self.gone.iter().copied().chain(swept.keys().copied()).gather();
         intent.gone = gone.iter().copied().collect();
         let young = self.pool.allocations().any(|held| self.now.wall.since(held.owner.since) < PLUGIN_MAX);
         let op = self.begin(Op::Host { enis: included, gone, swept, young });
@@ -314,7 +314,7 @@ impl Core {
         let named = !pod.namespace.is_empty() && !pod.name.is_empty();
         // Nothing lies below card 0, which is that of most pods.
         let below = (held.card > 0).then(|| self.pool.cards_of(&held.owner.key));
-        let position = below.map_or(0, |cards| cards.range(..held.card).count());
+        let position = below.map_or(0, |cards| cards.iter().filter(|card| **card < held.card).count());
         Some(HostPod {
             address: held.address,
             table: held.table?,
@@ -325,7 +325,7 @@ impl Core {
 
     // A rule that was put back while its pod was being deleted would lead the next owner of the address astray. Only
     // addresses that nobody can get before the kernel has done its work: well inside their cooldown.
-    fn sweepable(&mut self) -> BTreeMap<IpAddr, Mono> {
+    fn sweepable(&mut self) -> Map<IpAddr, Mono> {
         let (now, rest) = (self.now.mono, self.pool.cooldown().saturating_sub(PLUGIN_MAX));
         self.released.retain(|_, at| now.since(*at) < rest);
         let due = self.released.extract_if(.., |_, at| now.since(*at) >= PLUGIN_MAX);

@@ -5,10 +5,10 @@ use super::growth::AFTER_FAILURE;
 use super::{Core, Level, Timer};
 use crate::model::ids::EniId;
 use crate::model::imds;
+use crate::model::map::{Map, Set};
 use crate::model::order::Gather as _;
 use crate::model::time::Mono;
 use crate::plan::sizing::Outlook;
-use std::collections::{BTreeMap, BTreeSet};
 
 /// The type of an ENI that carries no addresses at all.
 pub(super) const EFA_ONLY: &str = "efa-only";
@@ -59,7 +59,7 @@ impl Core {
 
     /// A new scan of IMDS: what it shows for the first time on a card that is not managed is told, and what is gone of the
     /// ENIs that are not in the pool is looked up, because it may open a card or a slot.
-    pub(super) fn note_attached(&mut self, before: &BTreeMap<EniId, imds::Eni>) {
+    pub(super) fn note_attached(&mut self, before: &Map<EniId, imds::Eni>) {
         let odd: Vec<String> = self
             .attached
             .values()
@@ -95,7 +95,7 @@ impl Core {
     }
 
     /// What was going to be taken in and turns out not to be ours: IMDS or the checkpoint had told otherwise.
-    pub(super) fn unwant_strangers(&mut self, coming: &BTreeSet<EniId>) {
+    pub(super) fn unwant_strangers(&mut self, coming: &Set<EniId>) {
         let ours = |id: &EniId| self.managed(id) || self.pool.eni(id).is_some() || coming.contains(id);
         let strange: Vec<EniId> = self.wanted.keys().filter(|id| !ours(id)).cloned().collect();
         for id in strange {
@@ -112,7 +112,7 @@ impl Core {
         if ordinary == 0 || self.config.cards.len() == 1 {
             return self.waiting.len();
         }
-        let busy: BTreeSet<u32> = self.growths.values().map(super::growth::Growth::card).gather();
+        let busy: Set<u32> = self.growths.values().map(super::growth::Growth::card).gather();
         let can_grow = |card: &u32| {
             if self.growth_pause(*card).is_some() {
                 return false;

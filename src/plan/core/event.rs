@@ -6,6 +6,7 @@ use crate::model::ec2::{Call, Failure, Reply};
 use crate::model::ids::{EniId, PodName};
 use crate::model::imds::{self, Query};
 use crate::model::kube;
+use crate::model::map::{Map, Set};
 use crate::model::naming::priority;
 use crate::model::net::{Link, Route, Rule, TABLE_MAIN};
 use crate::model::order::Gather as _;
@@ -14,7 +15,6 @@ use crate::model::time::Mono;
 use crate::model::wire::{AddNetworkReply, AddNetworkRequest, DelNetworkReply, DelNetworkRequest};
 use crate::plan::host::Intent;
 use ipnet::IpNet;
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 /// Number of a request of a plugin.
@@ -28,9 +28,9 @@ pub struct Seen {
     /// Names of all links.
     pub links: Vec<String>,
     /// Addresses with a rule "to address, priority 512": pods as the routing sees them.
-    pub routed: BTreeSet<IpAddr>,
+    pub routed: Set<IpAddr>,
     /// Addresses with a route of their own. The kernel removes it with the pod's veth, while the rules stay.
-    pub linked: BTreeSet<IpAddr>,
+    pub linked: Set<IpAddr>,
 }
 
 impl Seen {
@@ -53,7 +53,7 @@ pub enum Event {
     /// The process started.
     Started {
         /// Content of the checkpoint files by network card; empty on a fresh node.
-        checkpoints: BTreeMap<u32, String>,
+        checkpoints: Map<u32, String>,
         /// The host.
         seen: Seen,
         /// DELs that came while no daemon ran.
@@ -96,9 +96,9 @@ pub enum Event {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Applied {
     /// ENIs that could not be set up, and why.
-    pub failed: BTreeMap<EniId, String>,
+    pub failed: Map<EniId, String>,
     /// Index of the link of each trunk ENI that was found.
-    pub trunks: BTreeMap<EniId, u32>,
+    pub trunks: Map<EniId, u32>,
 }
 
 /// Answer to a plugin.

@@ -9,6 +9,7 @@
 use super::{Core, Level, Op, Timer};
 use crate::model::ec2::{Count, Failure};
 use crate::model::ids::{EniId, SubnetId};
+use crate::model::map::Map;
 use crate::model::order;
 use crate::model::time::{Mono, Now, Wall};
 use crate::plan::backoff::Backoff;
@@ -16,7 +17,6 @@ use crate::plan::pool::{Eni, Kind, Pool};
 use crate::plan::sizing::{Growth, Outlook, Sizing, WARM_SINGLES};
 use ipnet::IpNet;
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Pauses before a subnet without free blocks is asked for a prefix again.
@@ -35,7 +35,7 @@ struct Refused {
 
 /// Subnets that lately had no free block for a prefix.
 #[derive(Debug, Default)]
-pub(super) struct Fragmented(BTreeMap<SubnetId, Refused>);
+pub(super) struct Fragmented(Map<SubnetId, Refused>);
 
 impl Fragmented {
     /// Whether the subnet is not to be asked for prefixes now.
@@ -64,7 +64,7 @@ impl Fragmented {
 
 impl Core {
     /// Takes over what the former run knew; the pauses go on, however the clock was set meanwhile.
-    pub(super) fn restore_fragmented(&mut self, saved: BTreeMap<SubnetId, (u32, i64)>) {
+    pub(super) fn restore_fragmented(&mut self, saved: Map<SubnetId, (u32, i64)>) {
         for (subnet, (times, until)) in saved {
             let left = Wall::from_unix_nanos(until).since(self.now.wall).min(AGAIN.cap);
             self.fragmented.0.insert(subnet, Refused { times, until: self.now.mono.plus(left) });

@@ -13,13 +13,13 @@ use crate::model::ec2::{Call, Count, Create, Failure, Interface, Limit, Reply};
 use crate::model::ids::{AttachmentId, EniId, SubnetId};
 use crate::model::imds::{self, Query};
 use crate::model::kube::Regarding;
+use crate::model::map::{Map, Set};
 use crate::model::net::Mac;
 use crate::model::order::Gather as _;
 use crate::model::time::Mono;
 use crate::plan::backoff::Backoff;
 use crate::plan::sizing::{self, Outlook};
 use ipnet::IpNet;
-use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 /// Growths at one time; what they will bring counts for the next.
@@ -67,9 +67,9 @@ enum Stage {
     /// CreateNetworkInterface is out; `again`: an earlier attempt may have made the ENI already.
     Create { again: bool },
     /// AttachNetworkInterface is out; indexes that turned out to be taken.
-    Attach { taken: BTreeSet<u32> },
+    Attach { taken: Set<u32> },
     /// The attach failed or its outcome is not known: is the ENI attached?
-    Attached { taken: BTreeSet<u32>, failure: Option<Failure> },
+    Attached { taken: Set<u32>, failure: Option<Failure> },
     /// Attached: waits for IMDS.
     Settle { since: Mono, looks: u32, look_at: Mono, modify: Modify },
     /// IMDS shows it: waits for the host's network.
@@ -289,8 +289,8 @@ impl Core {
     }
 
     /// Tags of an ENI of ours; `new`: with the time of creation (`spec/aws.md` 7.4).
-    pub(super) fn tags(&self, new: bool) -> BTreeMap<String, String> {
-        let mut tags = BTreeMap::new();
+    pub(super) fn tags(&self, new: bool) -> Map<String, String> {
+        let mut tags = Map::new();
         tags.insert("node.k8s.amazonaws.com/instance_id".to_owned(), self.config.identity.instance.0.clone());
         if !self.config.cluster_name.is_empty() {
             tags.insert("cluster.k8s.amazonaws.com/name".to_owned(), self.config.cluster_name.clone());
@@ -318,7 +318,7 @@ impl Core {
         self.ask_ec2(Op::Growth(id), Call::Create(create));
     }
 
-    fn send_attach(&mut self, id: GrowthId, taken: BTreeSet<u32>) {
+    fn send_attach(&mut self, id: GrowthId, taken: Set<u32>) {
         let (Some((eni, _)), Some(card)) = (self.new_eni(id), self.growths.get(&id).map(|growth| growth.card)) else {
             return;
         };
@@ -329,7 +329,7 @@ impl Core {
         let attached = self.attached.values().filter(|eni| eni.card == card).map(|eni| eni.device);
         let asked = self.growths.iter().filter(|(other, growth)| **other != id && growth.card == card);
         let listed = self.devices.iter().filter(|(id, _)| self.card_of(id) == Some(card)).map(|(_, device)| *device);
-        let used: BTreeSet<u32> = attached.chain(listed).chain(asked.filter_map(|(_, growth)| growth.device)).gather();
+        let used: Set<u32> = attached.chain(listed).chain(asked.filter_map(|(_, growth)| growth.device)).gather();
         let Some(device) = (0..DEVICES).find(|device| !used.contains(device) && !taken.contains(device)) else {
             return self.abandon(id, "no device index is free", None);
         };
@@ -352,7 +352,7 @@ impl Core {
             }
             Some((eni, _)) => {
                 self.log(Level::Info, format!("eni {eni}: go on with its creation"));
-                self.stage(id, Stage::Attached { taken: BTreeSet::new(), failure: None });
+                self.stage(id, Stage::Attached { taken: Set::new(), failure: None });
                 self.ask_ec2(Op::Growth(id), Call::DescribeOne(eni));
             }
         }
@@ -491,7 +491,7 @@ impl Core {
         self.arrived.extend(cidrs.iter().map(|net| (*net, self.now.mono)));
         self.listed.insert(interface.id.clone(), cidrs);
         self.changed();
-        self.send_attach(id, BTreeSet::new());
+        self.send_attach(id, Set::new());
     }
 
     fn create_failed(&mut self, id: GrowthId, again: bool, failure: &Failure) {
@@ -525,7 +525,7 @@ impl Core {
         self.tally(Tally::Error("increaseIPPoolAllocENI"));
     }
 
-    fn attach_failed(&mut self, id: GrowthId, mut taken: BTreeSet<u32>, failure: Failure) {
+    fn attach_failed(&mut self, id: GrowthId, mut taken: Set<u32>, failure: Failure) {
         let device = self.growths.get(&id).and_then(|growth| growth.device);
         if failure.code == "InvalidParameterValue" && failure.message.contains("device index") {
             taken.extend(device);
@@ -551,13 +551,7 @@ impl Core {
         self.wake_for(Timer::Shrink, until);
     }
 
-    fn attach_inspected(
-        &mut self,
-        id: GrowthId,
-        taken: BTreeSet<u32>,
-        failure: Option<Failure>,
-        found: Vec<Interface>,
-    ) {
+    fn attach_inspected(&mut self, id: GrowthId, taken: Set<u32>, failure: Option<Failure>, found: Vec<Interface>) {
         let eni = self.new_eni(id).map(|(eni, _)| eni);
         let interface = found.into_iter().find(|interface| Some(&interface.id) == eni.as_ref());
         if let Some(interface) = &interface {

@@ -4,6 +4,7 @@ use super::saver::Undo;
 use super::{Answer, CallId, Core, Effect, Level, PLUGIN_MAX, Phase, SETTLED, Seen, Tally, Timer};
 use crate::model::ids::{PodKey, PodName};
 use crate::model::kube::Regarding;
+use crate::model::map::{Map, Set};
 use crate::model::naming;
 use crate::model::order::Gather as _;
 use crate::model::spool::Record;
@@ -12,7 +13,6 @@ use crate::model::wire::{
     AddNetworkReply, AddNetworkRequest, DelNetworkReply, DelNetworkRequest, IpAllocation, UNKNOWN_POD,
 };
 use crate::plan::pool::{Owner, Place, Released};
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -299,7 +299,7 @@ impl Core {
     // told by its address: the way to the later one is there, its own is not. Which is the later one the wall clock tells, or
     // that an ADD takes no minutes: the clock may have been set back between the two.
     fn superseded(&self, seen: &Seen, old: impl Fn(&Owner) -> bool) -> Vec<PodKey> {
-        let mut latest = BTreeMap::<&PodName, Wall>::new();
+        let mut latest = Map::<&PodName, Wall>::new();
         let named = || self.pool.allocations().filter(|held| !held.owner.pod.name.is_empty());
         for held in named().filter(|held| seen.linked.contains(&held.address)) {
             let since = latest.entry(&held.owner.pod).or_insert(held.owner.since);
@@ -319,7 +319,7 @@ impl Core {
     pub(super) fn check_links(&mut self, seen: &Seen) {
         let now = self.now.wall;
         let old = |owner: &Owner| now.since(owner.since) > VETH_GRACE || owner.since > now; // the clock was set back
-        let missing: BTreeSet<PodKey> = self
+        let missing: Set<PodKey> = self
             .pool
             .allocations()
             .filter(|held| old(held.owner) && Self::without_veth(held.owner, seen))

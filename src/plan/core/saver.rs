@@ -7,9 +7,9 @@ use crate::model::checkpoint::{Allocation, Draft, EniFacts, Freeing, Metadata, O
 use crate::model::ec2::{Call, Failure};
 use crate::model::ids::{EniId, PodKey};
 use crate::model::kube;
+use crate::model::map::Map;
 use crate::model::order::Gather as _;
 use crate::plan::pool::{Eni, Held, Owner, Released};
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -38,9 +38,9 @@ pub(super) struct Saver {
     written: u64,
     in_flight: bool,
     // What was last written for the cards above 0. Only what differs is written: a node may have 32 of them.
-    cards: BTreeMap<u32, Draft>,
+    cards: Map<u32, Draft>,
     // Entries of the files by address, each with the owner that it was made of.
-    entries: BTreeMap<IpAddr, (Arc<Owner>, Arc<str>)>,
+    entries: Map<IpAddr, (Arc<Owner>, Arc<str>)>,
     pending: Vec<Pending>,
 }
 

@@ -7,10 +7,10 @@
 use super::{Core, Level, Op, Timer};
 use crate::model::ec2::{Call, Failure, Reply, Subnet};
 use crate::model::ids::SubnetId;
+use crate::model::map::Set;
 use crate::model::order::{self, Gather as _};
 use crate::model::time::Mono;
 use crate::plan::pool::Eni;
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 /// How long a subnet without free addresses is left alone (`spec/ipamd.md` 6.1, per subnet by B23).
@@ -25,7 +25,7 @@ const JUDGE_EVERY: Duration = Duration::from_mins(10);
 #[derive(Debug, Default)]
 pub(super) struct Judgement {
     // What EC2 said last, be it before the restart.
-    excluded: Option<BTreeSet<SubnetId>>,
+    excluded: Option<Set<SubnetId>>,
     // When EC2 answered or refused to.
     last: Option<Mono>,
     // It was told that EC2 does not answer.
@@ -34,12 +34,12 @@ pub(super) struct Judgement {
 
 impl Judgement {
     /// One that was made before the restart.
-    pub(super) fn restored(excluded: Option<BTreeSet<SubnetId>>, now: Mono) -> Judgement {
+    pub(super) fn restored(excluded: Option<Set<SubnetId>>, now: Mono) -> Judgement {
         Judgement { last: excluded.as_ref().map(|_| now), excluded, complained: false }
     }
 
     /// For the checkpoint.
-    pub(super) fn excluded(&self) -> Option<BTreeSet<SubnetId>> {
+    pub(super) fn excluded(&self) -> Option<Set<SubnetId>> {
         self.excluded.clone()
     }
 }
@@ -89,7 +89,7 @@ impl Core {
         }
         if let Some(subnets) = subnets {
             let excluded = subnets.iter().filter(|subnet| excluded(subnet, &self.config.cluster_name));
-            let excluded: BTreeSet<SubnetId> = excluded.map(|subnet| subnet.id.clone()).gather();
+            let excluded: Set<SubnetId> = excluded.map(|subnet| subnet.id.clone()).gather();
             if self.judgement.excluded.as_ref() != Some(&excluded) {
                 self.judgement.excluded = Some(excluded);
                 self.changed();

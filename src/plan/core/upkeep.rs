@@ -9,11 +9,10 @@ use super::{Absent, Core, Level, Op, Phase, RECONCILE_MAX, Tally, Timer, WATCH};
 use crate::model::checkpoint::EniFacts;
 use crate::model::ec2::{Call, Interface};
 use crate::model::ids::{EniId, GroupId};
+use crate::model::map::{Entry, Map, Set};
 use crate::model::order::{self, Gather as _};
 use crate::model::time::Mono;
 use ipnet::IpNet;
-use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -54,7 +53,7 @@ impl Core {
         for interface in interfaces {
             self.learn(interface);
         }
-        let listed: BTreeSet<&EniId> = interfaces.iter().map(|interface| &interface.id).gather();
+        let listed: Set<&EniId> = interfaces.iter().map(|interface| &interface.id).gather();
         let ours = listed.iter().copied().filter(|id| self.managed(id)).gather();
         self.miss_enis(&ours);
         let coming = self.coming();
@@ -139,7 +138,7 @@ impl Core {
     }
 
     // ENIs of the pool that EC2 does not list any more.
-    fn miss_enis(&mut self, listed: &BTreeSet<&EniId>) {
+    fn miss_enis(&mut self, listed: &Set<&EniId>) {
         let ids: Vec<EniId> = self.pool.enis().map(|(id, _)| id.clone()).collect();
         for id in ids {
             let key = (id.clone(), None);
@@ -170,9 +169,9 @@ impl Core {
         self.sync_with(&interface.id, &listed);
     }
 
-    fn sync_with(&mut self, id: &EniId, listed: &BTreeSet<IpNet>) {
+    fn sync_with(&mut self, id: &EniId, listed: &Set<IpNet>) {
         let held = |core: &Core| core.pool.eni(id).map(|eni| eni.cidrs().map(|(net, _)| *net).gather());
-        let Some(before): Option<BTreeSet<IpNet>> = held(self) else { return };
+        let Some(before): Option<Set<IpNet>> = held(self) else { return };
         for net in listed.difference(&before) {
             if !self.resting(net) && !self.elsewhere(id, net) {
                 self.unassigned.remove(net);
@@ -182,7 +181,7 @@ impl Core {
                 }
             }
         }
-        let after: BTreeSet<IpNet> = held(self).unwrap_or_default();
+        let after: Set<IpNet> = held(self).unwrap_or_default();
         for net in &after {
             let key = (id.clone(), Some(*net));
             if listed.contains(net) {
@@ -289,7 +288,7 @@ impl Core {
         if !self.config.provisioning || !self.managed(&interface.id) || matches!(kind, "trunk" | EFA_ONLY) {
             return;
         }
-        let missing: BTreeMap<String, String> =
+        let missing: Map<String, String> =
             self.tags(false).into_iter().filter(|(key, value)| interface.tags.get(key) != Some(value)).gather();
         if !missing.is_empty() {
             let eni = interface.id.clone();
@@ -374,7 +373,7 @@ impl Core {
         } else if self.absent.is_empty() {
             return; // what was missing and pods use may be listed again, which is no difference
         }
-        let listed: BTreeSet<EniId> = self.attached.keys().cloned().gather();
+        let listed: Set<EniId> = self.attached.keys().cloned().gather();
         self.miss_enis(&listed.iter().gather());
         for eni in self.attached.values().cloned().collect::<Vec<_>>() {
             let told = self.told_cidrs(&eni);
@@ -393,9 +392,10 @@ impl Core {
             }
             let Some(entry) = self.pool.eni(id) else { return Some(format!("{id} is new")) };
             let listed = self.told_cidrs(eni);
-            let held: BTreeSet<IpNet> = entry.cidrs().map(|(net, _)| *net).gather();
+            let held: Set<IpNet> = entry.cidrs().map(|(net, _)| *net).gather();
             let known = |net: &IpNet| self.absent.contains_key(&(id.clone(), Some(*net)));
-            let odd = listed.symmetric_difference(&held).find(|net| !self.resting(net) && !known(net));
+            let differing = listed.difference(&held).chain(held.difference(&listed));
+            let odd = differing.filter(|net| !self.resting(net) && !known(net)).min();
             if let Some(net) = odd {
                 return Some(format!("{net} on {id}"));
             }

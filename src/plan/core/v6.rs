@@ -8,10 +8,10 @@ use super::{Core, GrowthId, Timer};
 use crate::model::ec2::{Count, Interface};
 use crate::model::ids::EniId;
 use crate::model::imds;
+use crate::model::map::Set;
 use crate::model::order::Gather as _;
 use crate::plan::pool::{Eni, Kind};
 use ipnet::IpNet;
-use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
 impl Core {
     /// What EC2 says that an ENI carries for pods.
-    pub(super) fn cidrs_of(&self, interface: &Interface) -> BTreeSet<IpNet> {
+    pub(super) fn cidrs_of(&self, interface: &Interface) -> Set<IpNet> {
         if self.config.v6 {
             return self.used_prefixes(&interface.id, &interface.v6_prefixes);
         }
@@ -28,7 +28,7 @@ impl Core {
     }
 
     /// What IMDS tells of the same.
-    pub(super) fn told_cidrs(&self, eni: &imds::Eni) -> BTreeSet<IpNet> {
+    pub(super) fn told_cidrs(&self, eni: &imds::Eni) -> Set<IpNet> {
         if self.config.v6 {
             return self.used_prefixes(&eni.id, &eni.v6_prefixes);
         }
@@ -38,14 +38,14 @@ impl Core {
 
     /// Of several IPv6 prefixes on an ENI the first is used and the others are left alone. But what is in use stays so,
     /// whatever the order in which they are listed.
-    pub(super) fn used_prefixes(&self, id: &EniId, listed: &[IpNet]) -> BTreeSet<IpNet> {
+    pub(super) fn used_prefixes(&self, id: &EniId, listed: &[IpNet]) -> Set<IpNet> {
         let holds = |eni: &Eni, net: &IpNet| eni.cidrs().any(|(held, _)| held == net);
         let lived_in = |net: &IpNet| {
             let mut pods = self.pool.allocations();
             pods.any(|pod| pod.table.is_none() && net.contains(&pod.address))
         };
         let in_use = |net: &&IpNet| self.pool.eni(id).is_some_and(|eni| holds(eni, net)) || lived_in(net);
-        let used: BTreeSet<IpNet> = listed.iter().filter(in_use).copied().gather();
+        let used: Set<IpNet> = listed.iter().filter(in_use).copied().gather();
         if !used.is_empty() {
             return used;
         }
@@ -61,7 +61,7 @@ impl Core {
             eni.card == card
                 && eni.kind != Kind::Trunk
                 && eni.serves()
-                && self.listed.get(*id).is_some_and(BTreeSet::is_empty)
+                && self.listed.get(*id).is_some_and(Set::is_empty)
                 && eni.cidrs().all(|(net, _)| lost(id, net))
                 && !outlook.assigning.contains_key(*id)
                 && !self.exhausted.contains_key(&eni.subnet)

@@ -4,14 +4,14 @@ use super::Finding;
 use crate::model::ec2::Interface;
 use crate::model::ids::EniId;
 use crate::model::imds::{Eni, Identity};
+use crate::model::map::{Map, Set};
 use crate::model::naming::table_of;
 use crate::model::order::Gather as _;
 use crate::plan::host::Intent;
 use ipnet::IpNet;
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-type Nets = BTreeMap<EniId, BTreeSet<IpNet>>;
+type Nets = Map<EniId, Set<IpNet>>;
 
 fn by_imds(enis: &[Eni]) -> Nets {
     let nets = |eni: &Eni| {
@@ -57,9 +57,9 @@ pub fn findings(intent: &Intent, me: &Identity, imds: &[Eni], ec2: Option<&[Inte
         found.push(Finding::new("eni-not-attached", eni.id.as_str(), format!("{source} does not list it")));
     }
     let tables = imds.iter().filter_map(|eni| Some((eni.id.clone(), table_of(eni.card, eni.device).ok()?)));
-    let tables = tables.gather::<BTreeMap<_, _>>();
+    let tables = tables.gather::<Map<_, _>>();
     for pod in &intent.pods {
-        let held = |nets: &BTreeSet<IpNet>| {
+        let held = |nets: &Set<IpNet>| {
             nets.contains(&IpNet::from(pod.address)) || nets.iter().any(|net| net.contains(&pod.address))
         };
         match truth.iter().find(|(_, nets)| held(nets)) {

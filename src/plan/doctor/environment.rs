@@ -4,6 +4,7 @@
 //! finding of its own: a look from inside a container sees less.
 
 use super::{Finding, single};
+use crate::model::map::{Map, Set};
 use crate::model::naming::{in_eni_ranges, priority};
 use crate::model::net::{Rule, TABLE_LOCAL, TABLE_MAIN};
 use crate::model::nft::{AnyChain, Hook, Removal};
@@ -11,7 +12,6 @@ use crate::model::order::Gather as _;
 use crate::model::settings::Settings;
 use crate::plan::former;
 use crate::plan::host::{Intent, Observation, link_of};
-use std::collections::{BTreeMap, BTreeSet};
 
 /// Single files that are looked at.
 pub const FILES: &[&str] = &[
@@ -66,9 +66,9 @@ const MODULES: &[&str] = &["nf_tables", "nft_ct", "nft_fib_ipv4", "nft_nat", "nf
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
     /// Content of files by path.
-    pub files: BTreeMap<String, String>,
+    pub files: Map<String, String>,
     /// Those of [`MARKS`] that are there.
-    pub there: BTreeSet<String>,
+    pub there: Set<String>,
     /// Chains of all nf_tables tables.
     pub chains: Vec<AnyChain>,
     /// What a former installation has left in tables of `iptables-nft`.
@@ -78,7 +78,7 @@ pub struct Facts {
     /// When the checkpoint was written, in Unix seconds.
     pub checkpoint: Option<i64>,
     /// Names of this kernel's modules and built-ins; empty if they are not seen.
-    pub modules: BTreeSet<String>,
+    pub modules: Set<String>,
 }
 
 impl Facts {
@@ -99,8 +99,8 @@ impl Facts {
     }
 
     // Files of several directories by name: of equal names the first directory's counts, as systemd has it.
-    fn layered<'a>(&'a self, directories: &[&'a str]) -> BTreeMap<&'a str, &'a str> {
-        let mut files = BTreeMap::new();
+    fn layered<'a>(&'a self, directories: &[&'a str]) -> Map<&'a str, &'a str> {
+        let mut files = Map::new();
         for directory in directories {
             for (name, text) in self.below(directory) {
                 files.entry(name).or_insert(text);
@@ -301,8 +301,8 @@ fn rules(intent: &Intent, seen: &Observation, note: &mut impl FnMut(&'static str
     } else if let Some(route) = seen.routes.iter().find(|route| nm(route.table)) {
         note("nm-cloud-setup", format!("route {route}"));
     }
-    let own = intent.enis.iter().map(|eni| (eni.own.addr(), eni.table)).gather::<BTreeMap<_, _>>();
-    let pods = intent.pods.iter().map(|pod| pod.address).gather::<BTreeSet<_>>();
+    let own = intent.enis.iter().map(|eni| (eni.own.addr(), eni.table)).gather::<Map<_, _>>();
+    let pods = intent.pods.iter().map(|pod| pod.address).gather::<Set<_>>();
     for rule in seen.rules.iter().filter(|rule| !nm(rule.table) && !kernels(rule)) {
         let source = rule.src.and_then(single);
         let ours = source.is_some_and(|source| own.contains_key(&source) || pods.contains(&source));

@@ -1,6 +1,7 @@
 //! Pod by pod: the host's end of its veth, the way to it, and what its own namespace holds.
 
 use super::{Finding, single};
+use crate::model::map::{Map, Set};
 use crate::model::naming;
 use crate::model::net::{Link, Mac, TABLE_MAIN};
 use crate::model::order::Gather as _;
@@ -8,7 +9,6 @@ use crate::plan::branch::{Branch, is_vlan};
 use crate::plan::host::{Action, HostBranch, HostPod, Intent, Observation, wiring};
 use crate::plan::pod::inside::{Mend, flaws};
 use crate::plan::pod::{Pod, PodBranch, PodInterface, Side, has_route};
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 /// Interfaces of one pod, at most: ENIs that a multi-card instance gives one pod.
@@ -53,20 +53,20 @@ pub struct Seat<'a> {
 
 /// All links of pods, found once: a node has a thousand.
 pub struct Seats<'a> {
-    by_suffix: BTreeMap<&'a str, &'a Link>,
-    by_address: BTreeMap<IpAddr, &'a Link>,
-    inner: BTreeMap<u32, (usize, &'a Link)>,
+    by_suffix: Map<&'a str, &'a Link>,
+    by_address: Map<IpAddr, &'a Link>,
+    inner: Map<u32, (usize, &'a Link)>,
 }
 
 impl<'a> Seats<'a> {
     /// From the host and the namespaces.
     pub fn new(seen: &'a Observation, namespaces: &'a [Inside]) -> Self {
         let veths = seen.links.iter().filter(|link| link.kind.as_deref() == Some("veth"));
-        let indexes = veths.clone().map(|link| (link.index, link)).gather::<BTreeMap<_, _>>();
+        let indexes = veths.clone().map(|link| (link.index, link)).gather::<Map<_, _>>();
         let suffix = |link: &'a Link| Some((link.name.get(link.name.len().checked_sub(naming::SUFFIX_LEN)?..)?, link));
         let routes = seen.routes.iter().filter(|route| route.table == TABLE_MAIN && route.gateway.is_none());
         let by_address = routes.filter_map(|route| Some((single(route.dst)?, *indexes.get(&route.dev)?))).gather();
-        let mut inner = BTreeMap::new();
+        let mut inner = Map::new();
         for (number, namespace) in namespaces.iter().enumerate() {
             for link in namespace.side.links.iter().filter(|link| link.kind.as_deref() == Some("veth")) {
                 // The other end is on this host only if that one names this one too.
@@ -142,7 +142,7 @@ pub fn check(pod: &Pod, host: &Side, inside: &Side) -> Vec<String> {
     let mut steps = wiring(&intent, &seen);
     steps.retain(|step| !matches!(step.action, Action::SetMtu(..)));
     let mut findings = super::told(&intent, &seen, &steps);
-    let known = findings.iter().map(|finding| finding.name).gather::<BTreeSet<_>>();
+    let known = findings.iter().map(|finding| finding.name).gather::<Set<_>>();
     let more = pods(&intent, &seen, &[], 0, None).findings.into_iter();
     findings.extend(more.filter(|finding| finding.name != "pod-mtu" && !known.contains(finding.name)));
     let mut lines = findings.iter().map(|finding| format!("{}: {}", finding.name, finding.seen)).collect::<Vec<_>>();

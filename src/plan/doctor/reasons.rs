@@ -2,19 +2,19 @@
 
 use super::environment::foreign;
 use super::single;
+use crate::model::map::Map;
 use crate::model::naming::priority;
 use crate::model::net::{Family, Route, Rule, TABLE_LOCAL, TABLE_MAIN};
 use crate::model::order::Gather as _;
 use crate::plan::egress;
 use crate::plan::host::{HostEni, HostPod, Intent};
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 /// The intent, arranged for look-ups.
 pub struct Reasons<'a> {
     intent: &'a Intent,
-    pods: BTreeMap<IpAddr, &'a HostPod>,
-    tables: BTreeMap<u32, &'a HostEni>,
+    pods: Map<IpAddr, &'a HostPod>,
+    tables: Map<u32, &'a HostEni>,
 }
 
 /// Whose an entry is.

@@ -4,12 +4,12 @@
 
 use super::planner::Planner;
 use super::{Action, HostBranch, HostPod, Observation, What, link_of, single};
+use crate::model::map::{Map, Set};
 use crate::model::naming::{self, priority};
 use crate::model::net::{Family, Link, Mac, Route, Rule, TABLE_LOCAL};
 use crate::model::order::Gather as _;
 use crate::plan::branch::is_vlan;
 use ipnet::IpNet;
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 
 /// The router of every IPv6 subnet of a VPC, and the protocol of its neighbour discovery.
@@ -33,11 +33,11 @@ impl Wired<'_> {
 /// Pods whose veth is there, and their VLAN device, or a rule to its table: an ADD makes the device before the rules, and a DEL
 /// takes the rules away before the device.
 fn wired<'a>(branches: &'a [HostBranch], seen: &'a Observation) -> Vec<Wired<'a>> {
-    let mut claims = BTreeMap::<u16, usize>::new();
+    let mut claims = Map::<u16, usize>::new();
     for pod in branches {
         *claims.entry(pod.eni.vlan).or_default() += 1;
     }
-    let (mut devices, mut veths) = (BTreeMap::new(), BTreeMap::new());
+    let (mut devices, mut veths) = (Map::new(), Map::new());
     for link in &seen.links {
         if is_vlan(link) {
             devices.insert(link.name.as_str(), link);
@@ -160,11 +160,11 @@ impl Planner<'_> {
     pub(super) fn stale_branch_rules(&mut self) {
         let (intent, seen) = (self.intent, self.seen);
         let family = self.family();
-        let links = seen.links.iter().map(|link| link.name.as_str()).gather::<BTreeSet<_>>();
+        let links = seen.links.iter().map(|link| link.name.as_str()).gather::<Set<_>>();
         let pods = intent.branches.iter().map(|pod| pod.address).chain(intent.pods.iter().map(|pod| pod.address));
-        let pods = pods.gather::<BTreeSet<_>>();
+        let pods = pods.gather::<Set<_>>();
         // A device that is just made again.
-        let needed = wired(&intent.branches, seen).iter().map(|wired| wired.pod.eni.table).gather::<BTreeSet<_>>();
+        let needed = wired(&intent.branches, seen).iter().map(|wired| wired.pod.eni.table).gather::<Set<_>>();
         self.drop_rules(What::BranchRule, |rule| {
             let Some(vlan) = naming::vlan_of_table(rule.table).filter(|_| rule.family == family) else { return false };
             let device = naming::vlan_device(vlan);

@@ -3,31 +3,31 @@
 
 use super::{Action, Intent, Observation, Step, What};
 use crate::model::ids::EniId;
+use crate::model::map::{Map, Set};
 use crate::model::naming::priority;
 use crate::model::net::{Address, Family, Link, Mac, Rule, TABLE_MAIN};
 use crate::model::order::Gather as _;
 use ipnet::IpNet;
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 pub(super) struct Planner<'a> {
     pub(super) intent: &'a Intent,
     pub(super) seen: &'a Observation,
-    pub(super) rules: BTreeSet<&'a Rule>,
-    pub(super) planned: BTreeSet<Rule>,
+    pub(super) rules: Set<&'a Rule>,
+    pub(super) planned: Set<Rule>,
     /// Indexes of the links with an IPv6 address of their own, from which the host asks for MACs.
-    pub(super) speaking: BTreeSet<u32>,
+    pub(super) speaking: Set<u32>,
     pub(super) add: Vec<Step>,
     pub(super) delete: Vec<Step>,
-    pub(super) failed: BTreeMap<EniId, String>,
+    pub(super) failed: Map<EniId, String>,
 }
 
 impl<'a> Planner<'a> {
     pub(super) fn new(intent: &'a Intent, seen: &'a Observation) -> Self {
         let own = |address: &&Address| matches!(address.addr.addr(), IpAddr::V6(v6) if v6.is_unicast_link_local());
         let speaking = seen.addresses.iter().filter(|_| intent.v6).filter(own).map(|address| address.dev).gather();
-        let (rules, planned) = (seen.rules.iter().gather(), BTreeSet::new());
-        let (add, delete, failed) = (Vec::new(), Vec::new(), BTreeMap::new());
+        let (rules, planned) = (seen.rules.iter().gather(), Set::new());
+        let (add, delete, failed) = (Vec::new(), Vec::new(), Map::new());
         Planner { intent, seen, rules, planned, speaking, add, delete, failed }
     }
 }
@@ -86,8 +86,7 @@ impl Planner<'_> {
 
     pub(super) fn external_services(&mut self) {
         let wanted = self.intent.external_service_cidrs.iter().filter(|net| net.addr().is_ipv4());
-        let wanted =
-            wanted.map(|net| Rule::to(net.trunc(), priority::EXTERNAL_SERVICE, TABLE_MAIN)).gather::<BTreeSet<_>>();
+        let wanted = wanted.map(|net| Rule::to(net.trunc(), priority::EXTERNAL_SERVICE, TABLE_MAIN)).gather::<Set<_>>();
         for rule in &wanted {
             self.want_rule(What::ServiceRule, None, rule.clone());
         }

@@ -2,12 +2,12 @@
 
 use super::planner::Planner;
 use super::{Action, HostPod, Intent, Observation, What, single};
+use crate::model::map::{Map, Set};
 use crate::model::naming::{self, priority};
 use crate::model::net::{Link, Route, Rule, TABLE_MAIN};
 use crate::model::order::Gather as _;
 use crate::plan::pod::link_route;
 use ipnet::IpNet;
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 impl Planner<'_> {
@@ -70,8 +70,8 @@ impl Planner<'_> {
 
     pub(super) fn gone(&mut self) {
         let pods = self.intent.pods.iter().map(|pod| pod.address);
-        let alive = pods.chain(self.intent.branches.iter().map(|pod| pod.address)).gather::<BTreeSet<_>>();
-        let gone = self.intent.gone.iter().filter(|address| !alive.contains(address)).copied().gather::<BTreeSet<_>>();
+        let alive = pods.chain(self.intent.branches.iter().map(|pod| pod.address)).gather::<Set<_>>();
+        let gone = self.intent.gone.iter().filter(|address| !alive.contains(address)).copied().gather::<Set<_>>();
         self.drop_rules(What::GonePod, |rule| {
             let to = rule.dst.filter(|dst| *rule == Rule::to(*dst, priority::TO_POD, TABLE_MAIN));
             let from = rule.src.filter(|src| *rule == Rule::from(*src, priority::FROM_POD, rule.table));
@@ -82,8 +82,8 @@ impl Planner<'_> {
 
 /// The host's ends of the pods' veths, by the digits that their names end in. Two pods with the same digits (a pod that came
 /// back under its name before the DEL of the former), or two links, leave open which belongs to which: then there is none.
-pub(in crate::plan) fn veths_of<'a>(intent: &'a Intent, links: &'a [Link]) -> BTreeMap<&'a str, &'a Link> {
-    let mut found = BTreeMap::<&str, (u32, Option<&Link>)>::new();
+pub(in crate::plan) fn veths_of<'a>(intent: &'a Intent, links: &'a [Link]) -> Map<&'a str, &'a Link> {
+    let mut found = Map::<&str, (u32, Option<&Link>)>::new();
     let branches = intent.branches.iter().map(|pod| &pod.veth);
     for veth in intent.pods.iter().map(|pod| &pod.veth).chain(branches).filter(|veth| !veth.is_empty()) {
         found.entry(veth).or_default().0 += 1;
@@ -102,13 +102,13 @@ pub(in crate::plan) fn veths_of<'a>(intent: &'a Intent, links: &'a [Link]) -> BT
 
 /// Rules at 1536 by pod address, and the veths that routes to single addresses lead over: a node has hundreds of each.
 struct PodEntries<'a> {
-    rules: BTreeMap<IpAddr, Vec<&'a Rule>>,
-    routes: BTreeMap<IpAddr, Vec<u32>>,
+    rules: Map<IpAddr, Vec<&'a Rule>>,
+    routes: Map<IpAddr, Vec<u32>>,
 }
 
 impl<'a> PodEntries<'a> {
     fn new(seen: &'a Observation) -> Self {
-        let mut rules = BTreeMap::<_, Vec<_>>::new();
+        let mut rules = Map::<_, Vec<_>>::new();
         for rule in seen.rules.iter().filter(|rule| !rule.foreign) {
             if let Some(source) = rule.src.and_then(single)
                 && *rule == Rule::from(IpNet::from(source), priority::FROM_POD, rule.table)
@@ -117,8 +117,8 @@ impl<'a> PodEntries<'a> {
             }
         }
         let veths = seen.links.iter().filter(|link| link.kind.as_deref() == Some("veth"));
-        let veths = veths.map(|link| link.index).gather::<BTreeSet<_>>();
-        let mut routes = BTreeMap::<_, Vec<_>>::new();
+        let veths = veths.map(|link| link.index).gather::<Set<_>>();
+        let mut routes = Map::<_, Vec<_>>::new();
         let plain = |route: &&Route| route.table == TABLE_MAIN && route.gateway.is_none();
         for route in seen.routes.iter().filter(plain).filter(|route| veths.contains(&route.dev)) {
             if let Some(address) = single(route.dst) {

@@ -2,8 +2,8 @@
 
 use super::{Eni, Pool, Refused};
 use crate::model::ids::EniId;
+use crate::model::map::Map;
 use ipnet::IpNet;
-use std::collections::BTreeMap;
 
 impl Pool {
     /// Moves a CIDR with its pods and cooldowns to another ENI of the same card, where EC2 has put it.
@@ -39,7 +39,7 @@ impl Pool {
         if let Some((odd, _)) = odd {
             return Err(Refused::Duplicate(odd.clone()));
         }
-        let mut slots = BTreeMap::new();
+        let mut slots = Map::new();
         for eni in self.enis.values_mut() {
             slots.extend(eni.cidrs.extract_if(.., |held, _| net.contains(held)).flat_map(|(_, cidr)| cidr.slots));
         }

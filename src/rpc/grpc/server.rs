@@ -7,12 +7,12 @@
 use super::{CONTENT_TYPE, Code, Status, find, frame_message, is_grpc, parse_timeout, percent_encode, unframe_message};
 use crate::clock;
 use crate::error::{Context, Error, Result};
+use crate::model::map::Map;
 use crate::rpc::h2::{Conn, Event, Fault, Role, code};
 use crate::rpc::hpack::{self, Field};
 use crate::rpc::proto;
 use crate::rpc::stop::Stop;
 use crate::sys;
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -223,7 +223,7 @@ struct Registry {
 
 #[derive(Default)]
 struct RegistryState {
-    open: BTreeMap<usize, Open>,
+    open: Map<usize, Open>,
     turn: u64, // counts up; orders the idle by age
     stopped: bool,
 }
@@ -448,7 +448,7 @@ impl Connection {
 struct Session {
     conn: Conn,
     methods: &'static [&'static str],
-    accepted: BTreeMap<u32, Accepted>,
+    accepted: Map<u32, Accepted>,
 }
 
 /// A request whose header is good and whose body may be on its way.
@@ -467,7 +467,7 @@ enum Verdict {
 
 impl Session {
     fn new(methods: &'static [&'static str]) -> Self {
-        Session { conn: Conn::new(Role::Server), methods, accepted: BTreeMap::new() }
+        Session { conn: Conn::new(Role::Server), methods, accepted: Map::new() }
     }
 
     /// The next complete request in what was received.

@@ -6,13 +6,13 @@ use crate::clock;
 use crate::error::{Error, Result};
 use crate::model::ids::InstanceId;
 use crate::model::imds::Identity;
+use crate::model::map::{Map, Set};
 use crate::model::order::Gather as _;
 use crate::model::time::{Mono, Now, Wall};
 use crate::rpc::http1::{Method, Request, Response, Verdict};
 use crate::sim::conditions::Lie;
 use crate::sim::vpc::{ImdsEni, Planned, Vpc};
 use crate::sys;
-use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 /// The role that every instance of the sandbox has.
@@ -30,7 +30,7 @@ const TOKENS_LIMIT: usize = 1024;
 
 /// Tokens that were given out: until when each is good, and for whom.
 #[derive(Debug, Default)]
-pub struct Tokens(BTreeMap<String, (Mono, InstanceId)>);
+pub struct Tokens(Map<String, (Mono, InstanceId)>);
 
 impl Tokens {
     fn give(&mut self, now: Mono, instance: &InstanceId, ttl_s: u64) -> Result<String> {
@@ -102,7 +102,7 @@ fn read(cloud: &Cloud, now: Now, instance: &InstanceId, path: &str) -> Option<St
 }
 
 // A leaf's text, or the listing of a directory: one name per line, sub-directories with a slash.
-fn find(tree: &BTreeMap<String, String>, path: &str) -> Option<String> {
+fn find(tree: &Map<String, String>, path: &str) -> Option<String> {
     if let Some(leaf) = tree.get(path) {
         return Some(leaf.clone());
     }
@@ -111,15 +111,15 @@ fn find(tree: &BTreeMap<String, String>, path: &str) -> Option<String> {
         let rest = leaf.strip_prefix(&prefix)?;
         Some(rest.split_once('/').map_or(rest.to_owned(), |(directory, _)| format!("{directory}/")))
     });
-    let names = names.gather::<BTreeSet<_>>();
+    let names = names.gather::<Set<_>>();
     (!names.is_empty()).then(|| names.into_iter().collect::<Vec<_>>().join("\n"))
 }
 
-fn tree(cloud: &Cloud, now: Now, identity: &Identity) -> Option<BTreeMap<String, String>> {
+fn tree(cloud: &Cloud, now: Now, identity: &Identity) -> Option<Map<String, String>> {
     let mut vpc = cloud.vpc();
     let mut enis = vpc.imds(now, &identity.instance)?.clone();
     hold(&cloud.lie).tell(&mut enis);
-    let mut tree = BTreeMap::new();
+    let mut tree = Map::new();
     let mut put = |path: String, text: String| tree.insert(path, text);
     put("placement/availability-zone".into(), identity.zone.clone());
     put("placement/region".into(), identity.region.clone());

@@ -4,10 +4,11 @@ use super::hold;
 pub use crate::rpc::http1::Server;
 
 use crate::error::Result;
+use crate::model::map::{Map, Set};
 use crate::rpc::http1::{Limits, Method, Piece, Request, Response, Verdict};
 use crate::sandbox::kube::{Api, Kind, Refusal};
 use serde_json::{Value, json};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::net::TcpListener;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -23,7 +24,7 @@ const HOLE_LIMIT: Duration = Duration::from_mins(2);
 #[derive(Clone, Debug, Default)]
 pub struct Knobs {
     /// Tokens that are let in; `None`: everybody.
-    pub tokens: Option<BTreeSet<String>>,
+    pub tokens: Option<Set<String>>,
     /// Requests are taken and never answered.
     pub black_hole: bool,
     /// The next requests are refused: status and `Retry-After` in seconds.
@@ -195,7 +196,7 @@ struct Target {
     namespace: String,
     name: String,
     selector: String,
-    query: BTreeMap<String, String>,
+    query: Map<String, String>,
 }
 
 impl Target {
@@ -213,7 +214,7 @@ impl Target {
                 continue;
             }
             let pairs = request.query.split('&').filter_map(|pair| pair.split_once('='));
-            let query: BTreeMap<String, String> = pairs.map(|(key, value)| (key.to_owned(), decode(value))).collect();
+            let query: Map<String, String> = pairs.map(|(key, value)| (key.to_owned(), decode(value))).collect();
             let selector = query.get("fieldSelector").cloned().unwrap_or_default();
             let name = parts.next().unwrap_or("").to_owned();
             return Some(Target { kind, namespace: namespace.to_owned(), name, selector, query });

@@ -3,8 +3,8 @@
 
 use crate::model::ec2::{Call, ConntrackTimeouts, Count, Create};
 use crate::model::ids::EniId;
+use crate::model::map::Map;
 use crate::sim::vpc::Filter;
-use std::collections::BTreeMap;
 use std::str::FromStr;
 
 /// The version of the API that is spoken.
@@ -49,8 +49,8 @@ fn bad<T>(code: &'static str, message: impl Into<String>) -> Read<T> {
 }
 
 /// Decodes `application/x-www-form-urlencoded`. A field that comes twice is an error.
-pub fn decode_form(body: &str) -> Read<BTreeMap<String, String>> {
-    let mut fields = BTreeMap::new();
+pub fn decode_form(body: &str) -> Read<Map<String, String>> {
+    let mut fields = Map::new();
     for pair in body.split('&').filter(|pair| !pair.is_empty()) {
         let Some((name, value)) = pair.split_once('=') else {
             return bad("MalformedQueryString", format!("no value in {pair:?}"));
@@ -119,7 +119,7 @@ pub const ACTIONS: &[&str] = &[
 ];
 
 // The fields that nobody has read yet.
-struct Form(BTreeMap<String, String>);
+struct Form(Map<String, String>);
 
 impl Form {
     fn take(&mut self, name: &str) -> Option<String> {
@@ -159,8 +159,8 @@ impl Form {
         self.list(name).into_iter().map(parse).collect()
     }
 
-    fn tags(&mut self, prefix: &str) -> Read<BTreeMap<String, String>> {
-        let mut tags = BTreeMap::new();
+    fn tags(&mut self, prefix: &str) -> Read<Map<String, String>> {
+        let mut tags = Map::new();
         for number in 1_u32.. {
             let Some(key) = self.take(&format!("{prefix}Tag.{number}.Key")) else { break };
             let value = self.take(&format!("{prefix}Tag.{number}.Value")).unwrap_or_default();
@@ -408,7 +408,7 @@ mod tests {
         #[test]
         fn what_is_escaped_comes_back(name in ".{1,20}", value in ".{0,40}") {
             let body = crate::aws::ec2::encode([(name.as_str(), value.as_str())]);
-            proptest::prop_assert_eq!(decode_form(&body).unwrap(), BTreeMap::from([(name, value)]));
+            proptest::prop_assert_eq!(decode_form(&body).unwrap(), Map::from([(name, value)]));
         }
     }
 

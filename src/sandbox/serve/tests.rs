@@ -3,14 +3,14 @@ use crate::aws::{creds, ec2, imds as aws_imds};
 use crate::model::ec2::{Call, ConntrackTimeouts, Count, Create};
 use crate::model::ids::SubnetId;
 use crate::model::imds::{Answer, Query};
+use crate::model::map::Map;
 use crate::sim::vpc::Planned;
-use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 
 /// One of each call.
 pub(crate) fn calls() -> Vec<Call> {
-    let tags = BTreeMap::from([("a/b".to_owned(), "c d&e".to_owned()), ("f".to_owned(), String::new())]);
+    let tags = Map::from([("a/b".to_owned(), "c d&e".to_owned()), ("f".to_owned(), String::new())]);
     let create = Create {
         subnet: "subnet-1".into(),
         description: "aws-K8S-i-1".into(),
@@ -27,7 +27,7 @@ pub(crate) fn calls() -> Vec<Call> {
         Call::DescribeLeaked { vpc: "vpc-1".into(), tags: vec![("k".into(), None), ("l".into(), Some("v".into()))] },
         Call::DescribeInstanceType("m5.large".into()),
         Call::DescribeSubnets { vpc: "vpc-1".into(), zone: "eu-west-1a".into() },
-        Call::Create(Create { count: Count::Prefixes(1), tags: BTreeMap::new(), ..create.clone() }),
+        Call::Create(Create { count: Count::Prefixes(1), tags: Map::new(), ..create.clone() }),
         Call::Create(Create { count: Count::Ipv6Addresses(1), ..create.clone() }),
         Call::Create(create),
         Call::Attach { eni: eni(), instance: "i-1".into(), device: 1, card: 0 },
@@ -83,7 +83,7 @@ impl Bed {
             groups: vec![],
             count,
             conntrack: ConntrackTimeouts { udp_s: Some(30), ..ConntrackTimeouts::default() },
-            tags: BTreeMap::from([("k<&>".to_owned(), " v\"' ".to_owned())]),
+            tags: Map::from([("k<&>".to_owned(), " v\"' ".to_owned())]),
             client_token: token.into(),
         })
     }
@@ -131,7 +131,7 @@ fn pages_follow_each_other() {
     let bed = bed();
     for number in 0..12 {
         bed.cloud
-            .change(|vpc| vpc.add_interface(clock::now(), &bed.subnet, &format!("n{number}"), &BTreeMap::new()))
+            .change(|vpc| vpc.add_interface(clock::now(), &bed.subnet, &format!("n{number}"), &Map::new()))
             .unwrap();
     }
     let ask = |token: Option<EniId>| {

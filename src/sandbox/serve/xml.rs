@@ -2,8 +2,8 @@
 
 use crate::model::ec2::{Attachment, Failure, InstanceType, Interface, Reply, Subnet};
 use crate::model::ids::VpcId;
+use crate::model::map::Map;
 use ipnet::IpNet;
-use std::collections::BTreeMap;
 use std::fmt::Display;
 
 /// An element tree under construction.
@@ -24,7 +24,7 @@ impl Xml {
         self.node(name, |xml| items.into_iter().for_each(|item| xml.node("item", |xml| fill(xml, item))));
     }
 
-    fn tags(&mut self, tags: &BTreeMap<String, String>) {
+    fn tags(&mut self, tags: &Map<String, String>) {
         self.set("tagSet", tags, |xml, (key, value)| {
             xml.text("key", key);
             xml.text("value", value);

@@ -19,6 +19,7 @@ pub use place::{Node, Place, Pod};
 
 use crate::error::{Context, Error, List, Result};
 use crate::model::ids::{EniId, InstanceId};
+use crate::model::map::{Map, Set};
 use crate::model::net::{Address, Mac, Neighbour, Route, Scope, TABLE_MAIN};
 use crate::model::order::Gather as _;
 use crate::netlink::socket::Socket;
@@ -26,7 +27,6 @@ use crate::netlink::{addr, link, neigh, route};
 use crate::sandbox::runs::Run;
 use crate::sim::vpc::Wire;
 use ipnet::{IpNet, Ipv4Net};
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
 
@@ -54,7 +54,7 @@ struct Port {
     inner: String, // the node's end; a branch has none
     own: Ipv4Addr,
     mac: Mac,
-    routed: BTreeSet<IpNet>,
+    routed: Set<IpNet>,
 }
 
 /// Router, hosts and nodes. Everything ends when it is dropped.
@@ -62,10 +62,10 @@ struct Port {
 pub struct Topology {
     router: Place,
     socket: Socket,
-    gateways: BTreeSet<Ipv4Addr>,
-    ports: BTreeMap<EniId, Port>,
-    nodes: BTreeMap<InstanceId, Arc<Node>>,
-    hosts: BTreeMap<String, Place>,
+    gateways: Set<Ipv4Addr>,
+    ports: Map<EniId, Port>,
+    nodes: Map<InstanceId, Arc<Node>>,
+    hosts: Map<String, Place>,
     run: Run,
 }
 
@@ -89,8 +89,8 @@ impl Topology {
         ])?;
         sources::check(&router.net)?;
         let socket = router.socket()?;
-        let (gateways, ports) = (BTreeSet::new(), BTreeMap::new());
-        let (nodes, hosts) = (BTreeMap::new(), BTreeMap::new());
+        let (gateways, ports) = (Set::new(), Map::new());
+        let (nodes, hosts) = (Map::new(), Map::new());
         let mut topology = Topology { router, socket, gateways, ports, nodes, hosts, run };
         for service in [IMDS, EC2, KUBE] {
             topology.answer_for(service)?;
@@ -161,7 +161,7 @@ impl Topology {
     }
 
     /// Names of the ENIs' links on their nodes.
-    pub fn link_names(&self, instance: &InstanceId) -> BTreeMap<EniId, String> {
+    pub fn link_names(&self, instance: &InstanceId) -> Map<EniId, String> {
         let ours = self.ports.iter().filter(|(_, port)| port.instance == *instance && !port.inner.is_empty());
         ours.map(|(eni, port)| (eni.clone(), port.inner.clone())).gather()
     }
@@ -188,7 +188,7 @@ impl Topology {
     /// cannot be done does not keep the rest from being done.
     pub fn apply(&mut self, wires: &[Wire]) -> Result<()> {
         let mut errors = List::new();
-        let wanted = wires.iter().map(|wire| (wire.eni.clone(), wire)).gather::<BTreeMap<_, _>>();
+        let wanted = wires.iter().map(|wire| (wire.eni.clone(), wire)).gather::<Map<_, _>>();
         let gone = |eni: &EniId, port: &Port| wanted.get(eni).is_none_or(|wire| wire.instance != port.instance);
         let gone =
             self.ports.iter().filter(|(eni, port)| gone(eni, port)).map(|(eni, _)| eni.clone()).collect::<Vec<_>>();
@@ -214,7 +214,7 @@ impl Topology {
 
     fn withdraw(&mut self, wire: &Wire) -> Result<()> {
         let Some(port) = self.ports.get_mut(&wire.eni) else { return Ok(()) };
-        let wanted = wire.assigned.iter().copied().gather::<BTreeSet<_>>();
+        let wanted = wire.assigned.iter().copied().gather::<Set<_>>();
         let surplus = port.routed.difference(&wanted).copied().collect::<Vec<_>>();
         let requests = surplus.iter().map(|net| route::delete(&via(*net, port)).or_not_found()).collect::<Vec<_>>();
         port.routed.retain(|net| wanted.contains(net));
@@ -250,7 +250,7 @@ impl Topology {
     }
 
     fn plug_eni(&mut self, wire: &Wire, node: &Node, gateway: Ipv4Addr) -> Result<Port> {
-        let taken = node.place.links()?.into_iter().map(|link| link.name).gather::<BTreeSet<_>>();
+        let taken = node.place.links()?.into_iter().map(|link| link.name).gather::<Set<_>>();
         let mut names = (0..=taken.len()).map(|number| format!("eth{number}"));
         let inner = names.find(|name| !taken.contains(name)).ok_or_else(|| Error::new("no free name"))?;
         let name = port_name(&wire.eni);

@@ -5,10 +5,10 @@ use super::describe::filters_of;
 use super::{EniState, GROUPS_PER_ENI, Refusal, TAGS_PER_RESOURCE, Vpc, refuse};
 use crate::model::ec2::{Attachment, Call, Count, Create, Interface, Reply};
 use crate::model::ids::{AttachmentId, EniId, GroupId, InstanceId, SubnetId};
+use crate::model::map::{Map, Set};
 use crate::model::order::Gather as _;
 use crate::model::time::{Mono, Now};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 pub(super) type Done<T> = Result<T, Refusal>;
@@ -111,7 +111,7 @@ impl Vpc {
         subnet: &SubnetId,
         description: &str,
         groups: &[GroupId],
-        tags: &BTreeMap<String, String>,
+        tags: &Map<String, String>,
     ) -> Done<EniId> {
         if self.enis.len() >= self.eni_quota {
             let text = format!("You have exceeded the limit of network interfaces ({}).", self.eni_quota);
@@ -227,7 +227,7 @@ impl Vpc {
         Ok(Reply::Done)
     }
 
-    fn create_tags(&mut self, eni: &EniId, tags: &BTreeMap<String, String>) -> Done<Reply> {
+    fn create_tags(&mut self, eni: &EniId, tags: &Map<String, String>) -> Done<Reply> {
         self.known(eni)?;
         let mut all = self.enis[eni].interface.tags.clone();
         all.extend(tags.clone());
@@ -325,7 +325,7 @@ impl Vpc {
         if addresses.is_empty() {
             return refuse("MissingParameter", "The request must contain the parameter PrivateIpAddress or Ipv4Prefix");
         }
-        let gone = addresses.iter().copied().gather::<BTreeSet<_>>();
+        let gone = addresses.iter().copied().gather::<Set<_>>();
         if let Some(stranger) = gone.iter().find(|addr| !interface.secondary_ipv4s.contains(addr)) {
             let text = if interface.primary_ipv4 == Some(*stranger) {
                 format!("The primary private IP address {stranger} of a network interface cannot be unassigned.")
@@ -350,7 +350,7 @@ impl Vpc {
         if prefixes.is_empty() {
             return refuse("MissingParameter", "The request must contain the parameter PrivateIpAddress or Ipv4Prefix");
         }
-        let gone = prefixes.iter().copied().gather::<BTreeSet<_>>();
+        let gone = prefixes.iter().copied().gather::<Set<_>>();
         if let Some(stranger) = gone.iter().find(|prefix| !interface.v4_prefixes.contains(prefix)) {
             let text = format!("Some of the specified prefixes are not assigned to interface {eni}: {stranger}");
             return refuse("InvalidParameterValue", text);
@@ -435,7 +435,7 @@ fn slots(interface: &Interface) -> usize {
     usize::from(interface.primary_ipv4.is_some()) + interface.secondary_ipv4s.len() + interface.v4_prefixes.len()
 }
 
-fn check_tags(tags: &BTreeMap<String, String>) -> Done<()> {
+fn check_tags(tags: &Map<String, String>) -> Done<()> {
     if let Some(key) = tags.keys().find(|key| key.starts_with("aws:")) {
         return refuse(
             "InvalidParameterValue",

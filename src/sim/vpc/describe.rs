@@ -3,9 +3,9 @@
 use super::{Refusal, Vpc, refuse};
 use crate::model::ec2::{Call, Interface, Subnet};
 use crate::model::ids::{EniId, InstanceId, VpcId};
+use crate::model::map::Set;
 use crate::model::order::{self, Gather as _};
 use crate::model::time::Now;
-use std::collections::BTreeSet;
 use std::time::Duration;
 
 /// One filter: a name and the values of which one must match; `*` and `?` stand for any text and any character.
@@ -56,7 +56,7 @@ impl Vpc {
     pub(super) fn list(&mut self, now: Now, ids: &[EniId], filters: &[Filter]) -> Result<Vec<Interface>, Refusal> {
         let vpc = self.id.clone();
         let mut found = Vec::new();
-        let mut known = BTreeSet::new();
+        let mut known = Set::new();
         for id in self.candidates(ids, filters) {
             let told = self.described.get_mut(&id).and_then(|lagged| lagged.seen(now.mono)?.as_ref());
             let Some(interface) = told else { continue };
@@ -86,7 +86,7 @@ impl Vpc {
     }
 
     // The ENIs that may pass, so that an account with thousands need not be gone through for the few of one instance.
-    fn candidates(&mut self, ids: &[EniId], filters: &[Filter]) -> BTreeSet<EniId> {
+    fn candidates(&mut self, ids: &[EniId], filters: &[Filter]) -> Set<EniId> {
         if !ids.is_empty() {
             return ids.iter().cloned().gather();
         }
@@ -102,7 +102,7 @@ impl Vpc {
             described.get(id).is_some_and(|lagged| lagged.stages().any(|state| state.as_ref().is_some_and(fits)))
         };
         if let Some(values) = exact("attachment.instance-id") {
-            let mut all = BTreeSet::new();
+            let mut all = Set::new();
             for value in values {
                 let Some(host) = self.instances.get_mut(&InstanceId(value.clone())) else { continue };
                 let here = |i: &Interface| i.attachment.as_ref().is_some_and(|at| at.instance.as_str() == value);

@@ -1,7 +1,8 @@
 //! How EC2 misbehaves: delays, errors, lost answers, throttling, and answers that lag behind.
 
+use crate::model::map::Map;
 use crate::model::time::Mono;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::Duration;
 
 /// What shall happen to one coming call.
@@ -69,7 +70,7 @@ pub struct Behaviour {
 #[derive(Clone, Debug, Default)]
 pub struct Knobs {
     /// Per action.
-    pub actions: BTreeMap<String, Behaviour>,
+    pub actions: Map<String, Behaviour>,
     /// How long IMDS goes on telling the old state after a change.
     pub imds_lag: Duration,
     /// How long Describe goes on telling the old state after a change.

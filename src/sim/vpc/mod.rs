@@ -20,12 +20,13 @@ pub use view::{ImdsEni, Wire};
 use crate::model::ec2::{Call, Create, Failure, InstanceType, Interface, Reply};
 use crate::model::ids::{AttachmentId, EniId, GroupId, InstanceId, SubnetId, VpcId};
 use crate::model::limits;
+use crate::model::map::{Map, Set};
 use crate::model::net::Mac;
 use crate::model::order::Gather as _;
 use crate::model::time::{Mono, Now, Wall};
 use faults::Lagged;
 use ipnet::{Ipv4Net, Ipv6Net};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
@@ -64,7 +65,7 @@ pub struct Entry {
 #[derive(Clone, Debug, Default)]
 pub struct Journal {
     entries: VecDeque<Entry>,
-    counts: BTreeMap<&'static str, u64>,
+    counts: Map<&'static str, u64>,
     failures: u64,
     throttled: u64,
     counts_only: bool,
@@ -77,7 +78,7 @@ impl Journal {
     }
 
     /// Calls per action, failed ones included.
-    pub fn counts(&self) -> &BTreeMap<&'static str, u64> {
+    pub fn counts(&self) -> &Map<&'static str, u64> {
         &self.counts
     }
 
@@ -115,7 +116,7 @@ struct SubnetState {
     space: Space,
     v6: Option<Ipv6Net>,
     v6_given: u64, // IPv6 addresses and prefixes are never reused: a /64 lasts
-    tags: BTreeMap<String, String>,
+    tags: Map<String, String>,
 }
 
 #[derive(Clone, Debug)]
@@ -124,8 +125,8 @@ struct Instance {
     zone: String,
     primary: EniId,
     seen: Lagged<Vec<ImdsEni>>,
-    enis: BTreeSet<EniId>,      // attached in truth
-    described: BTreeSet<EniId>, // attached to it in anything that Describe tells or will tell; may hold more
+    enis: Set<EniId>,      // attached in truth
+    described: Set<EniId>, // attached to it in anything that Describe tells or will tell; may hold more
 }
 
 impl Instance {
@@ -142,26 +143,28 @@ struct EniState {
 }
 
 /// A VPC with everything in it.
+///
+/// The `BTreeMap`s are those with something for every ENI of thousands of nodes, which comes in random order.
 #[derive(Clone, Debug)]
 pub struct Vpc {
     id: VpcId,
     region: String,
     cidrs: Vec<Ipv4Net>,
-    subnets: BTreeMap<SubnetId, SubnetState>,
-    groups: BTreeSet<GroupId>,
+    subnets: Map<SubnetId, SubnetState>,
+    groups: Set<GroupId>,
     default_group: GroupId,
     instances: BTreeMap<InstanceId, Instance>,
-    types: BTreeMap<String, InstanceType>,
+    types: Map<String, InstanceType>,
     enis: BTreeMap<EniId, EniState>,
     attachments: BTreeMap<AttachmentId, EniId>,
-    detaching: BTreeSet<(Mono, EniId)>,
+    detaching: Set<(Mono, EniId)>,
     described: BTreeMap<EniId, Lagged<Option<Interface>>>,
-    loose: BTreeSet<EniId>, // detached in anything that Describe tells or will tell; may hold more
-    vanishing: BTreeSet<(Mono, EniId)>, // deleted, and told of until then
+    loose: Set<EniId>, // detached in anything that Describe tells or will tell; may hold more
+    vanishing: Set<(Mono, EniId)>, // deleted, and told of until then
     tokens: BTreeMap<String, (Create, EniId)>,
-    branches: BTreeMap<EniId, (EniId, u16)>, // branch ENI: its trunk and VLAN
-    touched: BTreeSet<EniId>,
-    touched_instances: BTreeSet<InstanceId>,
+    branches: Map<EniId, (EniId, u16)>, // branch ENI: its trunk and VLAN
+    touched: Set<EniId>,
+    touched_instances: Set<InstanceId>,
     journal: Journal,
     seed: u64,
     serial: u64,
@@ -196,21 +199,21 @@ impl Vpc {
             id: VpcId::default(),
             region: region.to_owned(),
             cidrs,
-            subnets: BTreeMap::new(),
-            groups: BTreeSet::new(),
+            subnets: Map::new(),
+            groups: Set::new(),
             default_group: GroupId::default(),
             instances: BTreeMap::new(),
-            types: BTreeMap::new(),
+            types: Map::new(),
             enis: BTreeMap::new(),
             attachments: BTreeMap::new(),
-            detaching: BTreeSet::new(),
+            detaching: Set::new(),
             described: BTreeMap::new(),
-            loose: BTreeSet::new(),
-            vanishing: BTreeSet::new(),
+            loose: Set::new(),
+            vanishing: Set::new(),
             tokens: BTreeMap::new(),
-            branches: BTreeMap::new(),
-            touched: BTreeSet::new(),
-            touched_instances: BTreeSet::new(),
+            branches: Map::new(),
+            touched: Set::new(),
+            touched_instances: Set::new(),
             journal: Journal::default(),
             seed,
             serial: 0,
@@ -326,9 +329,9 @@ impl Vpc {
         let Some(zone) = self.subnets.get(subnet).map(|subnet| subnet.zone.clone()) else {
             return refuse("InvalidSubnetID.NotFound", format!("The subnet ID '{subnet}' does not exist"));
         };
-        let primary = self.new_interface(subnet, "", groups, &BTreeMap::new())?;
+        let primary = self.new_interface(subnet, "", groups, &Map::new())?;
         let (primary_eni, seen) = (primary.clone(), Lagged::default());
-        let (enis, described) = (BTreeSet::new(), BTreeSet::new());
+        let (enis, described) = (Set::new(), Set::new());
         let instance = Instance { kind, zone, primary: primary_eni, seen, enis, described };
         self.instances.insert(id.clone(), instance);
         self.bind(now, &primary, &id, (0, 0), true);
@@ -362,7 +365,7 @@ impl Vpc {
         now: Now,
         subnet: &SubnetId,
         description: &str,
-        tags: &BTreeMap<String, String>,
+        tags: &Map<String, String>,
     ) -> Result<EniId, Failure> {
         let result = self.new_interface(subnet, description, &[], tags);
         self.publish(now);

@@ -147,7 +147,7 @@ impl IntoIterator for Ipv4AddrsOf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeSet;
+    use crate::model::map::Set;
 
     fn space(cidr: &str) -> Space {
         Space::new(cidr.parse().unwrap())
@@ -160,7 +160,7 @@ mod tests {
         for kept in ["10.0.1.0", "10.0.1.1", "10.0.1.2", "10.0.1.3", "10.0.1.15", "10.0.2.5"] {
             assert!(!space.reserve(kept.parse().unwrap()), "{kept}");
         }
-        let all = std::iter::from_fn(|| space.take(7)).collect::<BTreeSet<_>>();
+        let all = std::iter::from_fn(|| space.take(7)).collect::<Set<_>>();
         assert_eq!(all.len(), 11);
         assert_eq!(space.free(), 0);
         assert!(all.contains(&"10.0.1.4".parse().unwrap()) && all.contains(&"10.0.1.14".parse().unwrap()));
@@ -171,7 +171,7 @@ mod tests {
         let mut space = space("10.0.1.0/24");
         assert_eq!(space.free_blocks(), 14, "the first and the last block hold kept addresses");
         assert!(space.reserve("10.0.1.40".parse().unwrap()));
-        let mut blocks = BTreeSet::new();
+        let mut blocks = Set::new();
         while let Some(block) = space.take_block(11) {
             assert_eq!(u32::from(block.addr()) % 16, 0);
             blocks.insert(block);

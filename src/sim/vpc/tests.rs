@@ -41,7 +41,7 @@ impl Bed {
             groups: Vec::new(),
             count,
             conntrack: ConntrackTimeouts::default(),
-            tags: BTreeMap::from([("node.k8s.amazonaws.com/instance_id".into(), self.instance.to_string())]),
+            tags: Map::from([("node.k8s.amazonaws.com/instance_id".into(), self.instance.to_string())]),
             client_token: token.into(),
         })
     }
@@ -292,7 +292,7 @@ proptest! {
         let mut bed = bed("10.20.1.0/25", "m5.large");
         for (nth, step) in steps.iter().enumerate() {
             run_step(&mut bed, step, nth);
-            let mut seen = BTreeSet::new();
+            let mut seen = Set::new();
             for eni in bed.vpc.interfaces() {
                 let singles = eni.primary_ipv4.iter().chain(&eni.secondary_ipv4s).map(|addr| u32::from(*addr));
                 let blocks = eni.v4_prefixes.iter().flat_map(|net| (0..16).map(|n| u32::from(net.addr()) + n));
@@ -307,7 +307,7 @@ proptest! {
             prop_assert_eq!(free + seen.len(), 128 - RESERVED as usize);
             let devices = bed.vpc.wires().iter().map(|wire| wire.device).collect::<Vec<_>>();
             prop_assert!(devices.len() <= 3);
-            prop_assert_eq!(devices.iter().collect::<BTreeSet<_>>().len(), devices.len());
+            prop_assert_eq!(devices.iter().collect::<Set<_>>().len(), devices.len());
             let assigned = |net: &IpNet| bed.vpc.assigned(net.addr());
             let told = bed.vpc.imds_truth(&bed.instance);
             for listed in told {

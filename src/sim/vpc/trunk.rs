@@ -6,8 +6,8 @@ use super::actions::Done;
 use super::{Vpc, refuse};
 use crate::model::ec2::Failure;
 use crate::model::ids::{EniId, InstanceId, SubnetId};
+use crate::model::map::Map;
 use crate::model::time::Now;
-use std::collections::BTreeMap;
 
 impl Vpc {
     /// Makes a trunk ENI and attaches it at the lowest free device index of card 0.
@@ -21,7 +21,7 @@ impl Vpc {
         let Some(identity) = self.identity(instance) else {
             return refuse("InvalidInstanceID.NotFound", format!("The instance ID '{instance}' does not exist"));
         };
-        let eni = self.new_interface(&identity.subnet, "aws-k8s-trunk-eni", &[], &BTreeMap::new())?;
+        let eni = self.new_interface(&identity.subnet, "aws-k8s-trunk-eni", &[], &Map::new())?;
         if identity.local_ipv6.is_some() {
             self.fill_v6(&eni, &identity.subnet, 1)?;
         }
@@ -48,7 +48,7 @@ impl Vpc {
         if !(1..4095).contains(&vlan) || self.branches.values().any(|(at, taken)| at == trunk && *taken == vlan) {
             return refuse("InvalidParameterValue", format!("VLAN {vlan} is not free on '{trunk}'"));
         }
-        let eni = self.new_interface(subnet, "aws-k8s-branch-eni", &[], &BTreeMap::new())?;
+        let eni = self.new_interface(subnet, "aws-k8s-branch-eni", &[], &Map::new())?;
         if self.subnets.get(subnet).is_some_and(|place| place.v6.is_some()) {
             self.fill_v6(&eni, subnet, 1)?;
         }
