@@ -358,9 +358,10 @@ impl Core {
                 self.looks = self.looks.saturating_add(1);
                 self.describe();
             }
-        } else if self.demand(0) > 0 && self.facts.keys().any(|id| !self.managed(id)) {
-            // What is not ours takes slots that pods wait for: it may have become ours, or be gone.
+        } else if self.looks < LOOKS_MAX && self.demand(0) > 0 && self.facts.keys().any(|id| !self.managed(id)) {
+            // What is not ours takes slots that pods wait for: a list that was behind may have lacked our tags.
             if self.described.is_none_or(|at| self.now.mono.since(at) >= RECONCILE_MAX) {
+                self.looks = self.looks.saturating_add(1);
                 self.describe();
             }
         }
