@@ -98,6 +98,7 @@ fn config(folder: &str, entrypoint: &str) -> Value {
 fn they_hold_one_program_and_nothing_else() {
     let engine = Engine::start(1);
     let node = [
+        "-rw-r--r-- 0/0 app/10-aws.conflist",
         "-rw-r--r-- 0/0 etc/nsswitch.conf",
         "-rw-r--r-- 0/0 etc/ssl/certs/ca-certificates.crt",
         "-rwxr-xr-x 0/0 app/aws-cni",
@@ -115,6 +116,7 @@ fn they_hold_one_program_and_nothing_else() {
     check_image(&engine, "node", &node, &config("/app", "/app/aws-vpc-cni"));
     let init = [
         "-rw-r--r-- 0/0 etc/nsswitch.conf",
+        "-rwxr-xr-x 0/0 init/aws-cni-support.sh",
         "-rwxr-xr-x 0/0 init/aws-vpc-cni-init",
         "drwxr-xr-x 0/0 etc",
         "drwxr-xr-x 0/0 init",
@@ -239,7 +241,7 @@ fn check_init(engine: &Engine) {
         engine.on_host("opt/cni/bin").display()
     ));
     assert!(said.contains("CNI init container done"), "{said}");
-    let wanted = ["755 bandwidth", "755 host-local", "755 loopback", "755 portmap", "755 tuning"];
+    let wanted = ["755 aws-cni-support.sh", "755 bandwidth", "755 host-local", "755 loopback", "755 portmap", "755 tuning"];
     let found = listed(&engine.on_host("opt/cni/bin"));
     assert!(wanted.iter().all(|wanted| found.contains(&(*wanted).to_owned())), "{found:?}");
     assert!(!found.iter().any(|line| line.ends_with("aws-vpc-cni-init")), "{found:?}");
