@@ -17,7 +17,7 @@ use super::branch::Branch;
 use super::ruleset;
 use crate::error::{Error, Result};
 use crate::model::ids::EniId;
-use crate::model::map::{Map, Set};
+use crate::model::map::Map;
 use crate::model::naming;
 use crate::model::net::{Address, Link, Mac, Route, Rule};
 use crate::model::nft::{SnatPorts, Table};
