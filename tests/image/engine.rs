@@ -15,7 +15,7 @@ use std::time::Duration;
 /// No command takes longer on a loaded machine.
 const COMMAND_MAX_S: u32 = 120;
 /// Until something that takes a second or two has happened.
-pub const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_mins(1);
 
 pub struct Engine {
     process: Child,

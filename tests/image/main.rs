@@ -241,7 +241,8 @@ fn check_init(engine: &Engine) {
         engine.on_host("opt/cni/bin").display()
     ));
     assert!(said.contains("CNI init container done"), "{said}");
-    let wanted = ["755 aws-cni-support.sh", "755 bandwidth", "755 host-local", "755 loopback", "755 portmap", "755 tuning"];
+    let wanted =
+        ["755 aws-cni-support.sh", "755 bandwidth", "755 host-local", "755 loopback", "755 portmap", "755 tuning"];
     let found = listed(&engine.on_host("opt/cni/bin"));
     assert!(wanted.iter().all(|wanted| found.contains(&(*wanted).to_owned())), "{found:?}");
     assert!(!found.iter().any(|line| line.ends_with("aws-vpc-cni-init")), "{found:?}");
