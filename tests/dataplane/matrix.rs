@@ -119,7 +119,12 @@ pub fn differences(world: &World, column: usize) -> Vec<String> {
 pub type Row = (&'static str, Way, &'static str, [Cell; 4]);
 
 /// What IPVS makes of a row. It routes answers by the address that they leave from, so that node ports need no mark; but what
-/// it sends to an endpoint is routed anew by the pod's address, with no mark on it, as with the original.
+/// it sends to an endpoint is routed anew by the pod's address, with no mark on it, as with the original: the service's
+/// address is the node's own in prerouting, where our chains leave it alone; IPVS takes the packet at input and sends it at
+/// output, where kube-proxy's NAT chain makes the kernel look for a route again (`nf_nat_ipv4_local_fn` in
+/// net/netfilter/nf_nat_proto.c), by source and mark, because IPVS has changed the connection's reply. Only a mark set at
+/// output before -100 could help. We set none: a pod's packet shows no interface there, and nothing but its source tells it
+/// from those of transparent proxies, which other software marks and routes.
 fn beside_ipvs(row: &Row, column: usize) -> Cell {
     match (row.1, row.3[column]) {
         (Local(_), X) => Own,

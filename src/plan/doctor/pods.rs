@@ -188,8 +188,10 @@ fn one(
         note("pod-route", text, Place::Host, Some(Mend::Route(route)));
     }
     let inner = seat.inner.map(|(number, link)| (Place::Inside(number), link));
-    // What it was made with counts for its life.
-    let mtu = naming::of_veth_alias(&outer.alias).map_or(mtu, |(_, mtu)| mtu);
+    // What it was made with counts for its life. One that the original has made does not tell: two ends that agree are right,
+    // and a single one is not judged.
+    let agree = seat.inner.is_none_or(|(_, link)| link.mtu == outer.mtu);
+    let mtu = naming::of_veth_alias(&outer.alias).map_or(if agree { outer.mtu } else { mtu }, |(_, mtu)| mtu);
     for (place, link) in [(Place::Host, outer)].into_iter().chain(inner) {
         if link.mtu != mtu {
             let text = format!("{} has {} instead of {mtu}", link.name, link.mtu);
