@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -320,19 +320,60 @@ pub fn icmp_socket(v6: bool) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Waits until one of the descriptors can be read or is broken, at most `timeout` (rounded up to a millisecond); tells for
-/// each whether it is. All false: the time is over.
-pub fn poll_readable(fds: &[std::os::fd::BorrowedFd<'_>], timeout: std::time::Duration) -> io::Result<Vec<bool>> {
-    let mut polled =
-        fds.iter().map(|fd| libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 }).collect::<Vec<_>>();
-    let limit = libc::c_int::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(libc::c_int::MAX);
+/// A descriptor to wait for, and what for.
+pub struct Wanted<'a> {
+    /// The descriptor.
+    pub fd: BorrowedFd<'a>,
+    /// Something can be read, or the end.
+    pub read: bool,
+    /// Something can be written.
+    pub write: bool,
+}
+
+/// What a descriptor is ready for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ready {
+    /// A read does not block.
+    pub read: bool,
+    /// A write does not block.
+    pub write: bool,
+    /// The other end is closed, or the descriptor broken; told without being asked for.
+    pub gone: bool,
+}
+
+/// Waits until one of the descriptors is ready, at most `timeout` (rounded up to a millisecond) or for ever; tells how it is
+/// with each. All false: the time is over, or a signal came.
+pub fn poll(wanted: &[Wanted<'_>], timeout: Option<std::time::Duration>) -> io::Result<Vec<Ready>> {
+    let entry = |wanted: &Wanted<'_>| libc::pollfd {
+        fd: wanted.fd.as_raw_fd(),
+        events: if wanted.read { libc::POLLIN } else { 0 } | if wanted.write { libc::POLLOUT } else { 0 },
+        revents: 0,
+    };
+    let mut polled: Vec<libc::pollfd> = wanted.iter().map(entry).collect();
+    let limit = timeout.map_or(-1, |timeout| {
+        libc::c_int::try_from(timeout.as_nanos().div_ceil(1_000_000)).unwrap_or(libc::c_int::MAX)
+    });
     let count = libc::nfds_t::try_from(polled.len()).unwrap_or(0);
     // SAFETY: pointer and count are those of one live, writable vector.
     match check(unsafe { libc::poll(polled.as_mut_ptr(), count, limit) }) {
-        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(vec![false; fds.len()]),
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(vec![Ready::default(); wanted.len()]),
         Err(error) => Err(error),
-        Ok(_) => Ok(polled.iter().map(|fd| fd.revents != 0).collect()),
+        Ok(_) => {
+            let ready = |fd: &libc::pollfd| Ready {
+                read: fd.revents & libc::POLLIN != 0,
+                write: fd.revents & libc::POLLOUT != 0,
+                gone: fd.revents & (libc::POLLHUP | libc::POLLERR | libc::POLLNVAL) != 0,
+            };
+            Ok(polled.iter().map(ready).collect())
+        }
     }
+}
+
+/// Waits until one of the descriptors can be read or is broken, at most `timeout` (rounded up to a millisecond); tells for
+/// each whether it is. All false: the time is over.
+pub fn poll_readable(fds: &[BorrowedFd<'_>], timeout: std::time::Duration) -> io::Result<Vec<bool>> {
+    let wanted: Vec<Wanted<'_>> = fds.iter().map(|fd| Wanted { fd: *fd, read: true, write: false }).collect();
+    Ok(poll(&wanted, Some(timeout))?.iter().map(|ready| ready.read || ready.gone).collect())
 }
 
 /// Whether an open file lies on nsfs or procfs, the two file systems that namespaces are opened from (`linux/magic.h`).

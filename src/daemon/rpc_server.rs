@@ -26,6 +26,13 @@ const METHODS: &[&str] = &[
     proto::path::HEALTH_CHECK,
 ];
 
+/// Answered at once, whatever else is going on: probes end the container that keeps them waiting, and the policy agent starts
+/// with its question.
+const INSTANT: &[&str] = &[proto::path::GET_NETWORK_POLICY_CONFIGS, proto::path::HEALTH_CHECK];
+
+/// An ADD may wait for an address; a DEL brings one.
+const SLOW: &[&str] = &[proto::path::ADD_NETWORK];
+
 /// What requests are answered with.
 pub(super) struct Desk {
     pub(super) events: SyncSender<Event>,
@@ -36,7 +43,8 @@ pub(super) struct Desk {
 
 /// Binds the socket and serves on threads of its own; `open` is held until the last request is served.
 pub(super) fn start(path: &Path, desk: Desk, stop: Stop, ended: &SyncSender<End>, open: SyncSender<()>) -> Result<()> {
-    let server = Server::bind(path, BindOptions { methods: METHODS, ..BindOptions::default() })?;
+    let server =
+        Server::bind(path, BindOptions { methods: METHODS, instant: INSTANT, slow: SLOW, ..BindOptions::default() })?;
     log::info!("serving on {}", path.display());
     let handler = move |call: &Call| handle(call, &desk);
     spawn("rpc", ended, move || {

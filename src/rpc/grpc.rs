@@ -4,10 +4,14 @@
 //! HTTP2", PROTOCOL-HTTP2.md). No TLS, no compression, no streaming, no reconnecting.
 
 mod client;
+mod crew;
+mod front;
 mod server;
+mod session;
 
 pub use client::Client;
-pub use server::{BindOptions, Call, Server, fuzz_h2_server};
+pub use server::{BindOptions, Call, Server};
+pub use session::fuzz_h2_server;
 
 use super::h2;
 use super::hpack::Field;
@@ -189,6 +193,9 @@ fn parse_timeout(text: &[u8]) -> Option<Duration> {
     };
     Some(timeout.min(TIMEOUT_LIMIT))
 }
+
+/// What comes of a call.
+type Reply = std::result::Result<Vec<u8>, Status>;
 
 /// Puts the five-octet prefix before a message.
 fn frame_message(message: &[u8]) -> Result<Vec<u8>, Status> {

@@ -225,6 +225,13 @@ impl Conn {
         self.settings_seen
     }
 
+    /// Bytes that are kept until more comes.
+    pub fn held(&self) -> usize {
+        let bodies: usize = self.streams.values().map(|open| open.body.len()).sum();
+        let block = self.header_block.as_ref().map_or(0, |pending| pending.block.len());
+        self.input.len() - self.taken + block + bodies
+    }
+
     /// Starts the count of frames without effect anew; to be called when some time has passed.
     pub fn forgive(&mut self) {
         self.control_frames = 0;

@@ -1,11 +1,15 @@
 use super::*;
+use crate::clock;
 use crate::model::wire::{AddNetworkReply, AddNetworkRequest};
-use crate::rpc::grpc::{Client, MESSAGE_LIMIT};
+use crate::rpc::grpc::{Client, Code, MESSAGE_LIMIT, Status, frame_message, fuzz_h2_server};
 use crate::rpc::h2::{FRAME_LIMIT, PREFACE};
-use crate::rpc::health;
 use crate::rpc::proto::{Empty, HealthCheckRequest, HealthCheckResponse, Message, path};
+use crate::rpc::{health, hpack};
 use proptest::prelude::*;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -241,13 +245,95 @@ fn idle_connections_make_room_and_busy_ones_do_not() {
             scope.spawn(move || ask(second, 900))
         }];
         std::thread::sleep(Duration::from_millis(200));
-        let turned_away = ask(&mut server.connect(), 0).unwrap_err();
-        assert_eq!(turned_away.code, Code::UNAVAILABLE, "{turned_away}");
+        // It waits until one of them has its answer.
+        assert_eq!(ask(&mut server.connect(), 0), Ok(true));
         for call in busy {
             assert_eq!(call.join().unwrap(), Ok(true));
         }
     });
     server.check_alive();
+}
+
+/// Calls that take a second each, on connections of their own; `other` runs once they are all under way.
+fn beside_slow_calls(server: &Running, count: usize, other: impl FnOnce()) -> Vec<std::result::Result<(), Status>> {
+    let ask = |mut client: Client| client.call::<_, AddNetworkReply>(path::ADD_NETWORK, &add("a", 1000), PATIENCE);
+    std::thread::scope(|scope| {
+        let calls: Vec<_> = (0..count)
+            .map(|_| {
+                let client = server.connect();
+                let call = scope.spawn(move || ask(client).map(drop));
+                std::thread::sleep(Duration::from_millis(30)); // so that they come in this order
+                call
+            })
+            .collect();
+        std::thread::sleep(Duration::from_millis(100));
+        other();
+        calls.into_iter().map(|call| call.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn what_is_answered_at_once_waits_for_nobody() {
+    let options = BindOptions { threads: 2, line: 1, instant: &[path::HEALTH_CHECK], ..BindOptions::default() };
+    let server = Running::start(options);
+    let results = beside_slow_calls(&server, 4, || {
+        let before = clock::instant();
+        server.check_alive();
+        let mut greeted = server.connect();
+        greeted.greet(PATIENCE).unwrap();
+        assert!(before.elapsed() < Duration::from_millis(700), "{:?}", before.elapsed());
+    });
+    let codes: Vec<_> = results.into_iter().map(|result| result.map_err(|status| status.code)).collect();
+    assert_eq!(codes, [Ok(()), Ok(()), Ok(()), Err(Code::UNAVAILABLE)], "two run, one waits, one is too many");
+    server.check_alive();
+}
+
+#[test]
+fn slow_calls_leave_threads_to_others() {
+    let server = Running::start(BindOptions { threads: 4, slow: &[path::ADD_NETWORK], ..BindOptions::default() });
+    let results = beside_slow_calls(&server, 8, || {
+        let before = clock::instant();
+        let status = server.connect().call::<_, Empty>(path::DEL_NETWORK, &Empty {}, PATIENCE).unwrap_err();
+        assert_eq!(status.code, Code::UNKNOWN, "{status}");
+        assert!(before.elapsed() < Duration::from_millis(700), "{:?}", before.elapsed());
+    });
+    assert_eq!(results, vec![Ok(()); 8]);
+}
+
+#[test]
+fn nobody_runs_a_call_whose_client_has_left() {
+    static RUN: AtomicU32 = AtomicU32::new(0);
+    let folder = std::env::temp_dir().join(format!("enibox-rpc-left-{}", std::process::id()));
+    let server = Server::bind(&folder.join("s"), BindOptions { threads: 1, ..BindOptions::default() }).unwrap();
+    let stop = Stop::new();
+    let handler = |call: &Call| {
+        RUN.fetch_add(1, Ordering::Relaxed);
+        answer(call)
+    };
+    let thread = std::thread::spawn({
+        let stop = stop.clone();
+        move || server.serve(handler, &stop)
+    });
+    let socket = folder.join("s");
+    let connect = || Client::connect(&socket, PATIENCE).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| connect().call::<_, AddNetworkReply>(path::ADD_NETWORK, &add("a", 700), PATIENCE).unwrap());
+        std::thread::sleep(Duration::from_millis(100));
+        // They give up while the first runs: one by its deadline, which resets the stream, one by hanging up.
+        let mut patient = connect();
+        let given_up = patient.call::<_, AddNetworkReply>(path::ADD_NETWORK, &add("b", 0), Duration::from_millis(50));
+        assert_eq!(given_up.unwrap_err().code, Code::DEADLINE_EXCEEDED);
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        stream.write_all(&[start(), request(1, "9S", &add("c", 0).encode())].concat()).unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+        drop(stream);
+        let reply: AddNetworkReply = patient.call(path::ADD_NETWORK, &add("d", 0), PATIENCE).unwrap();
+        assert_eq!(reply.pod_eni_mac, "d");
+    });
+    stop.stop();
+    thread.join().unwrap().unwrap();
+    fs::remove_dir_all(&folder).unwrap();
+    assert_eq!(RUN.load(Ordering::Relaxed), 2);
 }
 
 #[test]
@@ -561,6 +647,107 @@ fn a_thousand_connections_come_and_go() {
         }
     }
     server.check_alive();
+}
+
+/// Peers of one kind, many at a time, who never let go; others are served all the while.
+fn besieged(what: &str, connections: usize, siege: impl Fn(&mut UnixStream, usize) + Sync) {
+    let options = BindOptions { instant: &[path::HEALTH_CHECK], ..BindOptions::default() };
+    let server = Running::start(options);
+    let over = AtomicBool::new(false);
+    let longest = std::thread::scope(|scope| {
+        let besiegers: Vec<_> = (0..4)
+            .map(|part| {
+                let (server, siege, over) = (&server, &siege, &over);
+                scope.spawn(move || {
+                    let mut held = std::collections::VecDeque::new();
+                    let mut n = part;
+                    while !over.load(Ordering::Relaxed) {
+                        let Ok(mut stream) = UnixStream::connect(&server.socket) else { continue };
+                        stream.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
+                        siege(&mut stream, n);
+                        n += 4;
+                        held.push_back(stream);
+                        if held.len() > connections / 4 {
+                            held.pop_front();
+                        }
+                        std::thread::sleep(Duration::from_micros(200)); // the machine is not the target
+                    }
+                    n / 4
+                })
+            })
+            .collect();
+        std::thread::sleep(Duration::from_millis(300));
+        let mut longest = Duration::ZERO;
+        for _ in 0..10 {
+            let before = clock::instant();
+            server.check_alive();
+            let mut client = server.connect();
+            let reply: AddNetworkReply = client.call(path::ADD_NETWORK, &add("pod", 0), PATIENCE).unwrap();
+            assert_eq!(reply.pod_eni_mac, "pod");
+            longest = longest.max(before.elapsed());
+        }
+        over.store(true, Ordering::Relaxed);
+        let came: usize = besiegers.into_iter().map(|thread| thread.join().unwrap()).sum();
+        println!("{what}: {came} connections, at most {connections} at a time; others were served within {longest:?}");
+        longest
+    });
+    assert!(longest < PATIENCE / 2, "{what}: {longest:?}");
+}
+
+/// Writes until the server has had enough; at most so many times.
+fn pour(stream: &mut UnixStream, bytes: &[u8], times: usize) {
+    for _ in 0..times {
+        if stream.write_all(bytes).is_err() {
+            return;
+        }
+    }
+}
+
+#[test]
+fn hostile_peers_do_not_keep_others_from_being_served() {
+    besieged("silent or torn", 1000, |stream, n| {
+        let whole = [start(), request(1, "9S", &add("a", 0).encode())].concat();
+        pour(stream, &whole[..n % (whole.len() - 1)], 1);
+    });
+    let settings = [start(), frame(4, 0, 0, &[0, 4, 0, 1, 0, 0]).repeat(900)].concat();
+    besieged("settings", 100, |stream, _| pour(stream, &settings, 1));
+    let pings = frame(6, 0, 0, &[7; 8]).repeat(900);
+    besieged("pings", 100, |stream, _| {
+        pour(stream, &start(), 1);
+        pour(stream, &pings, 20);
+    });
+    let opened = head(&[(":method", "POST"), (":path", path::ADD_NETWORK), ("content-type", "application/grpc")]);
+    let resets: Vec<u8> = (0..6000u32)
+        .flat_map(|n| [frame(1, 4, 2 * n + 1, &opened), frame(3, 0, 2 * n + 1, &[0, 0, 0, 8])].concat())
+        .collect();
+    besieged("rapid reset", 100, |stream, _| {
+        pour(stream, &start(), 1);
+        pour(stream, &resets, 1);
+    });
+    // The same with requests that are complete, each of which would run for a while.
+    let message = add("slow", 20).encode();
+    let abandoned: Vec<u8> = (0..500u32)
+        .flat_map(|n| {
+            let body = [&[0, 0, 0, 0, u8::try_from(message.len()).unwrap()][..], &message].concat();
+            let stream = 2 * n + 1;
+            [frame(1, 4, stream, &opened), frame(0, 1, stream, &body), frame(3, 0, stream, &[0, 0, 0, 8])].concat()
+        })
+        .collect();
+    besieged("complete and reset", 16, |stream, _| {
+        pour(stream, &start(), 1);
+        pour(stream, &abandoned, 1);
+    });
+    let header = frame(1, 0, 1, &vec![0x82; FRAME_LIMIT]);
+    let more = frame(9, 0, 1, &vec![0x82; FRAME_LIMIT]);
+    besieged("endless headers", 100, |stream, _| {
+        pour(stream, &[&start()[..], &header].concat(), 1);
+        pour(stream, &more, 20);
+    });
+    let body = frame(0, 0, 1, &vec![0; FRAME_LIMIT]);
+    besieged("unfinished bodies", 100, |stream, _| {
+        pour(stream, &[start(), frame(1, 4, 1, &opened)].concat(), 1);
+        pour(stream, &body, 40);
+    });
 }
 
 fn any_frame() -> impl Strategy<Value = Vec<u8>> {
