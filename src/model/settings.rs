@@ -342,8 +342,28 @@ impl Settings {
             }
             mode => mode,
         };
+        self.warn_of_policies(&mut warnings);
         let most = self.max_eni.unwrap_or(u32::MAX);
         Ok(Valid { mode, enis_per_card: limits.cards.iter().map(|enis| most.min(*enis)).collect(), warnings })
+    }
+
+    /// What keeps the network policy agent from doing its work (`spec/config.md` 5.7).
+    fn warn_of_policies(&self, warnings: &mut Vec<String>) {
+        let enforcing = self.network_policy_mode.as_ref().is_some_and(|mode| !mode.eq_ignore_ascii_case("none"));
+        if enforcing && self.veth_prefix != "eni" {
+            warnings.push(
+                "AWS_VPC_K8S_CNI_VETHPREFIX: the network policy agent looks for interfaces whose names start with eni; \
+                 policies may have no effect"
+                    .into(),
+            );
+        }
+        if enforcing && self.bandwidth_plugin {
+            warnings.push(
+                "ENABLE_BANDWIDTH_PLUGIN: the bandwidth plugin and the network policy agent both want the traffic control \
+                 of a pod's interface"
+                    .into(),
+            );
+        }
     }
 
     /// What counts, one line per variable that has an effect, without secrets.

@@ -127,6 +127,10 @@ fn add(request: &Request) -> Result<Output, CniError> {
     if let Err(status) = enforce_policy(&context, &reply) {
         note("take back the pod's network", take_down(&pod));
         release(&context);
+        if status.code != Code::UNAVAILABLE {
+            // It may have the pod's name by now, and the runtime's DEL will find no allocation any more and say nothing.
+            teardown::tell_policy_agent(&context);
+        }
         let error = CniError::new(code::POLICY_AGENT, "add cmd: failed to setup network policy");
         return Err(error.with_details(status.to_string()));
     }
@@ -203,16 +207,24 @@ fn release(context: &Context) {
 }
 
 fn enforce_policy(context: &Context, reply: &AddNetworkReply) -> Result<(), Status> {
-    let mode = reply.network_policy_mode.as_str();
-    if mode.is_empty() || (mode == MODE_WITHOUT_POLICIES && !calls::has_policy_agent()) {
+    let mode = reply.network_policy_mode.as_str(); // as it was written, in any case of letters
+    let needless = mode.eq_ignore_ascii_case(MODE_WITHOUT_POLICIES);
+    if mode.is_empty() || (needless && !calls::has_policy_agent()) {
         return Ok(());
     }
-    calls::enforce_policy(&EnforceNpRequest {
+    let result = calls::enforce_policy(&EnforceNpRequest {
         pod_name: context.args.pod_name.clone(),
         pod_namespace: context.args.pod_namespace.clone(),
         network_policy_mode: mode.to_owned(),
         interface_count: i32::try_from(reply.allocations.len()).unwrap_or(i32::MAX),
-    })
+    });
+    match result {
+        Err(status) if needless && status.code == Code::UNAVAILABLE => {
+            log::warn!("the policy agent is not there, which the mode {mode:?} allows: {status}");
+            Ok(())
+        }
+        result => result,
+    }
 }
 
 fn addresses(pod: &Pod) -> String {

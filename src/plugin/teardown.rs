@@ -55,7 +55,7 @@ fn branch_deleted(context: &Context, removal: &Removal) -> Result<(), CniError> 
     Ok(())
 }
 
-fn tell_policy_agent(context: &Context) {
+pub(super) fn tell_policy_agent(context: &Context) {
     if !calls::has_policy_agent() {
         return;
     }

@@ -7,6 +7,7 @@ mod footprint;
 mod kills;
 mod kube;
 mod lies;
+mod probes;
 mod refusals;
 mod repair;
 mod restarts;

@@ -198,6 +198,12 @@ fn the_instance_has_a_say() {
     check(&ipv6, "m5.large", Ok((Mode::Ipv6Prefixes, &[3], 0)));
     check(&ipv6, "m4.large", Err("Nitro"));
     check(&[("ENABLE_IPv4", "false")], "m5.large", Err("must be true"));
+    let both = [("AWS_VPC_K8S_CNI_VETHPREFIX", "ens"), ("ENABLE_BANDWIDTH_PLUGIN", "true")];
+    for (mode, warnings) in [("strict", 2), ("Standard", 2), ("None", 0)] {
+        let pairs = [&both[..], &[("NETWORK_POLICY_ENFORCING_MODE", mode)]].concat();
+        check(&pairs, "m5.large", Ok((Mode::Ipv4Addresses, &[3], warnings)));
+    }
+    check(&both, "m5.large", Ok((Mode::Ipv4Addresses, &[3], 0)));
 }
 
 #[test]
