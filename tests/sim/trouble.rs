@@ -88,8 +88,15 @@ impl Life {
             return; // these count no ENIs
         }
         if let Some(eni) = self.judge.strangers.first().cloned().filter(|_| self.dice.below(2) == 0) {
-            let at = self.fleet.sky.vpc.interface(&eni).and_then(|eni| eni.attachment.clone());
+            let interface = self.fleet.sky.vpc.interface(&eni).cloned();
+            let lost = interface.as_ref().map(carried).unwrap_or_default();
+            let at = interface.and_then(|interface| interface.attachment);
             let done = at.is_some_and(|at| world::by_hand(&mut self.fleet, &Call::Detach(at.id)));
+            if done {
+                // With IMDS alone nobody tells the node whose it is, and it uses it.
+                self.judge.foreign_enis.insert(eni.clone(), self.fleet.nanos());
+                self.judge.taken_by_others(&lost, self.fleet.nanos());
+            }
             return self.tell(format!("{eni}, which is none of ours, is detached: {done}"));
         }
         let (now, instance) = (self.fleet.now(), self.fleet.nodes[0].instance.clone());

@@ -423,7 +423,8 @@ impl Core {
             return;
         }
         let cidrs = self.listed.get(id).cloned().unwrap_or_else(|| {
-            let mut told = self.told_cidrs(&eni);
+            // As IMDS tells it now: the host may have kept the node from starting for long.
+            let mut told = self.told_cidrs(self.attached.get(id).unwrap_or(&eni));
             // What living pods have, and EC2 listed before, is there although IMDS is too far behind to say so.
             let listed = self.trusted.get(id).into_iter().flatten();
             told.extend(listed.filter(|net| self.pool.orphan_in(net)).copied());
