@@ -107,7 +107,8 @@ impl Judge {
                 }
                 Happening::Released(key, addresses) => self.released(node, &key, &addresses),
                 Happening::Ended(key) => {
-                    self.ended.entry(key).or_insert(fleet.nanos());
+                    let at = if self.knows(node, &key) { fleet.nanos() } else { 0 };
+                    self.ended.entry(key).or_insert(at);
                 }
                 Happening::Took(nets) => {
                     self.took(&nets);
@@ -186,6 +187,19 @@ impl Judge {
         // What somebody has assigned to it is of no use to pods, and may be given back.
         let harmless = matches!(call, Call::UnassignAddresses { .. } | Call::UnassignPrefixes { .. });
         assert!(!trunk || harmless, "{call:?}: the trunk is the resource controller's");
+    }
+
+    // Whether a node can know that the address of a pod which ends must rest. Without its checkpoint, and with a disk too
+    // full for what the plugin notes, nobody tells it.
+    fn knows(&self, node: &Node, key: &PodKey) -> bool {
+        let held = |core: &Core| {
+            let its = |address: &IpAddr| self.given.get(address).is_some_and(|(_, owner)| owner == key);
+            let cidrs = core.pool().enis().flat_map(|(_, eni)| eni.cidrs());
+            let mut slots = cidrs.flat_map(|(_, cidr)| cidr.slots());
+            slots.any(|(address, slot)| its(address) && slot.freed.is_some())
+                || core.pool().allocations().any(|held| held.owner.key == *key)
+        };
+        !self.checkpoint_lost || on_disk(node).values().any(|owner| owner == key) || node.core().is_some_and(held)
     }
 
     fn in_use(&self, address: IpAddr) -> Option<&PodKey> {
