@@ -10,7 +10,7 @@ use crate::model::naming::NFT_TABLE;
 use crate::model::net::{Family, Link};
 use crate::netlink::netns::Namespace;
 use crate::netlink::{Request, Socket, addr, link, neigh, nft, nft_outline, route, sysctl, xtables};
-use crate::plan::egress::{self, Egress, Removal};
+use crate::plan::egress::{self, Egress, Removal, SNAT_CHAIN};
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 
@@ -18,8 +18,6 @@ use std::os::fd::AsFd;
 const NAMES_MAX: u32 = 10;
 /// How often a removal is tried while others change the packet filter.
 const REMOVALS_MAX: usize = 5;
-/// The chain of the daemon's table that translates.
-const SNAT_CHAIN: &str = "egress-postrouting";
 
 impl Host {
     /// An error unless the daemon's rules for this family are there: without them a pod's packets would leave with an

@@ -56,6 +56,9 @@ fn work(args: &Args) -> Result<u8> {
     let settings = environment();
     let mut host = Host::open()?;
     let found = cleanup(&host.observe()?, &settings.veth_prefix, args.packet_filter);
+    if found.needed {
+        complain("pods have addresses of egress-cni: the table that translates them stays as long as they live");
+    }
     let files = if args.files { files(&args.conf_dir, &settings) } else { Vec::new() };
     if args.apply && !args.force {
         refuse(&found)?;

@@ -4,6 +4,7 @@
 //! Without a daemon nothing says what was intended, so everything is told by its shape (`spec/dataplane.md` 29): what
 //! could be somebody else's stays.
 
+use super::egress;
 use super::host::{Action, Observation, Step, What, gateway_rule};
 use crate::model::map::Set;
 use crate::model::naming::{self, priority};
@@ -19,6 +20,8 @@ pub struct Cleanup {
     pub steps: Vec<Step>,
     /// Tables of nf_tables that go as a whole.
     pub tables: Vec<(Family, String)>,
+    /// A table stays because living pods need it, whoever runs: without it they open no connection to the other family.
+    pub needed: bool,
     /// Our chains in a table that the original uses again.
     pub chains: Vec<Removal>,
     /// Host ends of pods that are alive: they lose their network with the steps.
@@ -50,6 +53,9 @@ pub fn cleanup(seen: &Observation, veth_prefix: &str, packet_filter_only: bool) 
     for table in &seen.tables {
         match chains_beside_the_original(table) {
             Some(chains) if chains.is_empty() => {}
+            None if packet_filter_only && translates_for_pods(table, seen) => {
+                cleanup.needed = true;
+            }
             Some(chains) => {
                 let (family, table) = (table.family, table.name.clone());
                 cleanup.chains.push(Removal { family, table, rules: Vec::new(), chains });
@@ -74,6 +80,16 @@ fn chains_beside_the_original(table: &Table) -> Option<Vec<String>> {
         let chains = table.chains.iter().map(|chain| chain.name.clone());
         chains.filter(|name| !theirs.contains(&name.as_str()) && !name.starts_with('<')).collect()
     })
+}
+
+/// The original has a chain for each pod that it has added itself, and none for those of ours or those that were taken over.
+fn translates_for_pods(table: &Table, seen: &Observation) -> bool {
+    let range = egress::range(table.family);
+    let outer = |dev: u32| {
+        seen.links.iter().any(|link| link.index == dev && egress::is_host_veth(&link.name, link.kind.as_deref()))
+    };
+    table.chains.iter().any(|chain| chain.name == egress::SNAT_CHAIN)
+        && seen.routes.iter().any(|route| host(&route.dst) && range.contains(&route.dst.addr()) && outer(route.dev))
 }
 
 fn of_pod(link: &Link, veth_prefix: &str) -> bool {
@@ -192,6 +208,34 @@ mod tests {
         let branch = |iif: &str| Rule { iif: Some(iif.into()), ..Rule::any(Family::V4, 10, 101) };
         check(vec![branch("vlan.eth.1")], &["delete rule 10: from all iif vlan.eth.1 lookup 101"]);
         check(vec![branch("eth1")], &[]);
+    }
+
+    #[test]
+    fn what_translates_for_pods_stays_while_they_live() {
+        let chain = crate::model::nft::Chain { name: egress::SNAT_CHAIN.into(), base: None, rules: Vec::new() };
+        let (name, chains) = ("aws-cni".into(), vec![chain]);
+        let table = Table { family: Family::V6, name, comment: None, chains };
+        let link = |name: &str| Link { index: 7, name: name.into(), kind: Some("veth".into()), ..Link::default() };
+        let check = |name: &str, dst: &str, packet_filter: bool, needed: bool| {
+            let way = Route {
+                table: TABLE_MAIN,
+                dst: net(dst),
+                gateway: None,
+                dev: 7,
+                scope: crate::model::net::Scope::Link,
+                prefsrc: None,
+                metric: 0,
+            };
+            let (tables, links) = (vec![table.clone()], vec![link(name)]);
+            let seen = Observation { tables, links, routes: vec![way], ..Observation::default() };
+            let found = cleanup(&seen, "eni", packet_filter);
+            assert_eq!((found.needed, found.tables.is_empty()), (needed, needed), "{name} {dst}");
+        };
+        check("veth0a1b2c3d", "fd00::ac:2/128", true, true);
+        check("veth0a1b2c3d", "fd00::ac:2/128", false, false);
+        check("veth0a1b2c3d", "fd00::ad:2/128", true, false);
+        check("veth0a1b2c3d", "169.254.172.2/32", true, false);
+        check("eth0", "fd00::ac:2/128", true, false);
     }
 
     #[test]

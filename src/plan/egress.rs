@@ -21,6 +21,9 @@ pub fn interface(family: Family) -> &'static str {
     if family == Family::V4 { "v4if0" } else { "v6if0" }
 }
 
+/// The chain of the daemon's table that translates.
+pub const SNAT_CHAIN: &str = "egress-postrouting";
+
 /// The addresses that the daemon's rules translate and protect.
 pub fn range(family: Family) -> IpNet {
     if family == Family::V4 { EGRESS_V4.into() } else { EGRESS_V6.into() }

@@ -1,6 +1,7 @@
 //! What an installation of the original leaves in tables that are not ours (`spec/dataplane.md` 25): what of it may be
 //! removed, and what only an operator can.
 
+use super::egress;
 use crate::model::map::Set;
 use crate::model::naming::NFT_TABLE;
 use crate::model::net::Family;
@@ -31,7 +32,7 @@ const RULES: [(&str, &str, &str); 5] = [
 pub fn leftovers(found: &[Outline], ours: &[Table]) -> Vec<Removal> {
     let removals = found.iter().map(|outline| {
         let translated = ours.iter().any(|table| {
-            table.family == outline.family && table.chains.iter().any(|chain| chain.name == "egress-postrouting")
+            table.family == outline.family && table.chains.iter().any(|chain| chain.name == egress::SNAT_CHAIN)
         });
         let mut chains = outline.chains.clone();
         chains.retain(|chain| {

@@ -2,6 +2,7 @@
 //! them differs. Nothing here talks to the kernel; the text form is that of the `nft` tool, so that every rule set can be
 //! read, diffed and reloaded.
 
+use super::egress;
 use super::host::{Egress, Intent};
 use crate::error::{Error, Result};
 use crate::model::map::Set;
@@ -183,7 +184,7 @@ fn egress(intent: &Intent) -> Option<Table> {
     }];
     if let Some(target) = target.filter(|target| Family::of(*target) == family) {
         chains.push(Chain {
-            name: "egress-postrouting".into(),
+            name: egress::SNAT_CHAIN.into(),
             base: Some(Base { kind: ChainKind::Nat, hook: Hook::Postrouting, priority: EGRESS_SNAT }),
             rules: vec![
                 rule([Expr::Saddr { net: range, negate: true }, Expr::Return], None),

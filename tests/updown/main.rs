@@ -176,6 +176,9 @@ fn up_down_up(family: &'static Family, seed: u64) {
     assert_gone(&stage, &words);
     assert_known(&stage, &living, &nobody);
     assert!(stage.links().iter().all(|link| link.starts_with("eth") || link == "lo"), "{:?}", stage.links());
+    stage.down();
+    assert!(stage.clean_up().starts_with("delete table "));
+    assert!(!stage.shell("nft list tables").contains("aws-cni"));
     assert_eq!(stage.world.cloud.complaints(), Vec::<String>::new());
 }
 
@@ -202,6 +205,9 @@ fn hand_back(stage: &mut Stage, lines: &Lines, living: &mut Vec<Living>, nobody:
     }
     original::save(stage, restored.values().map(|(entry, _)| entry));
     assert_known(stage, living, nobody);
+    let said = stage.clean_up();
+    assert!(said.contains("pods have addresses of egress-cni"), "{said}");
+    lines.unbroken("our rules cleaned up");
     connect_all(stage, lines, living);
     lines.unbroken("the original serves");
 }

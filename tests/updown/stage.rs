@@ -148,6 +148,14 @@ impl Stage {
         if good { Ok(out) } else { Err(format!("{name}: {out}{errors}")) }
     }
 
+    /// What the step after a roll-back says (`docs/roll-back.md`).
+    pub fn clean_up(&self) -> String {
+        let mut command = self.node.command(PROGRAM).unwrap();
+        let (good, out, errors) = converse(command.args(["cleanup", "--packet-filter", "--apply"]), "");
+        assert!(good, "{out}{errors}");
+        out + &errors
+    }
+
     /// A file of the node.
     pub fn read(&self, path: &str) -> String {
         self.node.inside(|| Ok(fs::read_to_string(path)?)).unwrap()
