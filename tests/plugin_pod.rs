@@ -6,6 +6,7 @@ mod node;
 mod support;
 
 use enibox::model::ids::PodKey;
+use enibox::model::naming::DAEMON_STOPPED;
 use enibox::model::net::{Address, Family};
 use enibox::model::spool::{self, Record};
 use enibox::model::wire::{
@@ -591,6 +592,13 @@ fn status_says_whether_an_add_would_be_served() {
         assert_eq!(hung.failure().0, 50);
         assert!(hung.took < Duration::from_secs(2), "{:?}", hung.took);
         assert_eq!(daemon.seen(), [Seen::Health, Seen::Health, Seen::Health]);
+        // A daemon that was told to stop comes back soon, and a node that is not ready serves nobody meanwhile.
+        drop(daemon);
+        fs::write(DAEMON_STOPPED, "").unwrap();
+        status(node).silent();
+        let long_ago = enibox::clock::system_time() - Duration::from_mins(3);
+        fs::File::options().write(true).open(DAEMON_STOPPED).unwrap().set_modified(long_ago).unwrap();
+        assert_eq!(status(node).failure().0, 50);
     });
 }
 

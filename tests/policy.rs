@@ -230,7 +230,7 @@ fn a_pod_that_a_foreign_agent_does_not_take_is_undone() {
         assert_eq!(agent.child.wait().unwrap().code(), Some(7));
         daemon.answer(one("strict"));
         let took = fails_cleanly(node, &daemon, "dead", "Connection refused");
-        assert!((CONNECT_LIMIT - Duration::from_millis(200)..CONNECT_LIMIT + SLACK).contains(&took), "{took:?}");
+        assert!((CONNECT_LIMIT.mul_f64(0.9)..CONNECT_LIMIT + SLACK).contains(&took), "{took:?}");
         let netns = Netns::new("pod");
         daemon.answer(one("None"));
         run(node, "ADD", "web", &netns).result(); // nothing is enforced, and nobody missed
@@ -244,7 +244,7 @@ fn an_agent_that_is_missing_hangs_or_comes_late() {
     on_a_node(|node| {
         let daemon = Served::daemon(one("strict"));
         let took = fails_cleanly(node, &daemon, "missing", "No such file or directory");
-        assert!((CONNECT_LIMIT - Duration::from_millis(200)..CONNECT_LIMIT + SLACK).contains(&took), "{took:?}");
+        assert!((CONNECT_LIMIT.mul_f64(0.9)..CONNECT_LIMIT + SLACK).contains(&took), "{took:?}");
         daemon.answer(one("none"));
         let netns = Netns::new("pod");
         run(node, "ADD", "web", &netns).result();

@@ -190,6 +190,8 @@ fn serve(settings: &Settings, tuner: Tuner, ready: Ready) -> Result<()> {
     let result = match ends.recv().context("wait for the end")? {
         End::Signal(signal) => {
             log::info!("signal {signal}: stopping");
+            // STATUS asks for it (`plugin`); without it the node is NotReady until the next start, no more.
+            std::fs::write(naming::DAEMON_STOPPED, "").ok();
             Ok(())
         }
         End::Thread(reason) => Err(Error::new(reason)),

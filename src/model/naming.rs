@@ -21,6 +21,8 @@ pub const VLAN_PREFIX: &str = "vlan";
 pub const DEFAULT_MARK: u32 = 0x80;
 /// Socket of the daemon.
 pub const DAEMON_SOCKET: &str = "/var/run/aws-node/ipamd.sock";
+/// Written by the daemon when it is told to stop: its successor is about to start.
+pub const DAEMON_STOPPED: &str = "/var/run/aws-node/stopped";
 /// Socket of the network policy agent.
 pub const POLICY_AGENT_SOCKET: &str = "/var/run/aws-node/npa.sock";
 /// Our nf_tables table in the families `ip` and `ip6`.

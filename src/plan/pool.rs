@@ -124,7 +124,7 @@ impl Cidr {
 
     /// Addresses that were used and are known; owners and cooling ones.
     pub fn slots(&self) -> impl Iterator<Item = (&IpAddr, &Slot)> {
-        self.slots.iter().map(|(ip, slot)| (ip, slot))
+        self.slots.iter()
     }
 
     fn cooling(&self, now: Mono, cooldown: Duration) -> usize {

@@ -14,7 +14,9 @@ use crate::model::wire::{AddNetworkReply, AddNetworkRequest, DelNetworkRequest, 
 use crate::netlink::netns::Namespace;
 use crate::plan::pod::{self, Pod, PodInterface, Removal, RemovedAddress};
 use crate::rpc::grpc::{Code, Status};
-use crate::{VERSION, sys};
+use crate::{VERSION, clock, sys};
+use std::fs;
+use std::time::Duration;
 
 /// The plugin's entry points.
 pub const PLUGIN: Plugin = Plugin {
@@ -26,6 +28,8 @@ pub const PLUGIN: Plugin = Plugin {
     gc: collect::gc,
 };
 
+/// So long a daemon that was told to stop counts as about to start again: pulling an image takes its time.
+const RESTART_MAX: Duration = Duration::from_mins(2);
 /// A network without policies may run without an agent; every other mode needs it.
 const MODE_WITHOUT_POLICIES: &str = "none";
 
@@ -295,9 +299,22 @@ fn missing_allocations(allocations: &local::Allocations, pod: &Pod, key: &PodKey
 /// Whether an ADD would find somebody to serve it.
 fn status(request: &Request) -> Result<(), CniError> {
     load_config(request, "status")?;
-    calls::check_daemon().map_err(|status| {
-        CniError::new(code::NOT_AVAILABLE, "status cmd: the daemon does not serve").with_details(status.to_string())
+    calls::check_daemon().or_else(|status| {
+        if stopped_lately() {
+            log::info!("the daemon was stopped and has not come back yet: {status}");
+            return Ok(());
+        }
+        Err(CniError::new(code::NOT_AVAILABLE, "status cmd: the daemon does not serve")
+            .with_details(status.to_string()))
     })
+}
+
+// A failing STATUS makes the node NotReady and takes its pods out of their Services, all of which work while the daemon is
+// replaced by its next version. An ADD that comes meanwhile is tried again.
+fn stopped_lately() -> bool {
+    let stopped = fs::metadata(naming::DAEMON_STOPPED).and_then(|file| file.modified());
+    let ago = stopped.ok().and_then(|at| clock::system_time().duration_since(at).ok());
+    ago.is_some_and(|ago| ago < RESTART_MAX)
 }
 
 /// A failure of the kernel or of the daemon as text, for the log.

@@ -312,9 +312,11 @@ fn nftables(services: &[Service]) -> String {
 	}}
 {NFT_HOOKS}"
     );
-    if !v6(services) {
-        return text;
-    }
+    if v6(services) { in_ipv6(&text, services) } else { text }
+}
+
+// The same table for the other family.
+fn in_ipv6(text: &str, services: &[Service]) -> String {
     let node_ports = services.iter().filter(|service| service.kind != Kind::ClusterIp).map(|service| service.at.ip());
     let node_port = node_ports.take(1).map(|address| address.to_string()).collect::<String>();
     text.replace("table ip ", "table ip6 ")

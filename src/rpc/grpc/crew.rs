@@ -79,7 +79,7 @@ impl Crew {
     /// Wakes whoever polls.
     pub(super) fn ring(&self) {
         // A bell that takes no more has rung and was not heard yet.
-        (&self.bell).write(&[0]).ok();
+        (&self.bell).write_all(&[0]).ok();
     }
 
     /// Takes the rings off, to be called by whoever polls.
