@@ -54,7 +54,7 @@ impl Limit {
                     sys::signal(process, libc::SIGCONT).ok(); // it ends with the test
                     std::thread::sleep(on);
                     sys::signal(process, libc::SIGSTOP).ok();
-                    std::thread::sleep(PERIOD - on);
+                    std::thread::sleep(PERIOD.saturating_sub(on));
                 }
             };
             Limit::Turns(over, Some(std::thread::spawn(turns)), process)
@@ -232,11 +232,11 @@ fn probes_are_answered_under_load() {
     let (took, used) = (before.elapsed(), processor_time(pid) - used);
     let counted = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     println!(
-        "{:.0} s, the daemon had {:.1} % of a processor ({}); {:.0} ADDs a second: {} with an address, {} without, {} not answered",
+        "{:.0} s, the daemon had {:.1} % of a processor ({}); {} ADDs a second: {} with an address, {} without, {} not answered",
         took.as_secs_f64(),
         100.0 * used / took.as_secs_f64(),
         limit.told(),
-        counted(&tally.asked) as f64 / took.as_secs_f64(),
+        counted(&tally.asked) / took.as_secs().max(1),
         counted(&tally.given),
         counted(&tally.none),
         counted(&tally.failed),

@@ -202,7 +202,7 @@ fn iptables(services: &[Service]) -> String {
     let (table, rest) = MASQUERADE.split_at(MASQUERADE.find("-I").unwrap());
     // The rule about localnet is for IPv4 alone.
     let filter = FILTER.lines().filter(|line| !v6(services) || !line.contains("127.0.0.0/8"));
-    let filter: String = filter.map(|line| format!("{line}\n")).collect();
+    let filter: String = filter.flat_map(|line| [line, "\n"]).collect();
     format!("{filter}{table}{chains}{rest}{portals}{last}\n{ports}{rules}COMMIT\n")
 }
 

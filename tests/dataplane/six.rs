@@ -85,24 +85,24 @@ impl World {
             shell(netns, sysctl);
         }
         let path = |netns: &Netns| netns.path().display().to_string();
-        let mut script = String::new();
+        let mut script = Vec::new();
         for (name, peer, other) in
             [("near", "eth0", &node), ("far", "eth1", &node), ("tovpc", "eth0", &vpc), ("out", "eth0", &internet)]
         {
-            script += &format!("ip link add {name} type veth peer name {peer} netns {}\n", path(other));
-            script += &format!("ip link set {name} up; ip addr add fe80:ec2::1/128 dev {name} nodad\n");
+            script.push(format!("ip link add {name} type veth peer name {peer} netns {}\n", path(other)));
+            script.push(format!("ip link set {name} up; ip addr add fe80:ec2::1/128 dev {name} nodad\n"));
         }
         // As in a VPC, frames go to the ENI that has the address, and only its own addresses come from it.
         for (dev, mac, addresses) in [("near", PRIMARY, [NODE, POD1]), ("far", SECOND, [ENI, POD2])] {
             for address in addresses {
-                script += &format!("ip -6 route add {address} dev {dev}\n");
-                script += &format!("ip neigh replace {address} lladdr {mac} dev {dev} nud permanent\n");
+                script.push(format!("ip -6 route add {address} dev {dev}\n"));
+                script.push(format!("ip neigh replace {address} lladdr {mac} dev {dev} nud permanent\n"));
             }
         }
-        script += &format!("ip -6 route add {VPC} dev tovpc; ip -6 route add {INTERNET} dev out\n");
-        script += "nft add table ip6 check; nft add chain ip6 check pre '{ type filter hook prerouting priority -300; }'\n\
+        script.push(format!("ip -6 route add {VPC} dev tovpc; ip -6 route add {INTERNET} dev out\n"));
+        let guard = "nft add table ip6 check; nft add chain ip6 check pre '{ type filter hook prerouting priority -300; }'\n\
                    nft add rule ip6 check pre ip6 saddr != fe80::/10 fib saddr . iif oif missing drop\n";
-        shell(&router, &script);
+        shell(&router, &(script.concat() + guard));
         for (netns, address) in [(&vpc, VPC), (&internet, INTERNET), (&node, NODE)] {
             let mac = if address == NODE { format!("ip link set eth0 address {PRIMARY}\n") } else { String::new() };
             shell(
