@@ -93,7 +93,14 @@ impl Judge {
 
     /// Looks at everything that happened in the last step.
     pub fn look(&mut self, fleet: &mut Fleet) {
-        if fleet.nodes.iter().any(|node| node.faults.ec2_down || matches!(node.faults.imds, Lie::Stale(_))) {
+        let blind = |node: &Node| match node.faults.imds {
+            Lie::None => node.faults.ec2_down,
+            Lie::Stale(_) => true,
+            Lie::Empty | Lie::OmitEni(_) | Lie::OmitAddresses | Lie::Down => {
+                node.faults.ec2_down || node.setup.settings.imds_only
+            }
+        };
+        if fleet.nodes.iter().any(blind) {
             self.hold_foreign(fleet.nanos());
         }
         for (index, happening) in std::mem::take(&mut fleet.sky.happened) {
@@ -142,8 +149,8 @@ impl Judge {
         }
     }
 
-    // As long as nobody can ask EC2, or IMDS tells what was and gives no reason to ask, nobody can know what others took
-    // away: no time passes for that.
+    // As long as nobody can ask EC2, or IMDS tells what was and gives no reason to ask, or tells little and is all there
+    // is, nobody can know what others took away: no time passes for that.
     fn hold_foreign(&mut self, nanos: u64) {
         let prefixes = self.foreign_prefixes.iter_mut().map(|(_, at)| at);
         for at in self.foreign.values_mut().chain(self.foreign_enis.values_mut()).chain(prefixes) {

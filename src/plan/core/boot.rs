@@ -146,12 +146,12 @@ impl Core {
     }
 
     pub(super) fn scan_done(&mut self, enis: Vec<imds::Eni>) {
-        self.succeeded(Timer::Scan);
         if enis.is_empty() {
             // An instance always has its primary ENI: this is no observation (`spec/ipamd.md` 17 "IMDS answers nothing").
             self.log(Level::Warn, "IMDS lists no ENI: ignored".into());
             return self.scan_failed();
         }
+        self.succeeded(Timer::Scan);
         let before = std::mem::replace(&mut self.attached, enis.into_iter().map(|eni| (eni.id.clone(), eni)).gather());
         self.note_attached(&before);
         let first = !std::mem::replace(&mut self.scanned, true);
