@@ -33,12 +33,14 @@ struct Ward {
     root: Root,
     /// What scripts may name.
     variables: Vec<(&'static str, String)>,
+    /// Further arguments of the doctor.
+    args: &'static [&'static str],
 }
 
 impl Ward {
     fn new(node: Arc<Node>, env: &[(&str, &str)]) -> Ward {
         let env = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        Ward { node, env, root: Root::new(), variables: Vec::new() }
+        Ward { node, env, root: Root::new(), variables: Vec::new(), args: &[] }
     }
 
     /// The operator's command on the node, with the daemon's settings and these.
@@ -58,7 +60,7 @@ impl Ward {
     fn doctor(&self, fault: Option<&Fault>, args: &[&str]) -> (i32, Value) {
         let root = self.root.0.display().to_string();
         let words = ["doctor", "--json", "--root", &root];
-        let (code, text) = self.enibox(&words, fault.map_or(&[], |fault| fault.env), args);
+        let (code, text) = self.enibox(&words, fault.map_or(&[], |fault| fault.env), &[self.args, args].concat());
         (code, serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}")))
     }
 

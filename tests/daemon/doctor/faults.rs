@@ -252,20 +252,14 @@ pub const BRANCH_FAULTS: &[Fault] = &[
     ours("default route of the branch", "branch-route", "$IP route del default table $T"),
     ours("default route of the branch over the primary", "branch-route", "$IP route del default table $T; $IP route add default dev $ETH table $T"),
     ours("table of the branch flushed", "branch-route", "$IP route flush table $T"),
-    ours("trunk MTU", "eni-mtu", "ip link set $TRUNK mtu 1500"),
     ours("trunk MTU, its branches", "branch-link", "ip link set $TRUNK mtu 1500"),
     ours("trunk down", "eni-link", "ip link set $TRUNK down"),
     ours("trunk down and up", "branch-route", "ip link set $TRUNK down; ip link set $TRUNK up"),
     ours("branch rules of a lost device", "branch-rule", "$IP rule add pref 10 iif vlan.eth.999 lookup 1099"),
     ours("host veth down", "pod-link", "ip link set $V down"),
-    ours("host veth MTU", "pod-mtu", "ip link set $V mtu 1400"),
     ours("host veth MAC", "pod-mac", "ip link set $V address 02:00:00:00:00:99"),
     ours("pod link down", "inside-link", "ip -n $P link set eth0 down"),
-    ours("pod address", "inside-address", "ip -n $P addr flush dev eth0 scope global"),
-    ours("pod default route", "inside-route", "ip -n $P ${IP#ip } route del default"),
-    ours("pod MTU", "inside-mtu", "ip -n $P link set eth0 mtu 1400"),
     ours("pod's gateway neighbour", "inside-neighbour", "ip -n $P neigh del $PGW dev eth0"),
-    ours("pod's gateway neighbour's MAC", "inside-neighbour", "ip -n $P neigh replace $PGW lladdr 02:00:00:00:00:98 dev eth0 nud permanent"),
 ];
 
 #[rustfmt::skip]
