@@ -14,8 +14,8 @@ use std::time::Duration;
 
 /// Stack of a thread; the handler runs on it.
 const STACK_SIZE: usize = 256 * 1024;
-/// A thread that has had nothing to do for so long ends.
-const IDLE_LIMIT: Duration = Duration::from_secs(10);
+/// A thread that has had nothing to do for so long ends: an idle node has none.
+const IDLE_LIMIT: Duration = Duration::from_secs(2);
 /// Bytes of calls in the line; real ones have a few hundred each.
 const LINE_BYTES_MAX: usize = 8 << 20;
 
