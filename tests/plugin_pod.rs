@@ -573,7 +573,7 @@ fn check_tells_what_is_missing() {
         differs(&["the daemon has not given 10.0.12.34"]);
         write_checkpoint(&[("cni-5a1f", "sample-pod", POD_IP)]);
         socket.run(&[link::delete_by_name("enicc21c2d7785")]).unwrap();
-        differs(&["enicc21c2d7785", "eth0"]);
+        differs(&["10.0.12.34 is given out, and no veth leads to it", "eth0"]);
         assert_eq!(call("CHECK").run().failure().0, 7);
     });
 }
