@@ -15,7 +15,6 @@ use crate::model::kube::{Call, Node, Reply};
 use crate::model::map::Map;
 use crate::model::settings::Settings;
 use crate::plan::core::{Event, OpId};
-use crate::sys;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -42,8 +41,8 @@ pub(super) struct Api {
     node: Option<Node>,
 }
 
-/// Finds the API server; waits for it if a feature that is on cannot do without. `None`: a signal came meanwhile.
-pub(super) fn reach(settings: &Settings) -> Result<Option<Api>> {
+/// Finds the API server; waits for it if a feature that is on cannot do without.
+pub(super) fn reach(settings: &Settings) -> Result<Api> {
     let features = [
         (settings.pod_eni, "ENABLE_POD_ENI"),
         (settings.custom_networking, "AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG"),
@@ -59,11 +58,9 @@ pub(super) fn reach(settings: &Settings) -> Result<Option<Api>> {
         }
     };
     let Some((client, _)) = server.as_ref().filter(|_| needed.is_some()) else {
-        return Ok(Some(Api { server, node: None }));
+        return Ok(Api { server, node: None });
     };
-    if !wait(client)? {
-        return Ok(None);
-    }
+    wait(client)?;
     let mut attempt = 1;
     let node = loop {
         match client.node(NODE_LIMIT) {
@@ -75,7 +72,7 @@ pub(super) fn reach(settings: &Settings) -> Result<Option<Api>> {
             Err(trouble) => return Err(trouble).context("read our node"),
         }
     };
-    Ok(Some(Api { server, node: Some(node) }))
+    Ok(Api { server, node: Some(node) })
 }
 
 /// Our node, if the API server gives it at once. If not, the watches will tell why.
@@ -94,12 +91,12 @@ fn find(settings: &Settings) -> Result<(Client, Writer)> {
     }
 }
 
-// Everything may pass but a certificate and credentials that are refused. False: a signal wants us to end.
-fn wait(client: &Client) -> Result<bool> {
+// Everything may pass but a certificate and credentials that are refused.
+fn wait(client: &Client) -> Result<()> {
     let mut cause = String::new();
     loop {
         match client.probe() {
-            Ok(()) => return Ok(true),
+            Ok(()) => return Ok(()),
             Err(trouble) if trouble.is_final() => return Err(trouble).context("reach the API server"),
             Err(trouble) => {
                 let text = trouble.to_string();
@@ -109,10 +106,7 @@ fn wait(client: &Client) -> Result<bool> {
                 }
             }
         }
-        if let Some(signal) = sys::wait_signal(LOOK_EVERY).context("wait for a signal")? {
-            log::info!("signal {signal}: stopping");
-            return Ok(false);
-        }
+        std::thread::sleep(LOOK_EVERY);
     }
 }
 
@@ -348,7 +342,7 @@ mod tests {
     #[test]
     fn what_is_missing_matters_to_features_alone() {
         let complaint = |variables: &[(&str, &str)]| match reach(&settings(variables)) {
-            Ok(api) => Ok(api.is_some_and(|api| api.server.is_some())),
+            Ok(api) => Ok(api.server.is_some()),
             Err(error) => Err(error.to_string()),
         };
         assert_eq!(complaint(&[]), Ok(false));
@@ -376,7 +370,7 @@ mod tests {
         let settings = settings(&[("CLUSTER_ENDPOINT", &endpoint), ("MY_NODE_NAME", "n")]);
         let (events, inbox) = sync_channel(64);
         let (ended, _ends) = sync_channel(16);
-        let queue = reach(&settings).unwrap().unwrap().start(&events, &ended).unwrap().unwrap();
+        let queue = reach(&settings).unwrap().start(&events, &ended).unwrap().unwrap();
         let ask = |op: u64, name: &str| {
             queue.send((op, Call::PodWithBranch { namespace: "a".into(), name: name.into() })).unwrap();
         };
@@ -413,7 +407,7 @@ mod tests {
             api.add_node("n", 17);
             let kube = Kube::new(api);
             let _server = kube.serve(TcpListener::bind(address).unwrap()).unwrap();
-            let api = waiting.join().unwrap().unwrap().unwrap();
+            let api = waiting.join().unwrap().unwrap();
             assert_eq!(api.node.unwrap().max_pods, Some(17));
             // Credentials that are refused are not waited for.
             kube.tune(|knobs| knobs.tokens = Some(Set::new()));

@@ -100,12 +100,12 @@ pub fn run() -> u8 {
 
 /// The same; `ready` is called once, on a thread of its own, as soon as plugins are served. Its error ends the daemon.
 pub fn run_then(ready: Ready) -> u8 {
-    let mut tuner = Tuner::read();
+    let tuner = Tuner::read();
     let settings = &tuner.known().layered.settings;
     let log_file = settings.log_file.clone();
     logging::init(&log_file, &settings.log_level, logging::Stdout::Allowed);
     log::info!("enibox {} starting as the node's IPAM daemon", crate::VERSION);
-    match settle(&mut tuner).and_then(|settings| serve(&settings, tuner, ready)) {
+    match serve(tuner, ready) {
         Ok(()) => exit::OK,
         Err(error) => {
             log::error!("{error}");
@@ -120,8 +120,6 @@ pub fn run_then(ready: Ready) -> u8 {
 
 // The settings to start with, told in the log.
 fn settle(tuner: &mut Tuner) -> Result<Settings> {
-    // Before any thread starts, so that all inherit the mask and only the waiting thread gets them.
-    sys::block_signals().context("block signals")?;
     if tuner.is_first()
         && let Some(node) = kube::look(&tuner.known().layered.settings)
     {
@@ -142,12 +140,70 @@ fn settle(tuner: &mut Tuner) -> Result<Settings> {
     Ok(layered.settings.clone())
 }
 
-fn serve(settings: &Settings, tuner: Tuner, ready: Ready) -> Result<()> {
+/// Starts, and serves until a signal or a failure ends it.
+///
+/// What a start waits for may never answer: IMDS, EC2, the API server. A signal must end it all the same, within the time that
+/// the kubelet gives us. Hence the start has a thread of its own, which is left where it is.
+fn serve(mut tuner: Tuner, ready: Ready) -> Result<()> {
+    // Before any thread starts, so that all inherit the mask and only the waiting thread gets them.
+    sys::block_signals().context("block signals")?;
+    let (ended, ends) = sync_channel(16);
+    let signals = ended.clone();
+    spawn("signal", &ended, move || wait_for_signal(&signals))?;
+    let (started, running) = sync_channel(1);
+    let starting = move || match settle(&mut tuner).and_then(|settings| start(&settings, tuner, ready, &ended)) {
+        Ok(running) => drop(started.try_send(running)), // only a process that ends already has nobody to take it
+        Err(error) => drop(ended.try_send(End::Thread(error.to_string()))), // as in `spawn`
+    };
+    std::thread::Builder::new().name("start".into()).spawn(starting).context("start thread start")?;
+
+    let end = ends.recv().context("wait for the end")?;
+    let running = running.try_recv().ok();
+    let result = match end {
+        End::Signal(signal) => {
+            log::info!(
+                "signal {signal}: {}",
+                if running.is_some() { "stopping" } else { "leaving before the start is done" }
+            );
+            Ok(())
+        }
+        End::Thread(reason) => Err(Error::new(reason)),
+    };
+    if let Some(running) = running {
+        if result.is_ok() {
+            // STATUS asks for it (`plugin`); without it the node is NotReady until the next start, no more.
+            std::fs::write(naming::DAEMON_STOPPED, "").ok();
+        }
+        running.stop();
+    }
+    log::info!("stopped");
+    result
+}
+
+/// What has to be told when the process ends.
+struct Running {
+    events: SyncSender<Event>,
+    stop: Stop,
+    closed: Receiver<()>,
+}
+
+impl Running {
+    /// Running requests may finish; pods keep their network whatever happens here (`spec/ipamd.md` 14).
+    fn stop(self) {
+        self.events.send(Event::Stop).ok();
+        self.stop.stop();
+        if self.closed.recv_timeout(STOP_LIMIT) == Err(RecvTimeoutError::Timeout) {
+            log::warn!("requests are still running; leaving all the same");
+        }
+    }
+}
+
+/// Everything until the threads are there.
+fn start(settings: &Settings, tuner: Tuner, ready: Ready, ended: &SyncSender<End>) -> Result<Running> {
     let env = |name: &str| std::env::var(name).ok();
     let metrics = Arc::new(Metrics::new());
-    let (ended, ends) = sync_channel(16);
     let board = Board::new(settings, tuner.known().clone());
-    introspect::start(settings, &board, &metrics, &ended)?;
+    introspect::start(settings, &board, &metrics, ended)?;
     let store = PathBuf::from(&settings.backing_store);
     let imds = Arc::new(imds_client(settings, &store, &metrics)?);
     let identity = identify(settings, &imds)?;
@@ -163,12 +219,12 @@ fn serve(settings: &Settings, tuner: Tuner, ready: Ready) -> Result<()> {
     let config = configure(settings, &valid, &limits, &identity)?;
     let policy = policy(settings, &config, &identity);
 
-    let Some(api) = kube::reach(settings)? else { return Ok(()) };
+    let api = kube::reach(settings)?;
     let (events, inbox) = sync_channel(EVENTS_MAX);
     let stop = Stop::new();
     let started = files::read_start(&store, config.cards.keys().copied(), config.v6)?;
     board.introduce(&identity, valid.mode);
-    let executors = Executors::start(&events, &ended, &imds, &ec2, &metrics, store, api.start(&events, &ended)?)?;
+    let executors = Executors::start(&events, ended, &imds, &ec2, &metrics, store, api.start(&events, ended)?)?;
     let calls = Calls::default();
     let (open, closed) = sync_channel::<()>(0); // `open` goes when the last request is served
     let rpc = {
@@ -182,28 +238,10 @@ fn serve(settings: &Settings, tuner: Tuner, ready: Ready) -> Result<()> {
     };
     metrics.initialising();
     events.send(started).context("start the core")?;
-    let notes = tuning::start(tuner, identity, board.clone(), events.clone(), &ended)?;
+    let notes = tuning::start(tuner, identity, board.clone(), events.clone(), ended)?;
     let hands = Hands { executors, calls, metrics, board, notes, mode: valid.mode };
-    spawn("core", &ended, move || core_loop(Core::new(config), &inbox, &hands, rpc))?;
-    spawn("signal", &ended.clone(), move || wait_for_signal(&ended))?;
-
-    let result = match ends.recv().context("wait for the end")? {
-        End::Signal(signal) => {
-            log::info!("signal {signal}: stopping");
-            // STATUS asks for it (`plugin`); without it the node is NotReady until the next start, no more.
-            std::fs::write(naming::DAEMON_STOPPED, "").ok();
-            Ok(())
-        }
-        End::Thread(reason) => Err(Error::new(reason)),
-    };
-    // Running requests may finish; pods keep their network whatever happens here (`spec/ipamd.md` 14).
-    events.send(Event::Stop).ok();
-    stop.stop();
-    if closed.recv_timeout(STOP_LIMIT) == Err(RecvTimeoutError::Timeout) {
-        log::warn!("requests are still running; leaving all the same");
-    }
-    log::info!("stopped");
-    result
+    spawn("core", ended, move || core_loop(Core::new(config), &inbox, &hands, rpc))?;
+    Ok(Running { events, stop, closed })
 }
 
 fn imds_client(settings: &Settings, store: &Path, metrics: &Arc<Metrics>) -> Result<imds::Client> {
