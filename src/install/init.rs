@@ -15,7 +15,9 @@ use crate::netlink::link;
 use crate::netlink::socket::Socket;
 use crate::netlink::sysctl;
 use crate::plan::host;
+use crate::sys;
 use std::path::Path;
+use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
 /// How long the link of the primary ENI is looked for, and how often. It is there before the kubelet is, but for a driver
@@ -30,7 +32,7 @@ pub fn run() -> u8 {
     for complaint in complaints {
         log::warn!("{complaint}");
     }
-    match prepare(&settings) {
+    match until_told(move || prepare(&settings)) {
         Ok(()) => {
             log::info!("CNI init container done");
             exit::OK
@@ -40,6 +42,31 @@ pub fn run() -> u8 {
             exit::FAILURE
         }
     }
+}
+
+/// Does the work on a thread of its own, and leaves it where it is when a signal comes: the metadata service may be silent for
+/// half a minute, a first process has no default action for signals, and a node that goes away must not wait for the kubelet to
+/// kill us. Whatever is cut off is whole or not there, and done again by the next start. Not done is a failure, or the
+/// kubelet would go on to the next container.
+fn until_told(work: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+    // Before the threads, which inherit it.
+    sys::block_signals().context("block signals")?;
+    let (ended, end) = sync_channel(2);
+    let signals = ended.clone();
+    let wait = move || {
+        let told = loop {
+            match sys::wait_signal(Duration::from_hours(1)).context("wait for a signal") {
+                Ok(None) => {}
+                Ok(Some(signal)) => break Error::new(format!("signal {signal}: leaving before the node is prepared")),
+                Err(error) => break error,
+            }
+        };
+        signals.try_send(Err(told)).ok(); // nobody is there who could wait for it
+    };
+    let begin = |name: &str| std::thread::Builder::new().name(name.into());
+    begin("signal").spawn(wait).context("start thread signal")?;
+    begin("prepare").spawn(move || ended.try_send(work())).context("start thread prepare")?;
+    end.recv().map_err(|_| Error::new("thread prepare ended"))?
 }
 
 fn prepare(settings: &Settings) -> Result<()> {

@@ -2,10 +2,14 @@
 
 use crate::container::{Answers, Imds, MAC, Node, add_link, hold, on_a_node, put, set};
 use crate::support::tool;
+use enibox::clock;
 use enibox::rpc::http1::{Response, Verdict};
+use enibox::sys;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::os::unix::fs::symlink;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 const RP_FILTER: &str = "net/ipv4/conf/eth0/rp_filter";
@@ -245,6 +249,51 @@ fn a_metadata_service_that_is_never_there_ends_it() {
                     drop(held);
                 });
             });
+        }
+    });
+}
+
+/// The process that `parent` has started, once it is there.
+fn child_of(parent: u32) -> u32 {
+    let path = format!("/proc/{parent}/task/{parent}/children");
+    loop {
+        if let Ok(child) = fs::read_to_string(&path).unwrap().trim().parse() {
+            return child;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_signal_ends_it_while_the_metadata_service_is_silent() {
+    on_a_node(|node| {
+        let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+        node.asks(silent.local_addr().unwrap());
+        put(&node.image("portmap"), "one");
+        set(&[(RP_FILTER, "1")]);
+        for signal in [libc::SIGTERM, libc::SIGINT] {
+            // As the first process of its namespace, as in a container: there the kernel drops signals that nobody asked for.
+            let plain = node.command(&[]);
+            let mut command = Command::new("unshare");
+            command.args(["--pid", "--fork", "--kill-child"]).arg(plain.get_program()).stdin(Stdio::null());
+            command.current_dir(plain.get_current_dir().unwrap()).stderr(Stdio::piped()).env_clear();
+            command.env("PATH", std::env::var_os("PATH").unwrap());
+            command.envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))));
+            let mut running = command.spawn().unwrap();
+            let mut lines = BufReader::new(running.stderr.take().unwrap()).lines().map(Result::unwrap);
+            assert!(lines.any(|line| line.contains("Configure rp_filter loose...")));
+            // Asking by now, or about to.
+            std::thread::sleep(Duration::from_millis(200));
+            let begin = clock::instant();
+            sys::signal(child_of(running.id()), signal).unwrap();
+            let last = lines.last().unwrap_or_default();
+            let status = running.wait().unwrap();
+            let took = begin.elapsed();
+            println!("signal {signal} while the metadata service is silent: {took:?}");
+            assert_eq!(status.code(), Some(1), "{last}");
+            assert!(last.contains(&format!("level=error msg=\"signal {signal}: leaving before")), "{last}");
+            assert!(took < Duration::from_secs(5), "{took:?}");
+            hold(&[(RP_FILTER, "1")]);
         }
     });
 }
