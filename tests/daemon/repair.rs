@@ -12,6 +12,7 @@ use enibox::model::nft::Table;
 use enibox::netlink::{KernelError, rule, sysctl};
 use enibox::plan::ruleset;
 use enibox::sandbox::world::HOSTS;
+use enibox::sys;
 use ipnet::IpNet;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -150,11 +151,15 @@ fn meddle(stage: &Stage, commands: &[String]) {
     stage.node.place.net.run(run).unwrap().unwrap();
 }
 
-/// A table as kube-proxy has one: as long as anybody has a chain for translation, the kernel goes on translating the packets
-/// of established connections.
+/// A table as kube-proxy has one in all its modes. As long as anybody has a chain for translation, the kernel goes on translating the
+/// packets of established connections; and as long as anybody has a rule that looks at connections, it knows them (a chain alone
+/// asks for none: only expressions call `nf_ct_netns_get`). A node whose last such rule goes with our table forgets them as
+/// soon as the kernel has cleaned up, which on a busy machine is before the repair: a pod's packets leave as they are then, answers
+/// stay at the node, and both are refused with a reset by whom they reach.
 fn others(stage: &Stage) {
     let chain = "nft add chain ip others nat { type nat hook postrouting priority 200 ; }";
-    meddle(stage, &["nft add table ip others".into(), chain.into()]);
+    let rule = "nft add rule ip others nat ct state new mark and 0x4000 == 0x4000 counter masquerade";
+    meddle(stage, &["nft add table ip others".into(), chain.into(), rule.into()]);
 }
 
 /// A node with six pods on two ENIs and foreign entries, whose pods are watched over.
@@ -259,6 +264,7 @@ fn what_others_alter_is_put_back_while_traffic_runs() {
         let now = repairs(&stage, what);
         assert!(now > counted, "{name}: {what} is not counted: {:?}", counters(&stage, "awscni_repairs_total"));
     }
+    connections_outlive_a_late_repair(&stage, &pods);
     stage.probe_all(&pods);
     let status = stage.node.place.net.run(|| fetch("127.0.0.1:61679", "/v1/enibox/status")).unwrap();
     assert!(status.contains("\"repairs\":[{") && status.contains("\"what\":\"ruleset\""), "{status}");
@@ -269,6 +275,22 @@ fn what_others_alter_is_put_back_while_traffic_runs() {
         stage.delete(pod);
     }
     stage.stop();
+}
+
+/// Our table is away for longer than the kernel takes to clean up behind it, as on a machine that is busy.
+fn connections_outlive_a_late_repair(stage: &Stage, pods: &[Subject]) {
+    let before = picture(stage);
+    let talk = Talk::start(stage, &pods[4..]);
+    sys::signal(stage.pid(), libc::SIGSTOP).unwrap();
+    meddle(stage, &["nft delete table ip aws-cni".into()]);
+    std::thread::sleep(Duration::from_secs(1));
+    sys::signal(stage.pid(), libc::SIGCONT).unwrap();
+    eventually(Duration::from_secs(20), "the table is back", || {
+        let found = before.differences(&picture(stage));
+        if found.is_empty() { Ok(()) } else { Err((found, stage.log())) }
+    });
+    let said = talk.finish();
+    println!("a second without our table: {} connections, tcp pause {:?}", said.connections, said.longest);
 }
 
 #[test]
