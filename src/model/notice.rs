@@ -1,6 +1,6 @@
 //! A change in the kernel as it is told to those who subscribed.
 
-use super::net::{Address, Link, Route, Rule};
+use super::net::{Address, Family, Link, Route, Rule};
 use crate::model::map::Set;
 
 /// What has changed.
@@ -22,11 +22,15 @@ pub enum Notice {
     Rule(Rule),
     /// A rule has gone.
     RuleGone(Rule),
-    /// An interface's IPv4 settings below `net/ipv4/conf` are new or have changed.
+    /// An interface's settings below `net/ipv4/conf` or `net/ipv6/conf` are new or have changed.
     Conf {
-        /// Index of its link; negative for `all` and `default`.
+        /// Of IPv4 or IPv6.
+        family: Family,
+        /// Index of its link; -1 for `all`, -2 for `default` (`linux/netconf.h`).
         dev: i32,
-        /// `rp_filter`, if it is told.
+        /// `forwarding`, if it is told; of IPv4's `all` that is `net/ipv4/ip_forward`.
+        forwarding: Option<u32>,
+        /// `rp_filter`, if it is told: IPv4 alone has it.
         rp_filter: Option<u32>,
     },
     /// A transaction of nf_tables was committed.

@@ -12,6 +12,7 @@ use super::socket::{Message, Socket, messages};
 use super::{addr, link, nft, route, rule};
 use crate::error::{Context, Result};
 use crate::model::map::Set;
+use crate::model::net::Family;
 pub use crate::model::notice::Notice;
 use crate::{clock, sys};
 use neli::consts::rtnl::Rtm;
@@ -33,8 +34,8 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Subscribes in the calling thread's namespace to links, addresses, routes and rules of both families, to IPv4's
-    /// settings of interfaces, and to nf_tables if `nft` is set. Subscribe first and read the state then: so nothing is missed between.
+    /// Subscribes in the calling thread's namespace to links, addresses, routes, rules and settings of interfaces of both
+    /// families, and to nf_tables if `nft` is set. Subscribe first and read the state then: so nothing is missed between.
     pub fn open(nft: bool) -> Result<Monitor> {
         let groups = [
             libc::RTNLGRP_LINK,
@@ -45,6 +46,7 @@ impl Monitor {
             libc::RTNLGRP_IPV4_RULE,
             libc::RTNLGRP_IPV6_RULE,
             libc::RTNLGRP_IPV4_NETCONF,
+            libc::RTNLGRP_IPV6_NETCONF,
         ];
         let open = |family, groups: &[u32], what: &str| {
             let socket = Socket::open(family, groups).with_context(|| format!("subscribe to {what}"))?;
@@ -148,11 +150,13 @@ fn notice(message: &Message<'_>) -> Option<Notice> {
     }
 }
 
-/// `struct netconfmsg` is one byte, padded; NETCONFA_IFINDEX and NETCONFA_RP_FILTER (`linux/netconf.h`).
+/// `struct netconfmsg` is the family in one byte, padded; NETCONFA_IFINDEX, NETCONFA_FORWARDING and NETCONFA_RP_FILTER
+/// (`linux/netconf.h`).
 fn conf(body: &[u8]) -> Option<Notice> {
     let attrs = Attrs::after(body, 4);
-    let dev = attrs.clone().find(1u16)?.u32()?.cast_signed();
-    Some(Notice::Conf { dev, rp_filter: attrs.clone().find(3u16).and_then(|value| value.u32()) })
+    let value = |kind: u16| attrs.clone().find(kind).and_then(|value| value.u32());
+    let family = if i32::from(*body.first()?) == libc::AF_INET6 { Family::V6 } else { Family::V4 };
+    Some(Notice::Conf { family, dev: value(1)?.cast_signed(), forwarding: value(2), rp_filter: value(3) })
 }
 
 /// The changes of a transaction come one by one, each with the table's name as its first attribute, and then the new

@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::model::ids::EniId;
 use crate::model::map::Map;
 use crate::model::naming;
-use crate::model::net::{Address, Link, Mac, Route, Rule};
+use crate::model::net::{Address, Family, Link, Mac, Route, Rule};
 use crate::model::nft::{SnatPorts, Table};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -323,12 +323,23 @@ pub fn sysctls(intent: &Intent, primary: &str) -> Vec<(String, &'static str)> {
         // For all links first: that one changes those of the single links too.
         wanted.extend(["all", primary].map(|name| (format!("net/ipv6/conf/{name}/disable_ipv6"), "0")));
     }
-    if intent.v6 || intent.egress != Egress::Off {
-        wanted.push(("net/ipv6/conf/all/forwarding".into(), "1"));
+    wanted.extend(
+        [Family::V4, Family::V6].into_iter().filter_map(|family| Some((forwarding(intent, family)?.into(), "1"))),
+    );
+    if forwarding(intent, Family::V6).is_some() {
         // With forwarding on, 1 would mean that router advertisements are not listened to.
         wanted.push((format!("net/ipv6/conf/{primary}/accept_ra"), "2"));
     }
     wanted
+}
+
+/// The sysctl that lets packets of the family through, if it is ours. In IPv4 mode IPv4's is the system's own, which the doctor
+/// looks at.
+pub(super) fn forwarding(intent: &Intent, family: Family) -> Option<&'static str> {
+    match family {
+        Family::V4 => (intent.v6 && matches!(intent.egress, Egress::Snat(_))).then_some("net/ipv4/ip_forward"),
+        Family::V6 => (intent.v6 || intent.egress != Egress::Off).then_some("net/ipv6/conf/all/forwarding"),
+    }
 }
 
 /// The steps that make `seen` what `intent` wants. An error when the primary ENI has no link (MAC and links are named) or

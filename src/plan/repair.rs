@@ -6,16 +6,19 @@
 //! notices with every ADD and DEL, and none of them may cost a look: they concern pods that are not in the intent, because
 //! an ADD is not over yet or because the pod was released.
 
-use super::host::{HostEni, Intent, Observation, Step, What, global, link_of, single, veths_of};
+use super::host::{HostEni, Intent, Observation, Step, What, forwarding, global, link_of, single, veths_of};
 use crate::model::map::Map;
 use crate::model::naming::{self, priority};
-use crate::model::net::{Link, Mac, Route, Rule, TABLE_LOCAL, TABLE_MAIN};
+use crate::model::net::{Family, Link, Mac, Route, Rule, TABLE_LOCAL, TABLE_MAIN};
 use crate::model::notice::Notice;
 use crate::model::order::Gather as _;
 use crate::model::time::Mono;
 use ipnet::IpNet;
 use std::net::IpAddr;
 use std::time::Duration;
+
+/// In place of an interface's index: the settings of all (NETCONFA_IFINDEX_ALL in `linux/netconf.h`).
+const ALL: i32 = -1;
 
 /// What is watched.
 #[derive(Debug, Default)]
@@ -114,9 +117,13 @@ impl Watch {
             Notice::RouteGone(route) => self.route_gone(route),
             Notice::Rule(rule) => !rule.foreign && self.claims(rule) && !self.wants(rule),
             Notice::RuleGone(rule) => !rule.foreign && self.wants(rule),
-            Notice::Conf { dev, rp_filter } => {
-                i64::from(*dev) == i64::from(self.primary) && rp_filter.is_some_and(|value| value != 2)
+            Notice::Conf { family: Family::V4, dev, rp_filter: Some(value), .. }
+                if i64::from(*dev) == i64::from(self.primary) =>
+            {
+                *value != 2
             }
+            Notice::Conf { family, dev: ALL, forwarding: Some(0), .. } => forwarding(&self.intent, *family).is_some(),
+            Notice::Conf { .. } => false,
         }
     }
 

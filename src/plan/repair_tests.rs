@@ -158,9 +158,15 @@ fn links_addresses_and_the_rest() {
     assert!(watch_six.concerns(&Notice::AddressGone(own)) && !watch().concerns(&Notice::AddressGone(own)));
     assert!(!watch_six.concerns(&Notice::AddressGone(address(8, "fe80::1/64"))), "a stranger's");
     for (dev, rp_filter, look) in [(3, Some(1), true), (3, Some(2), false), (3, None, false), (4, Some(1), false)] {
-        check(&Notice::Conf { dev, rp_filter }, look);
+        check(&Notice::Conf { family: Family::V4, dev, forwarding: Some(0), rp_filter }, look);
     }
-    check(&Notice::Conf { dev: -1, rp_filter: Some(1) }, false);
+    check(&Notice::Conf { family: Family::V4, dev: ALL, forwarding: Some(1), rp_filter: Some(1) }, false);
+    let off = |family| Notice::Conf { family, dev: ALL, forwarding: Some(0), rp_filter: None };
+    let egress = Intent { egress: Egress::Snat(ip("10.20.11.162")), ..six.clone() };
+    for (intent, ours) in [(Intent::default(), [false, false]), (six, [false, true]), (egress, [true, true])] {
+        let watch = Watch::new(&intent, &Observation::default());
+        assert_eq!([off(Family::V4), off(Family::V6)].map(|notice| watch.concerns(&notice)), ours, "{intent:?}");
+    }
     check(&Notice::Overrun, true);
     for (table, look) in [("aws-cni", true), ("kube-proxy", false)] {
         let tables = Set::from([table.to_owned()]);

@@ -6,7 +6,7 @@ use super::{POD_MAC, ip, net, veth_here};
 use enibox::model::net::{Address, Family, Neighbour, Route, Rule, Scope};
 use enibox::model::nft::{ChainKind, Expr, Hook, Table};
 use enibox::netlink::monitor::{Monitor, Notice};
-use enibox::netlink::{Socket, addr, conntrack, link, neigh, nft, route, rule};
+use enibox::netlink::{Socket, addr, conntrack, link, neigh, nft, route, rule, sysctl};
 use ipnet::IpNet;
 use std::net::{IpAddr, UdpSocket};
 use std::time::Duration;
@@ -105,6 +105,26 @@ fn changes_are_told_as_they_happen() {
             notices.iter().any(|notice| matches!(notice, Notice::LinkGone(link) if link.name == "a")),
             "{notices:?}"
         );
+    });
+}
+
+#[test]
+fn settings_of_both_families_are_told() {
+    in_fresh_netns(|| {
+        let mut monitor = Monitor::open(false).unwrap();
+        // The kernel tells of a change alone, and a new namespace may have what the first one has.
+        for (path, family) in [("net/ipv4/ip_forward", Family::V4), ("net/ipv6/conf/all/forwarding", Family::V6)] {
+            for value in [1, 0] {
+                sysctl::set(path, &value.to_string()).unwrap();
+                while monitor.next(Duration::ZERO).unwrap().is_some() {}
+                sysctl::set(path, &(1 - value).to_string()).unwrap();
+                let told = std::iter::from_fn(|| monitor.next(Duration::from_millis(300)).unwrap()).any(|notice| {
+                    matches!(notice, Notice::Conf { family: of, dev: -1, forwarding: Some(now), .. }
+                        if of == family && now == 1 - value)
+                });
+                assert!(told, "{path} = {}", 1 - value);
+            }
+        }
     });
 }
 

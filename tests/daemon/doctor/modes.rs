@@ -155,12 +155,32 @@ fn single_faults_in_ipv6_mode() {
     ];
     let addresses = clinic.pods.iter().map(|pod| 1 + pod.further.len()).sum();
     ward.is_healthy(addresses);
+    settings_are_put_back_at_once(&clinic, &ward);
     let _answers = clinic.replace_daemon(&ward);
     let (code, told) = ward.doctor(None, &["--address", "127.0.0.1:1"]);
     assert_eq!((code, names(&told)), (3, vec!["daemon-silent".to_owned()]), "without a daemon: {told:#}");
     let wrong = ward.trials(V6_FAULTS);
     assert!(wrong.is_empty(), "{wrong:?}");
     assert!(V6_FAULTS.len() >= 60, "{}", V6_FAULTS.len());
+}
+
+/// Of these the kernel tells when they are changed, so that the daemon needs not wait for its next regular look.
+fn settings_are_put_back_at_once(clinic: &Clinic, ward: &Ward) {
+    for (path, wrong, right) in [
+        ("net/ipv6/conf/all/forwarding", "0", "1"),
+        ("net/ipv4/ip_forward", "0", "1"),
+        ("net/ipv4/conf/eth0/rp_filter", "1", "2"),
+    ] {
+        let counted = clinic.repairs("sysctl");
+        let begin = clock::instant();
+        ward.script(&format!("echo {wrong} > /proc/sys/{path}")).unwrap();
+        eventually(Duration::from_secs(4), path, || {
+            let value = ward.told(&format!("cat /proc/sys/{path}"));
+            if value == right { Ok(()) } else { Err(value) }
+        });
+        println!("{path} is put back after {:?}", begin.elapsed());
+        assert!(clinic.repairs("sysctl") > counted, "{path} is not counted");
+    }
 }
 
 /// Whether this kernel has VLAN devices; says so if not.
