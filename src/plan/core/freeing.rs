@@ -20,7 +20,7 @@ const SHRINK_EVERY: Duration = Duration::from_secs(30);
 const UNASSIGNED: Duration = Duration::from_mins(1);
 /// Between a detach and the first attempt to delete.
 const AFTER_DETACH: Duration = Duration::from_secs(2);
-/// Between two looks at an ENI that EC2 lists and does not find.
+/// Between two looks at an ENI that EC2 neither lists nor finds: only both of them, twice, mean that it is gone.
 const NOT_FOUND_AGAIN: Duration = Duration::from_secs(10);
 /// Pauses between attempts to detach and to delete.
 const AGAIN: Backoff = Backoff { first: Duration::from_millis(500), cap: Duration::from_mins(1), jitter_percent: 15 };
@@ -34,17 +34,16 @@ pub(super) struct Free {
     pub(super) attachment: Option<AttachmentId>,
     stage: Stage,
     tries: u32,
-    doubt: Doubt,
+    seen: Seen,
 }
 
-/// Whether EC2 contradicts itself: an ENI that it has just listed, and does not find, is looked at once more.
+/// What EC2 told when it was last asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Doubt {
-    None,
-    /// It was listed when it was last looked at.
+enum Seen {
+    Nothing,
     Listed,
-    /// It was not found although listed.
-    Once,
+    /// Neither listed nor found, once.
+    Absent,
 }
 
 /// Nothing was found that could be given back, and that holds as long as nothing of this changes. Most steps of a node
@@ -76,7 +75,7 @@ enum Stage {
 impl Free {
     /// One that was begun before, by a former run or as the end of a creation.
     pub(super) fn resumed(attachment: Option<AttachmentId>) -> Free {
-        Free { attachment, stage: Stage::Pause(Mono::default()), tries: 0, doubt: Doubt::None }
+        Free { attachment, stage: Stage::Pause(Mono::default()), tries: 0, seen: Seen::Nothing }
     }
 }
 
@@ -260,7 +259,7 @@ impl Core {
         let attachment = self.facts.get(id).map(|facts| facts.attachment.clone());
         let generation = self.changed();
         self.freeing
-            .insert(id.clone(), Free { attachment, stage: Stage::Journal(generation), tries: 0, doubt: Doubt::None });
+            .insert(id.clone(), Free { attachment, stage: Stage::Journal(generation), tries: 0, seen: Seen::Nothing });
         self.acted();
     }
 
@@ -305,7 +304,9 @@ impl Core {
                 self.free_stage(id, Stage::Pause(until));
             }
             (Stage::Delete, Ok(_)) => self.freed(id),
-            (Stage::Delete, Err(failure)) if failure.code == "InvalidNetworkInterfaceID.NotFound" => self.not_found(id),
+            (Stage::Delete, Err(failure)) if failure.code == "InvalidNetworkInterfaceID.NotFound" => {
+                self.not_found(id, &failure);
+            }
             (_, Err(failure)) => self.free_failed(id, &failure),
             (_, Ok(_)) => {}
         }
@@ -329,10 +330,12 @@ impl Core {
             }
             // Not listed may only mean not yet: EC2 knows by the id.
             other => {
-                if let Some(free) = self.freeing.get_mut(id)
-                    && free.doubt != Doubt::Once
-                {
-                    free.doubt = if other.is_some() { Doubt::Listed } else { Doubt::None };
+                if let Some(free) = self.freeing.get_mut(id) {
+                    free.seen = match (other, free.seen) {
+                        (Some(_), _) => Seen::Listed,
+                        (None, Seen::Absent) => Seen::Absent,
+                        (None, _) => Seen::Nothing,
+                    };
                 }
                 self.free_stage(id, Stage::Delete);
                 self.ask_ec2(Op::Free(id.clone()), Call::Delete(id.clone()));
@@ -340,13 +343,17 @@ impl Core {
         }
     }
 
-    fn not_found(&mut self, id: &EniId) {
-        let Some(free) = self.freeing.get_mut(id).filter(|free| free.doubt == Doubt::Listed) else {
-            return self.freed(id);
-        };
-        free.doubt = Doubt::Once;
-        let until = self.now.mono.plus(NOT_FOUND_AGAIN);
-        self.free_stage(id, Stage::Pause(until));
+    fn not_found(&mut self, id: &EniId, failure: &Failure) {
+        match self.freeing.get_mut(id).map(|free| &mut free.seen) {
+            Some(Seen::Listed) => self.free_failed(id, failure),
+            Some(seen @ Seen::Nothing) => {
+                *seen = Seen::Absent;
+                let until = self.now.mono.plus(NOT_FOUND_AGAIN);
+                self.free_stage(id, Stage::Pause(until));
+            }
+            Some(Seen::Absent) => self.freed(id),
+            None => {}
+        }
     }
 
     fn free_failed(&mut self, id: &EniId, failure: &Failure) {
