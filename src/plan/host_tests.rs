@@ -417,6 +417,18 @@ fn a_trunk_has_no_rule_of_its_own() {
 }
 
 #[test]
+fn a_trunk_without_an_address_of_its_own_has_the_links() {
+    let (mut wanted, mut seen) = right_v6();
+    let own = net("fe80::ff:fe00:2/64");
+    (wanted.enis[0].own, wanted.enis[0].trunk) = (own, true);
+    seen.routes.push(route(254, "fe80::/64", None, 4));
+    let plan = diff(&wanted, &seen).unwrap();
+    assert!(plan.steps.is_empty() && plan.failed.is_empty(), "{:?}", texts(&plan));
+    seen.addresses.remove(0);
+    assert_eq!(texts(&diff(&wanted, &seen).unwrap()), ["add address fe80::ff:fe00:2/64 to eth1"]);
+}
+
+#[test]
 fn without_the_primary_link_nothing_is_planned() {
     let mut seen = right();
     seen.links.remove(2);

@@ -7,9 +7,11 @@ use super::vpc::Vpc;
 use crate::model::ec2::{Call, Failure};
 use crate::model::ids::InstanceId;
 use crate::model::map::Map;
+use crate::model::settings::Settings;
 use crate::model::time::Now;
 use crate::plan::core::Tally;
 use ipnet::IpNet;
+use std::rc::Rc;
 use std::time::Duration;
 
 /// Everything that the nodes share.
@@ -184,6 +186,11 @@ impl Fleet {
     /// The runtime repeats an ADD or a DEL of some sandbox of the node; `running`: also the ADD of a pod that runs.
     pub fn repeat(&mut self, node: usize, pick: usize, running: bool) -> bool {
         self.nodes[node].repeat(&mut self.sky, pick, running)
+    }
+
+    /// The operator changes settings of a node; those that a running process can take are told to it.
+    pub fn retune(&mut self, node: usize, settings: Rc<Settings>) {
+        self.nodes[node].retune(&mut self.sky, settings);
     }
 
     /// The node's Node object has changed, or the API server is back.

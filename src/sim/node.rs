@@ -310,6 +310,15 @@ impl Node {
         self.watch_spool(sky);
     }
 
+    pub(super) fn retune(&mut self, sky: &mut Sky, settings: Rc<Settings>) {
+        let identity = sky.vpc.identity(&self.instance).filter(|_| self.brain.is_some());
+        if let Some(identity) = identity {
+            let tunables = configure::tunables(&settings, &identity);
+            self.feed(sky, Event::Retuned(Box::new(tunables)));
+        }
+        self.setup.settings = settings;
+    }
+
     /// The process is killed. What was on its way to EC2 gets there; what came back meets nobody; plugins that waited see
     /// a broken connection.
     pub(super) fn crash(&mut self, sky: &mut Sky) {

@@ -168,7 +168,7 @@ impl Script {
         if let Some((at, fate)) = crash {
             (fleet.nodes[0].crash_at, fleet.nodes[0].write_fate) = (Some(at), fate);
         }
-        let (judge, controller, sort) = (Judge::new(scenario.sort), Controller::default(), scenario.sort);
+        let (judge, controller, sort) = (Judge::default(), Controller::default(), scenario.sort);
         let mut script = Script { fleet, judge, controller, subnet, sort, pods: Vec::new(), named: 0 };
         script.fleet.start(0);
         script

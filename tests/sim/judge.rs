@@ -1,6 +1,6 @@
 //! What must hold after every step of every node, whatever happens to it, and what must hold at the end.
 
-use crate::world::{Sort, held_by, managed};
+use crate::world::{held_by, managed};
 use enibox::model::checkpoint::Checkpoint;
 use enibox::model::ec2::{Call, Interface};
 use enibox::model::ids::{EniId, PodKey};
@@ -37,7 +37,6 @@ pub struct Judge {
     foreign_prefixes: Vec<(IpNet, u64)>,
     // What is on disk was not compared with the pool yet.
     unread: bool,
-    sort: Option<Sort>,
     /// ENIs that are none of the node's: it may look at them, and that is all.
     pub strangers: BTreeSet<EniId>,
     // Tables of the pods' addresses as the kernel was told last, by node.
@@ -51,11 +50,6 @@ pub struct Judge {
 }
 
 impl Judge {
-    /// Of a node of this sort.
-    pub fn new(sort: Sort) -> Judge {
-        Judge { sort: Some(sort), ..Judge::default() }
-    }
-
     /// Somebody else takes these away in EC2.
     pub fn taken_by_others(&mut self, nets: &[IpNet], nanos: u64) {
         for net in nets {
@@ -136,7 +130,7 @@ impl Judge {
                 .core()
                 .filter(|_| self.foreign.is_empty() && self.foreign_prefixes.is_empty())
             {
-                limits(core, &fleet.nodes[index as usize]);
+                limits(core, &fleet.nodes[index as usize], &self.foreign_enis);
             }
         }
         for node in &fleet.nodes {
@@ -245,7 +239,7 @@ impl Judge {
     // address and be durable already: the key stands on disk, but not with anything that it was told of before.
     fn released(&self, node: &Node, key: &PodKey, addresses: &[IpAddr]) {
         // A pod with a branch ENI is gone with it.
-        assert!(!addresses.is_empty() || self.sort == Some(Sort::Branch), "a DEL of {key} succeeds without an address");
+        assert!(!addresses.is_empty() || node.setup.settings.pod_eni, "a DEL of {key} succeeds without an address");
         let told = |address: &IpAddr| self.given.get(address).is_some_and(|(_, owner)| owner == key);
         let left = on_disk(node)
             .into_iter()
@@ -403,12 +397,21 @@ fn holds(eni: &Interface, address: IpAddr) -> bool {
     carried(eni).iter().any(|net| net.contains(&address))
 }
 
-// A pod's table is that of the ENI that EC2 has its address on.
+// A pod's table is that of the ENI that EC2 has its address on. To an ENI of another card no pod can follow.
 fn tabled(fleet: &Fleet, node: &Node, address: IpAddr, table: u32) {
+    let card = card_of(node, address);
     let holder = fleet.sky.vpc.attached_to(&node.instance).find(|eni| holds(eni, address));
-    if let Some(at) = holder.and_then(|eni| eni.attachment.as_ref()) {
+    if let Some(at) =
+        holder.and_then(|eni| eni.attachment.as_ref()).filter(|at| card.is_none_or(|card| at.card == card))
+    {
         assert_eq!(table, naming::table_of(at.card, at.device).unwrap(), "table of {address}");
     }
+}
+
+/// The network card of the pod's interface that has this address.
+pub fn card_of(node: &Node, address: IpAddr) -> Option<u32> {
+    let mut held = node.core().into_iter().flat_map(|core| core.pool().allocations());
+    held.find(|held| held.address == address).map(|held| held.card)
 }
 
 // Addresses and their owners in the checkpoint files.
@@ -436,13 +439,12 @@ fn branched(node: &Node, key: &PodKey, address: IpAddr) {
     }
 }
 
-fn limits(core: &Core, node: &Node) {
+// An ENI that others detached is counted until it was looked at again.
+fn limits(core: &Core, node: &Node, detached: &BTreeMap<EniId, u64>) {
     let (enis, slots) = core.room();
-    assert!(
-        core.pool().enis().filter(|(_, eni)| !eni.missing).count()
-            <= enis.max(node.limits.cards.iter().sum::<u32>() as usize),
-        "more ENIs than the type takes"
-    );
+    let most = enis.max(node.limits.cards.iter().sum::<u32>() as usize);
+    let held = core.pool().enis().filter(|(id, eni)| !eni.missing && !detached.contains_key(*id)).count();
+    assert!(held <= most, "more ENIs than the type takes");
     for (id, eni) in core.pool().enis() {
         // One that is barred is kept until EC2 has spoken. Of IPv6 prefixes the node takes what is there.
         let open = eni.cidrs().filter(|(_, cidr)| !cidr.barred).count();

@@ -1,8 +1,8 @@
 //! A random schedule: a node, its pods, its neighbours and all the trouble they can have, decided by one number.
 
-use crate::judge::{FOREIGN, Judge};
+use crate::judge::{self, FOREIGN, Judge};
 use crate::world::{self, Controller, Pairs, Sort};
-use enibox::model::ec2::{Call, Count};
+use enibox::model::ec2::{Call, Count, Interface};
 use enibox::model::ids::SubnetId;
 use enibox::model::map::Map;
 use enibox::model::settings::Settings;
@@ -11,6 +11,7 @@ use enibox::sim::conditions::{Latencies, Lie, WriteFate};
 use enibox::sim::fleet::Fleet;
 use enibox::sim::node::{File, Setup, carried};
 use enibox::sim::vpc::{Planned, Vpc};
+use std::net::IpAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -57,6 +58,9 @@ const CODES: [(&str, u16); 22] = [
 /// Schedules from this number on draw from all modes, those before it from addresses and prefixes alone.
 pub const WIDE: u64 = 100_000;
 
+/// Schedules from this number on also change settings of a running process, and draw from two more kinds of nodes.
+pub const LIVE: u64 = 700_000;
+
 /// The tag by which a subnet is for pods or not.
 pub const ROLE: &str = "kubernetes.io/role/cni";
 
@@ -72,6 +76,9 @@ pub struct Life {
     // Of narrow schedules only the plain sort is.
     pub sort: Sort,
     pub wide: bool,
+    pub live: bool,
+    // With which the process was started.
+    pub mode: Pairs,
     pub controller: Controller,
     /// What was done, for the log of a failure.
     pub story: Vec<String>,
@@ -106,12 +113,13 @@ const MODES: [&[(&str, &str)]; 8] = [
     &[("ENABLE_PREFIX_DELEGATION", "true"), ("WARM_IP_TARGET", "3"), ("MINIMUM_IP_TARGET", "6")],
 ];
 
-fn wide_kind(dice: &mut Random) -> (Sort, &'static str, Pairs) {
+fn wide_kind(dice: &mut Random, live: bool) -> (Sort, &'static str, Pairs) {
     if dice.below(3) == 0 {
         let kind = *pick(dice, &["t3.small", "m5.large", "t3.medium", "t3.nano"]);
         return (Sort::Plain, kind, *pick(dice, &world::PLAIN));
     }
-    let kind = pick(dice, &world::SPECIAL);
+    let kinds = if live { world::SPECIAL.len() } else { world::SPECIAL.len() - 2 };
+    let kind = pick(dice, &world::SPECIAL[..kinds]);
     (kind.sort, *pick(dice, kind.types), kind.settings)
 }
 
@@ -121,9 +129,9 @@ impl Life {
         for _ in 0..4 {
             dice.bits(); // neighbouring seeds start alike
         }
-        let wide = seed >= WIDE;
+        let (wide, live) = (seed >= WIDE, seed >= LIVE);
         let (sort, kind, mode) = if wide {
-            wide_kind(&mut dice)
+            wide_kind(&mut dice, live)
         } else {
             (Sort::Plain, *pick(&mut dice, &["t3.small", "m5.large", "t3.medium", "t3.nano"]), *pick(&mut dice, &MODES))
         };
@@ -152,8 +160,9 @@ impl Life {
         }
         let most = world::capacity(&fleet.sky.vpc, &fleet.nodes[node], sort);
         let story = vec![format!("{kind} {mode:?} {cidr} at most {most} pods")];
-        let (judge, controller) = (Judge::new(sort), Controller::default());
-        let mut life = Life { fleet, judge, dice, subnets, pods: 0, most, sort, wide, controller, story, crashes: 0 };
+        let (judge, controller) = (Judge::default(), Controller::default());
+        let mut life =
+            Life { fleet, judge, dice, subnets, pods: 0, most, sort, wide, live, mode, controller, story, crashes: 0 };
         for action in ACTIONS {
             let delay = life.dice.below(400);
             life.fleet.sky.vpc.knobs.action(action).delay = Duration::from_millis(delay);
@@ -411,9 +420,14 @@ impl Life {
     fn mend(&mut self) {
         self.controller.work(&mut self.fleet, &self.subnets[0]);
         let node = &self.fleet.nodes[0];
-        let carried: Vec<_> = self.fleet.sky.vpc.attached_to(&node.instance).flat_map(carried).collect();
+        let here = |eni: &Interface, address: IpAddr| {
+            let card = judge::card_of(node, address);
+            let on_card = eni.attachment.as_ref().is_some_and(|at| card.is_none_or(|card| at.card == card));
+            on_card && carried(eni).iter().any(|net| net.contains(&address))
+        };
+        let enis: Vec<_> = self.fleet.sky.vpc.attached_to(&node.instance).collect();
         let pooled = node.kubelet.live().filter(|(sandbox, _)| !sandbox.branch);
-        let dead = pooled.filter(|(_, address)| !carried.iter().any(|net| net.contains(address)));
+        let dead = pooled.filter(|(_, address)| !enis.iter().any(|eni| here(eni, *address)));
         for pod in dead.map(|(sandbox, _)| sandbox.pod).collect::<Vec<_>>() {
             self.tell(format!("pod-{pod} has lost its address to others"));
             self.fleet.delete(0, pod, false);

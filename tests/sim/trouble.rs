@@ -31,7 +31,7 @@ impl Life {
         if node.setup.settings.multi_nic && self.dice.below(2) == 0 {
             node.kubelet.pods.get_mut(&number).unwrap().every_card = true;
         }
-        if self.sort == Sort::Branch && self.dice.below(3) == 0 {
+        if node.setup.settings.pod_eni && self.dice.below(3) == 0 {
             node.api.pods.get_mut(name).unwrap().wants_branch = true;
         }
     }
@@ -53,6 +53,11 @@ impl Life {
     }
 
     fn other_settings(&mut self) {
+        if self.live && self.dice.below(2) == 0 {
+            let pairs = [*pick(&mut self.dice, &world::LIVE), self.mode].concat();
+            self.tell(format!("settings change to {pairs:?}"));
+            return self.fleet.retune(0, settings(&pairs));
+        }
         if self.sort != Sort::Plain {
             return;
         }
@@ -60,6 +65,7 @@ impl Life {
         self.tell(format!("restart with {pairs:?}"));
         self.fleet.crash(0, WriteFate::Done);
         self.crashes += 1;
+        self.mode = pairs;
         self.fleet.nodes[0].setup.settings = settings(pairs);
         self.most = world::capacity(&self.fleet.sky.vpc, &self.fleet.nodes[0], self.sort);
         self.fleet.start(0);

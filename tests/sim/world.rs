@@ -67,12 +67,24 @@ pub const PLAIN: [Pairs; 12] = [
     &[PREFIX, WARM_PREFIX, ("MAX_ENI", "2")],
 ];
 
+/// What an operator changes without a restart.
+pub const LIVE: [Pairs; 8] = [
+    &[],
+    &[("WARM_IP_TARGET", "2"), ("MINIMUM_IP_TARGET", "4")],
+    &[("WARM_ENI_TARGET", "0")],
+    &[("WARM_ENI_TARGET", "2")],
+    &[("WARM_PREFIX_TARGET", "2")],
+    &[("AWS_MANAGE_ENIS_NON_SCHEDULABLE", "true")],
+    &[("ENIBOX_ADD_WAIT", "0")],
+    &[("AWS_VPC_K8S_CNI_EXTERNALSNAT", "true")],
+];
+
 const fn kind(sort: Sort, types: &'static [&'static str], settings: Pairs) -> Kind {
     Kind { sort, types, settings }
 }
 
 /// Nodes that are not plain.
-pub const SPECIAL: [Kind; 14] = [
+pub const SPECIAL: [Kind; 16] = [
     kind(Sort::V6, &["t3.small", "m5.large", "t3.nano"], &SIX),
     kind(Sort::V6, &["t3.small", "m5.large", "t3.nano"], &SIX),
     kind(Sort::V6, &[TWO_CARDS], &[SIX[0], SIX[1], SIX[2], MULTI_NIC]),
@@ -87,6 +99,8 @@ pub const SPECIAL: [Kind; 14] = [
     kind(Sort::Fixed, ANY, &[FIXED, PREFIX, WARM_PREFIX]),
     kind(Sort::Fixed, ANY, &[IMDS_ONLY]),
     kind(Sort::Fixed, ANY, &[IMDS_ONLY, PREFIX, WARM_PREFIX]),
+    kind(Sort::V6, &["m5.large"], &[SIX[0], SIX[1], SIX[2], POD_ENI_ON]),
+    kind(Sort::Custom, &["m5.large"], &[CUSTOM, POD_ENI_ON]),
 ];
 
 /// The instance type that no table has.
@@ -163,7 +177,7 @@ pub fn capacity(vpc: &Vpc, node: &Node, sort: Sort) -> usize {
         Sort::Plain | Sort::Custom | Sort::Branch => {
             let most = node.setup.settings.max_eni.unwrap_or(u32::MAX).min(node.limits.enis) as usize;
             let kind = vpc.identity(&node.instance).unwrap().instance_type;
-            let reserved = sort == Sort::Branch && (trunk || limits::takes_trunk(&kind));
+            let reserved = node.setup.settings.pod_eni && (trunk || limits::takes_trunk(&kind));
             let enis = most.saturating_sub(strangers).max(ours);
             enis.saturating_sub(usize::from(reserved) + usize::from(sort == Sort::Custom)) * slots
         }
@@ -200,8 +214,9 @@ impl Controller {
                 self.branches += 1;
                 let n = self.branches;
                 let text = format!(
-                    r#"[{{"eniId":"eni-b{n}","ifAddress":"02:aa:00:00:{:02x}:{:02x}","privateIp":"10.20.224.{}",
-                    "vlanId":{n},"subnetCidr":"10.20.224.0/20"}}]"#,
+                    r#"[{{"eniId":"eni-b{n}","ifAddress":"02:aa:00:00:{:02x}:{:02x}","vlanId":{n},
+                    "privateIp":"10.20.224.{}","subnetCidr":"10.20.224.0/20",
+                    "ipv6Addr":"2001:db8:0:e0::{n}","subnetV6Cidr":"2001:db8:0:e0::/64"}}]"#,
                     n >> 8,
                     n & 255,
                     n % 200 + 10

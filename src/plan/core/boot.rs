@@ -191,7 +191,7 @@ impl Core {
                     && self.managed(&eni.id)
                     && !self.freeing.contains_key(&eni.id)
                     && !coming.contains(&eni.id)
-                    && eni.own_address(self.config.v6).is_some()
+                    && self.own_address(eni).is_some()
             })
             .cloned()
             .collect();
@@ -243,10 +243,17 @@ impl Core {
         }
     }
 
+    /// The address by which the host sets up an ENI. A trunk's serves nobody: in IPv6 mode the resource controller may have
+    /// given it none, and the link's own does.
+    pub(super) fn own_address(&self, eni: &imds::Eni) -> Option<IpAddr> {
+        let of_link = || (self.config.v6 && self.kind(&eni.id) == Kind::Trunk).then(|| eni.mac.link_local().into());
+        eni.own_address(self.config.v6).or_else(of_link)
+    }
+
     fn own_net(&self, eni: &imds::Eni) -> Option<IpNet> {
         let subnet = if self.config.v6 { eni.subnet_v6 } else { eni.subnet_v4 };
         let length = subnet.map_or(if self.config.v6 { 64 } else { 32 }, |net| net.prefix_len());
-        IpNet::new(eni.own_address(self.config.v6)?, length).ok()
+        IpNet::new(self.own_address(eni)?, length).ok()
     }
 
     // The subnet's first address is its router, in IPv4 (`spec/dataplane.md` 8.3).

@@ -385,16 +385,21 @@ impl Core {
         }
     }
 
+    // Whether EC2 has put it elsewhere while a pod uses it where it was: the pool follows when the pod is gone.
+    fn lost(&self, net: &IpNet) -> bool {
+        self.absent.iter().any(|((_, held), absent)| *held == Some(*net) && absent.confirmed)
+    }
+
     fn difference(&self) -> Option<String> {
         for (id, eni) in &self.attached {
-            let useless = !self.managed(id) || eni.own_address(self.config.v6).is_none();
+            let useless = !self.managed(id) || self.own_address(eni).is_none();
             if self.freeing.contains_key(id) || (self.facts.contains_key(id) && useless) {
                 continue; // EC2 knows it, and it is not for pods
             }
             let Some(entry) = self.pool.eni(id) else { return Some(format!("{id} is new")) };
             let listed = self.told_cidrs(eni);
             let held: Set<IpNet> = entry.cidrs().map(|(net, _)| *net).gather();
-            let known = |net: &IpNet| self.absent.contains_key(&(id.clone(), Some(*net)));
+            let known = |net: &IpNet| self.absent.contains_key(&(id.clone(), Some(*net))) || self.lost(net);
             let differing = listed.difference(&held).chain(held.difference(&listed));
             let odd = differing.filter(|net| !self.resting(net) && !known(net)).min();
             if let Some(net) = odd {

@@ -28,7 +28,11 @@ impl Planner<'_> {
         if !link.up {
             self.add(What::EniLink, id, Action::SetUp(link.index), format!("set {} up", link.name));
         }
-        self.eni_addresses(eni, link);
+        // A trunk without an address of its own has the link's, which comes with its route.
+        if global(eni.own.addr()) {
+            self.eni_addresses(eni, link);
+            self.no_connected_route(eni, link);
+        }
         self.eni_routes(eni, link);
         if !eni.trunk {
             self.want_rule(What::EniRule, id, Rule::from(IpNet::from(eni.own.addr()), priority::FROM_ENI, eni.table));
@@ -82,6 +86,9 @@ impl Planner<'_> {
                 self.add(What::EniRoute, Some(&eni.id), Action::ReplaceRoute(route), text);
             }
         }
+    }
+
+    fn no_connected_route(&mut self, eni: &HostEni, link: &Link) {
         let subnet = eni.own.trunc();
         let connected = |route: &&Route| {
             route.table == TABLE_MAIN
@@ -90,7 +97,7 @@ impl Planner<'_> {
                 && route.gateway.is_none()
                 && route.prefsrc.is_none_or(|source| source == eni.own.addr())
         };
-        for route in seen.routes.iter().filter(connected) {
+        for route in self.seen.routes.iter().filter(connected) {
             let text = format!("delete route {}", route_text(route, link));
             self.delete(What::EniRoute, Some(&eni.id), Action::DeleteRoute(*route), text);
         }
