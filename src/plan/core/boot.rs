@@ -536,10 +536,17 @@ impl Core {
         }
     }
 
+    // Whether the trunk and what is not ours take all slots: no ENIConfig is needed for pods with a branch ENI.
+    fn only_branches(&self) -> bool {
+        let held = self.pool.enis().filter(|(_, eni)| eni.card == 0);
+        let trunk = self.pool.enis().any(|(_, eni)| eni.card == 0 && eni.kind == Kind::Trunk);
+        trunk && held.count() >= self.sizing(0).eni_limit
+    }
+
     // Nothing will make the pool larger soon: better serve DELs and refuse ADDs with a reason than not to answer.
     fn hopeless(&self) -> bool {
         // A node whose ENIConfig is wrong must not look ready (`spec/kubernetes.md` 4.2).
-        if self.config.custom_networking.is_some() && !self.cordoned() {
+        if self.config.custom_networking.is_some() && !self.cordoned() && !self.only_branches() {
             return false;
         }
         (self.described.is_some() || self.config.imds_only)
