@@ -162,7 +162,9 @@ impl Core {
                 true
             }
             Some(sizing::Growth::NewEni { count }) => {
-                if (patient && self.strays_leave(card)) || !self.place_known() {
+                // As long as no subnet has room for a prefix, and nobody waits, there is nothing to ask about.
+                let closed = patient && prefixes && self.subnets.is_some() && self.choose_subnet(true).is_none();
+                if (patient && self.strays_leave(card)) || (!closed && !self.place_known()) {
                     return false;
                 }
                 let subnet = self.choose_subnet(prefixes);

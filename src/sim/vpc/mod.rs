@@ -276,6 +276,11 @@ impl Vpc {
         self.subnets.keys().cloned().collect()
     }
 
+    /// Whether a subnet has room for a prefix (/28).
+    pub fn takes_prefix(&self, subnet: &SubnetId) -> bool {
+        self.subnets.get(subnet).is_some_and(|subnet| subnet.space.free_blocks() > 0)
+    }
+
     /// The CIDR of a subnet.
     pub fn subnet_cidr(&self, subnet: &SubnetId) -> Option<Ipv4Net> {
         self.subnets.get(subnet).map(|subnet| subnet.space.cidr())
