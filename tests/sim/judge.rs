@@ -2,7 +2,7 @@
 
 use crate::world::{held_by, managed};
 use enibox::model::checkpoint::Checkpoint;
-use enibox::model::ec2::{Call, Interface};
+use enibox::model::ec2::{Attachment, Call, Interface};
 use enibox::model::ids::{EniId, PodKey};
 use enibox::model::kube::POD_ENI;
 use enibox::model::naming;
@@ -274,12 +274,11 @@ impl Judge {
 
     /// What must hold once all trouble is over and the node has come to rest.
     pub fn at_rest(&mut self, fleet: &mut Fleet) {
-        let attached = self.rests(fleet);
-        self.no_orphans(fleet, &attached);
+        self.rests(fleet);
+        self.no_orphans(fleet);
     }
 
-    fn rests(&self, fleet: &Fleet) -> BTreeSet<EniId> {
-        let mut attached = BTreeSet::new();
+    fn rests(&self, fleet: &Fleet) {
         for node in &fleet.nodes {
             let core = node.core().expect("the daemon runs");
             let waiting: Vec<_> =
@@ -303,7 +302,6 @@ impl Judge {
                 core.pool().enis().flat_map(|(id, eni)| eni.cidrs().map(|(net, _)| (id.0.clone(), *net))).collect();
             let mut truth: BTreeSet<(String, IpNet)> = BTreeSet::new();
             for eni in fleet.sky.vpc.attached_to(&node.instance) {
-                attached.insert(eni.id.clone());
                 if managed(eni, node) && (!v6 || !eni.ipv6s.is_empty()) {
                     truth.extend(held_by(eni, v6).into_iter().map(|net| (eni.id.0.clone(), net)));
                     // Of several IPv6 prefixes any one will do, and all in which pods have lived.
@@ -325,15 +323,15 @@ impl Judge {
             let own = Checkpoint::parse(&text).unwrap().enibox.unwrap_or_default();
             assert!(own.creating.is_empty() && own.freeing.is_empty(), "an intent is left: {own:?}");
         }
-        attached
     }
 
     // Only what others detached and what an intent was lost for is left to the clean-up, which comes round every hour or
     // so, where there is one.
-    fn no_orphans(&mut self, fleet: &mut Fleet, attached: &BTreeSet<EniId>) {
+    fn no_orphans(&mut self, fleet: &mut Fleet) {
         let orphans = |fleet: &Fleet| {
-            let made = fleet.sky.vpc.interfaces().filter(|i| i.description.starts_with("aws-K8S-"));
-            made.filter(|i| !attached.contains(&i.id)).map(|i| i.id.clone()).collect::<Vec<_>>()
+            let ours = |at: &Attachment| fleet.nodes.iter().any(|node| node.instance == at.instance);
+            let made = fleet.sky.vpc.interfaces().filter(|eni| eni.description.starts_with("aws-K8S-"));
+            made.filter(|eni| !eni.attachment.as_ref().is_some_and(ours)).map(|eni| eni.id.clone()).collect::<Vec<_>>()
         };
         let found = orphans(fleet);
         let explained = |id: &EniId| self.checkpoint_lost || self.foreign_enis.contains_key(id);
