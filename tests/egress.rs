@@ -494,6 +494,50 @@ fn a_full_range_takes_back_what_is_dead() {
     });
 }
 
+#[test]
+fn gc_takes_back_what_is_dead_and_nothing_of_the_living() {
+    on_a_node(|node| {
+        for (way, program) in [(&V4, "iptables-nft"), (&V6, "ip6tables-nft")] {
+            rules_of_the_daemon(way);
+            let netns = pod();
+            call(node, way, "ADD", "1.1.0", &netns.path()).run().result();
+            let all = addresses_of(way);
+            let file = |index: usize, content: &str| write(way, &all[index].to_string(), content);
+            // The pod is not in the list; others are dead, listed without a route, and young.
+            let (dead, listed, young) =
+                (file(5, "containerId-123\r\neth0"), file(6, "listed\r\neth0"), file(7, "young\r\neth0"));
+            let old = file(8, "containerId-789");
+            for path in [&Path::new(way.data).join("aws-cni").join(way.first), &dead, &listed, &old] {
+                aged(path);
+            }
+            let address = all[if way.family == Family::V4 { 5 } else { 8 }].to_string();
+            let chains = tool(program, &["--version"]).is_some();
+            if chains {
+                chain_of_the_original(&format!("{program}-restore"), way, &address);
+            }
+            let before = state();
+            let gc =
+                |list: Value| call(node, way, "GC", "1.1.0", Path::new("")).config("cni.dev/valid-attachments", list);
+            let (code, text) = gc(json!("all")).run().failure();
+            assert!(code != 0 && text.contains("must be a list"), "{text}");
+            gc(Value::Null).run().silent();
+            assert!(dead.exists(), "without a list nothing is done");
+            let valid = json!([{"containerID": "listed", "ifname": "eth0"}, {"containerID": "containerId-123", "ifname": "net1"}]);
+            for _ in 0..2 {
+                gc(valid.clone()).run().silent();
+                assert_eq!([&dead, &old, &listed, &young].map(|path| path.exists()), [false, false, true, true]);
+                assert!(files(way).contains(&way.first.to_owned()), "the pod's");
+                assert_eq!(state(), before);
+                if chains {
+                    let left = tool(&format!("{program}-save"), &["-t", "nat"]).unwrap();
+                    assert!(!left.contains("CNI-E") && left.contains("-A POSTROUTING -j KUBE-POSTROUTING"), "{left}");
+                }
+            }
+            call(node, way, "DEL", "1.1.0", &netns.path()).run().silent();
+        }
+    });
+}
+
 fn addresses_of(way: &Way) -> Vec<IpAddr> {
     let ipam = json!({"name": "aws-cni", "ipam": {"ranges": [[{"subnet": way.range}]]}});
     let envelope = enibox::model::cni::Envelope::parse(ipam.to_string().as_bytes()).unwrap();
@@ -643,6 +687,20 @@ fn other_plugins_may_give_the_address() {
             let (code, text) = call("ADD", kind).run().failure();
             assert!(code == 11 && text.contains(part), "{kind}: {text}");
             call("DEL", kind).run().silent();
+        }
+        // One that never reads, and leaves somebody behind who does not either.
+        let leaves = node.path("bin").join("leaves");
+        let behind = "#!/bin/sh\nsleep 100 <&0 >/dev/null 2>&1 &\necho $! >> /run/node/behind\n";
+        fs::write(&leaves, format!("{behind}{}\n", ips(one))).unwrap();
+        fs::set_permissions(&leaves, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        for command in ["ADD", "DEL"] {
+            let done = call(command, "leaves").config("filler", "x".repeat(200_000)).run();
+            assert_eq!(done.code, 0, "{done:?}");
+            println!("{command} by a plugin that leaves somebody behind: {:?}", done.took);
+            assert!(done.took < Duration::from_secs(50), "{:?}", done.took);
+        }
+        for process in fs::read_to_string(node.path("behind")).unwrap().lines() {
+            sys::signal(process.parse().unwrap(), libc::SIGKILL).unwrap();
         }
         assert!(calls().contains("ADD cni-5a1f eth0\nDEL cni-5a1f eth0\nDEL cni-5a1f eth0\n"), "{}", calls());
     });

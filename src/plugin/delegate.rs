@@ -10,7 +10,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long it may take.
 const TIMEOUT: Duration = Duration::from_mins(1);
@@ -19,6 +19,8 @@ const OUTPUT_BYTES_MAX: usize = 1 << 20;
 /// The file may be in the middle of being replaced.
 const STARTS_MAX: u32 = 5;
 const START_PAUSE: Duration = Duration::from_secs(1);
+/// Between two looks whether it has ended.
+const WAIT_PAUSE: Duration = Duration::from_millis(1);
 
 /// Runs the plugin `name` for `command` with our own environment and this configuration; what it printed.
 pub fn call(name: &str, command: &str, config: &[u8]) -> Result<Vec<u8>> {
@@ -27,13 +29,14 @@ pub fn call(name: &str, command: &str, config: &[u8]) -> Result<Vec<u8>> {
     start.env("CNI_COMMAND", command).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let what = || format!("run {}", program.display());
     let mut child = spawn(&mut start).with_context(what)?;
-    let finished = converse(&mut child, config);
+    let end = clock::instant() + TIMEOUT;
+    let finished = converse(&mut child, config, end).and_then(|texts| Ok((texts, wait(&mut child, end)?)));
     if finished.is_err() {
         // It may hang; its end is certain then.
         let _ = child.kill();
+        let _ = child.wait();
     }
-    let status = child.wait().with_context(what)?;
-    let (stdout, stderr) = finished.with_context(what)?;
+    let ((stdout, stderr), status) = finished.with_context(what)?;
     if status.success() { Ok(stdout) } else { Err(failure(status, &stdout, &stderr)) }
 }
 
@@ -61,34 +64,43 @@ fn spawn(command: &mut Command) -> std::io::Result<Child> {
     command.spawn()
 }
 
+/// Waits for its end, which follows that of its outputs unless it has closed them and hangs.
+fn wait(child: &mut Child, end: Instant) -> Result<ExitStatus> {
+    loop {
+        match child.try_wait()? {
+            Some(status) => return Ok(status),
+            None if clock::instant() >= end => return Err(Error::new(format!("no end within {TIMEOUT:?}"))),
+            None => std::thread::sleep(WAIT_PAUSE),
+        }
+    }
+}
+
 /// Writes standard input; reads both outputs to their ends.
-fn converse(child: &mut Child, config: &[u8]) -> Result<(Vec<u8>, Vec<u8>)> {
+fn converse(child: &mut Child, config: &[u8], end: Instant) -> Result<(Vec<u8>, Vec<u8>)> {
     let (Some(mut stdin), Some(mut stdout), Some(mut stderr)) =
         (child.stdin.take(), child.stdout.take(), child.stderr.take())
     else {
         return Err(Error::new("no pipes"));
     };
-    let end = clock::instant() + TIMEOUT;
-    std::thread::scope(|scope| {
-        // It may end without having read everything, and a pipe holds less than a long configuration.
-        scope.spawn(move || drop(stdin.write_all(config)));
-        let (mut texts, mut open) = ((Vec::new(), Vec::new()), (true, true));
-        while open.0 || open.1 {
-            let left = end.saturating_duration_since(clock::instant());
-            if left.is_zero() || texts.0.len().max(texts.1.len()) > OUTPUT_BYTES_MAX {
-                let _ = child.kill(); // ends the writing too
-                return Err(Error::new(format!("no end within {TIMEOUT:?} and {OUTPUT_BYTES_MAX} bytes")));
-            }
-            let ready = sys::poll_readable(&[stdout.as_fd(), stderr.as_fd()], left)?;
-            if open.0 && ready.first() == Some(&true) {
-                open.0 = more(&mut stdout, &mut texts.0)?;
-            }
-            if open.1 && ready.get(1) == Some(&true) {
-                open.1 = more(&mut stderr, &mut texts.1)?;
-            }
+    // Beside: a pipe holds less than a long configuration, and who has inherited its other end may never read. It ends with us.
+    let config = config.to_vec();
+    let write = move || drop(stdin.write_all(&config)); // it may end without having read everything
+    std::thread::Builder::new().spawn(write).context("start a thread")?;
+    let (mut texts, mut open) = ((Vec::new(), Vec::new()), (true, true));
+    while open.0 || open.1 {
+        let left = end.saturating_duration_since(clock::instant());
+        if left.is_zero() || texts.0.len().max(texts.1.len()) > OUTPUT_BYTES_MAX {
+            return Err(Error::new(format!("no end within {TIMEOUT:?} and {OUTPUT_BYTES_MAX} bytes")));
         }
-        Ok(texts)
-    })
+        let ready = sys::poll_readable(&[stdout.as_fd(), stderr.as_fd()], left)?;
+        if open.0 && ready.first() == Some(&true) {
+            open.0 = more(&mut stdout, &mut texts.0)?;
+        }
+        if open.1 && ready.get(1) == Some(&true) {
+            open.1 = more(&mut stderr, &mut texts.1)?;
+        }
+    }
+    Ok(texts)
 }
 
 /// False at the end.

@@ -8,7 +8,7 @@ use super::aws_cni::note;
 use super::host_local::{Lease, Owner, Store};
 use super::{Plugin, Request, delegate};
 use crate::apply::Host;
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, List, Result};
 use crate::logging::{self, Stdout};
 use crate::model::cni::{CniError, EgressConfig, HOST_LOCAL, Interface, IpConfig, Output, code};
 use crate::model::net::{Family, TABLE_MAIN};
@@ -26,10 +26,10 @@ pub const PLUGIN: Plugin = Plugin {
     del,
     check: nothing,
     status: nothing,
-    gc: nothing,
+    gc,
 };
 
-/// CHECK, STATUS and GC: success, as the original's; runtimes are told not to call the first.
+/// CHECK and STATUS: success, as the original's; runtimes are told not to call the first.
 #[expect(clippy::unnecessary_wraps, reason = "the signature of a verb")]
 fn nothing(_: &Request) -> Result<(), CniError> {
     Ok(())
@@ -168,15 +168,41 @@ fn release(config: &EgressConfig, request: &Request) -> Result<()> {
     }
 }
 
-/// Takes away whatever there is, of either family and whatever the configuration says by now: the setting may have been
-/// changed since the ADD.
-#[expect(clippy::unnecessary_wraps, reason = "the signature of a verb")]
-fn del(request: &Request) -> Result<(), CniError> {
+/// The configuration as far as it can be understood, for what must be done in any case.
+fn lenient(request: &Request) -> Option<EgressConfig> {
     let config = EgressConfig::from_envelope(&request.envelope);
     if let Ok(config) = &config {
         logging::init(&config.log_file, &config.log_level, Stdout::Reserved);
     }
-    let config = config.map_err(|reason| log::warn!("failed to parse config: {reason}")).ok();
+    config.map_err(|reason| log::warn!("failed to parse config: {reason}")).ok()
+}
+
+/// Takes back addresses of containers that the runtime no longer knows and whose routes have gone with their namespaces, in
+/// both families. A listed container keeps its address whatever has happened to its route, and an unlisted one its address
+/// while there is a route: a runtime's list may be short, and a living pod must stay connected. Without a list nothing is
+/// done, as by the original; `aws-cni` tells that it is missing.
+fn gc(request: &Request) -> Result<(), CniError> {
+    let config = lenient(request);
+    let failed = |reason: String| CniError::new(code::INCOMPLETE, format!("gc cmd: {reason}"));
+    let Some(valid) = request.envelope.valid_attachments().map_err(failed)? else { return Ok(()) };
+    let (mut errors, mut removals) = (List::new(), Vec::new());
+    for family in [Family::V4, Family::V6] {
+        let store = Store::new(data_dir(config.as_ref(), family), &request.envelope.name);
+        let gone = errors.note(store.collect(family, &valid, &mut || routed(family))).unwrap_or_default();
+        // Without the address, which may be somebody else's by now.
+        removals.extend(gone.iter().map(|id| Removal::new(family, &request.envelope.name, id, Vec::new())));
+    }
+    if !removals.is_empty() {
+        errors.note(Host::open().and_then(|mut host| host.del_egress(&removals, None)));
+    }
+    errors.into_result().map_err(|error| failed(error.to_string()))
+}
+
+/// Takes away whatever there is, of either family and whatever the configuration says by now: the setting may have been
+/// changed since the ADD.
+#[expect(clippy::unnecessary_wraps, reason = "the signature of a verb")]
+fn del(request: &Request) -> Result<(), CniError> {
+    let config = lenient(request);
     let stores = [Family::V4, Family::V6]
         .map(|family| (family, Store::new(data_dir(config.as_ref(), family), &request.envelope.name)));
     let removals = stores.each_ref().map(|(family, store)| {
@@ -192,9 +218,7 @@ fn del(request: &Request) -> Result<(), CniError> {
     for (_, store) in &stores {
         note("give the address back", store.release(&owner(request)));
     }
-    if let Some(config) =
-        config.filter(|config| config.enabled && !matches!(config.ipam.kind.as_str(), "" | HOST_LOCAL))
-    {
+    if let Some(config) = config.filter(|config| !matches!(config.ipam.kind.as_str(), "" | HOST_LOCAL)) {
         note("running IPAM plugin failed", release(&config, request));
     }
     Ok(())

@@ -2,15 +2,17 @@
 //! (`spec/egress.md` 7): both may work on one directory in turn, so that a node can go from one implementation to the other
 //! and back with its pods running.
 //!
-//! Other than `host-local`, a second ADD of a container gets the address that it has; and when all addresses are taken,
-//! those of containers that are gone are taken back. Such a file is recognised by two things together. It is minutes
+//! Other than `host-local`, a second ADD of a container gets the address that it has; and those of containers that are gone
+//! are taken back, by GC and when all addresses are taken. Such a file is recognised by two things together. It is minutes
 //! old, so that no ADD is under way that has the file and not yet the rest; the runtime's own limits are shorter. And the
 //! host has no route to the address: every living pod has one, because without it no answer would ever reach it, and it
-//! goes with the pod's network namespace.
+//! goes with the pod's network namespace. For GC the runtime must not list the container either. The daemon takes no part:
+//! its container does not see these files.
 
 use crate::clock;
 use crate::error::{Context, Error, Result};
-use crate::model::cni::Range;
+use crate::model::cni::{Attachment, Range};
+use crate::model::net::Family;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::net::IpAddr;
@@ -82,11 +84,13 @@ impl Store {
         let lock = self.lock(true)?;
         debug_assert!(lock.is_some(), "made if it was missing");
         let there = self.owned(owner)?.into_iter().find(|(address, _)| range.contains(*address));
-        if let Some((address, _)) = there {
+        if let Some((address, path)) = there {
+            // Young again: its route may come only after others have looked for it.
+            File::options().write(true).open(path).and_then(|file| file.set_modified(clock::system_time())).ok();
             return Ok(Lease { address, fresh: false });
         }
         for again in [false, true] {
-            if again && self.drop_dead(range, &living()?)? == 0 {
+            if again && self.drop_dead(&|address, _| range.contains(address), &living()?)?.is_empty() {
                 break;
             }
             let last = std::fs::read_to_string(self.directory.join(LAST)).ok();
@@ -106,6 +110,24 @@ impl Store {
             std::fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))?;
         }
         Ok(())
+    }
+
+    /// Takes back the addresses of one family whose owners are not listed and that the host has no routes to, as `living` tells;
+    /// the containers that had them.
+    pub fn collect(
+        &self,
+        family: Family,
+        listed: &[Attachment],
+        living: &mut dyn FnMut() -> Result<Vec<IpAddr>>,
+    ) -> Result<Vec<String>> {
+        let Some(_lock) = self.lock(false)? else { return Ok(Vec::new()) };
+        let is_listed = |content: &str| {
+            listed.iter().any(|one| {
+                let owner = Owner { container: &one.container, ifname: &one.ifname };
+                content == owner.content() || content == owner.container
+            })
+        };
+        self.drop_dead(&|address, content| Family::of(address) == family && !is_listed(content), &living()?)
     }
 
     /// Takes the lock; none if there is no directory and none is to be made.
@@ -181,17 +203,18 @@ impl Store {
         Ok(true)
     }
 
-    /// Removes the files of addresses that no living pod can have; how many.
-    fn drop_dead(&self, range: &Range, living: &[IpAddr]) -> Result<usize> {
-        let mut dropped = 0;
+    /// Removes those of the files that may go whose addresses no living pod can have; the containers that they name.
+    fn drop_dead(&self, may_go: &dyn Fn(IpAddr, &str) -> bool, living: &[IpAddr]) -> Result<Vec<String>> {
+        let mut dropped = Vec::new();
         for (address, path) in self.files()? {
-            if !range.contains(address) || living.contains(&address) || is_young(&path) {
+            let owner = content(&path).unwrap_or_default();
+            let owner = owner.trim();
+            if !may_go(address, owner) || living.contains(&address) || is_young(&path) {
                 continue;
             }
-            let owner = content(&path).unwrap_or_default();
             std::fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))?;
-            log::warn!("took {address} back from container {:?}: the host has no route to it", owner.trim());
-            dropped += 1;
+            log::warn!("took {address} back from container {owner:?}: the host has no route to it");
+            dropped.push(owner.lines().next().unwrap_or_default().to_owned());
         }
         Ok(dropped)
     }
@@ -330,6 +353,30 @@ mod tests {
         let living = ["10.0.0.2", "10.0.0.3", "10.0.0.5", "10.0.0.6"];
         assert_eq!(ask(&living), Err(exhausted.into()), "the others live");
         assert_eq!(ask(&living[..3]), Ok("10.0.0.6".into()));
+    }
+
+    #[test]
+    fn what_is_asked_for_again_is_young() {
+        let directory = Directory::new("again");
+        let store = directory.store();
+        directory.write("10.0.0.2", "a\r\neth0");
+        directory.write("10.0.0.3", "b");
+        directory.write("10.0.0.4", "");
+        directory.write("10.0.0.5", "c\r\neth0");
+        directory.write("fd00::5", "c\r\neth0");
+        directory.write("10.0.0.6", "c\r\neth1");
+        for name in ["10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5", "10.0.0.6", "fd00::5"] {
+            directory.age(name, YOUNG * 2);
+        }
+        let listed = [Attachment { container: "c".into(), ifname: "eth0".into() }];
+        let mut collect = || store.collect(Family::V4, &listed, &mut || Ok(vec!["10.0.0.3".parse().unwrap()])).unwrap();
+        assert_eq!(reserve(&store, "a"), ("10.0.0.2".into(), false));
+        let mut gone = collect();
+        gone.sort();
+        assert_eq!(gone, ["", "c"], "a was asked for again, b has a route, c is listed with the other interface");
+        directory.age("10.0.0.2", YOUNG * 2);
+        assert_eq!(collect(), ["a"]);
+        assert_eq!(directory.names(), ["10.0.0.3", "10.0.0.5", "fd00::5", "lock"]);
     }
 
     #[test]

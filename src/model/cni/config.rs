@@ -49,6 +49,11 @@ impl Envelope {
         Ok(Envelope { version, name: name.to_owned(), fields })
     }
 
+    /// GC: the attachments that are still in use; `None` when the key is absent.
+    pub fn valid_attachments(&self) -> Result<Option<Vec<Attachment>>, String> {
+        valid_attachments(&self.fields)
+    }
+
     /// The version that a configuration names, whatever else may be wrong with it. Errors are told in that version.
     pub fn peek_version(bytes: &[u8]) -> Option<Version> {
         let fields: Value = serde_json::from_slice(bytes).ok()?;

@@ -144,6 +144,9 @@ fn range(fields: &Map<String, Value>) -> Result<Range, String> {
             subnet.network()
         ));
     }
+    if subnet.prefix_len() == 0 {
+        return Err(format!("Network {subnet} is everything"));
+    }
     if subnet.prefix_len() > subnet.max_prefix_len() - 2 {
         return Err(format!("Network {subnet} too small to allocate from"));
     }
@@ -189,10 +192,10 @@ impl Range {
     /// to it again, without the gateway.
     pub fn after(&self, last_given: Option<IpAddr>) -> impl Iterator<Item = IpAddr> + use<> {
         let (range, first, last) = (*self, number(self.first), number(self.last));
-        let count = (last + 1).saturating_sub(first);
+        let count = last.checked_sub(first).map_or(0, |more| more.saturating_add(1));
         let start = last_given.filter(|given| range.contains(*given)).map_or(0, |given| number(given) - first + 1);
         (0..count)
-            .map(move |step| address(first + (start + step) % count, range.subnet))
+            .map(move |step| address(first + start.wrapping_add(step) % count, range.subnet))
             .filter(move |a| *a != range.gateway)
     }
 }
@@ -254,6 +257,9 @@ mod tests {
         let narrow = json!({"subnet": "10.0.0.0/24", "rangeStart": "10.0.0.9", "rangeEnd": "10.0.0.12", "gateway": "10.0.0.254"});
         check(one(narrow), Ok(("10.0.0.9", "10.0.0.12", "10.0.0.254")));
         check(one(json!({"subnet": "10.0.0.0/31"})), Err("too small"));
+        check(one(json!({"subnet": "::/0"})), Err("everything"));
+        let end = json!({"subnet": "8000::/1", "rangeStart": "8000::"});
+        check(one(end), Ok(("8000::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", "8000::1")));
         check(one(json!({"subnet": "10.0.0.1/24"})), Err("host bits"));
         check(one(json!({"subnet": "10.0.0.0/24", "rangeStart": "10.0.1.1"})), Err("not in network"));
         check(one(json!({"subnet": "ten"})), Err("no CIDR"));
@@ -280,6 +286,11 @@ mod tests {
         check(Some("10.0.0.6"), &[2, 3, 4, 5, 6]);
         check(Some("10.0.0.7"), &[2, 3, 4, 5, 6]);
         check(Some("fd00::ac:4"), &[2, 3, 4, 5, 6]);
+        let half =
+            config(&json!({"ipam": {"subnet": "8000::/1", "rangeStart": "8000::"}})).unwrap().ipam.range.unwrap();
+        assert_eq!(half.after(Some(half.last)).next(), Some(ip("8000::")));
+        let none = json!({"subnet": "10.0.0.0/24", "rangeStart": "10.0.0.9", "rangeEnd": "10.0.0.8"});
+        assert_eq!(config(&json!({"ipam": none})).unwrap().ipam.range.unwrap().after(None).next(), None);
         let v6 = config(&json!({"ipam": {"subnet": "fd00::ac:0/118"}})).unwrap().ipam.range.unwrap();
         assert_eq!(v6.after(None).count(), 1022);
         assert_eq!(v6.after(Some(ip("fd00::ac:3ff"))).next(), Some(ip("fd00::ac:2")));
