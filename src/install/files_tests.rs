@@ -137,6 +137,44 @@ fn names_become_links_of_one_file() {
     assert!(link(&folder.0, "x", "soft").unwrap_err().to_string().ends_with("soft is not a regular file"));
 }
 
+/// Takes a file's mark away again, without which its folder could not be removed.
+struct Immutable(PathBuf);
+
+impl Immutable {
+    fn mark(&self, mark: &str) -> bool {
+        let status = std::process::Command::new("chattr").arg(mark).arg(&self.0).status();
+        status.expect("chattr (Debian: e2fsprogs) plays the file system that refuses").success()
+    }
+}
+
+impl Drop for Immutable {
+    fn drop(&mut self) {
+        self.mark("-i");
+    }
+}
+
+/// link(2) of a file that cannot be changed fails with EPERM, as everywhere on a file system without hard links (vfat).
+#[test]
+fn where_no_link_can_be_made_there_is_a_copy() {
+    let folder = Folder::new("refused");
+    put(&folder.0, "aws-cni", b"plugin", 0o755).unwrap();
+    let immutable = Immutable(folder.0.join("aws-cni"));
+    assert!(immutable.mark("+i"), "chattr +i {}", immutable.0.display());
+    let refused = fs::hard_link(folder.0.join("aws-cni"), folder.0.join("x")).unwrap_err();
+    assert!(has_no_links(&refused), "{refused}");
+    for wanted in [Placed::Written, Placed::Unchanged] {
+        assert_eq!(link(&folder.0, "egress-cni", "aws-cni").unwrap(), wanted);
+        assert_ne!(folder.inode("egress-cni"), folder.inode("aws-cni"));
+        assert_eq!(fs::read(folder.0.join("egress-cni")).unwrap(), b"plugin");
+        assert_eq!(fs::metadata(folder.0.join("egress-cni")).unwrap().mode() & 0o7777, 0o755);
+        assert_eq!(folder.names(), ["aws-cni", "egress-cni"]);
+    }
+    drop(immutable);
+    // Where links can be made again the copy becomes one.
+    assert_eq!(link(&folder.0, "egress-cni", "aws-cni").unwrap(), Placed::Written);
+    assert_eq!(folder.inode("egress-cni"), folder.inode("aws-cni"));
+}
+
 #[test]
 fn only_temporaries_of_the_dead_are_swept() {
     let folder = Folder::new("sweep");

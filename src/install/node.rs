@@ -21,6 +21,7 @@ use crate::sys;
 use log::Level;
 use std::io::Write;
 use std::path::Path;
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -36,6 +37,9 @@ const PLUGIN_MODE: u32 = 0o755;
 const CONFLIST_MODE: u32 = 0o644;
 /// How long the daemon may take to answer a health check; it has said already that it serves.
 const HEALTH_LIMIT: Duration = Duration::from_secs(5);
+/// When it is told first that the daemon does not serve yet, and how seldom at last; the pause doubles in between.
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+const RETRY_MOST: Duration = Duration::from_mins(1);
 
 /// Runs the entrypoint with this daemon; the exit code.
 pub fn run(daemon: fn(Ready) -> u8) -> u8 {
@@ -66,7 +70,15 @@ pub fn run(daemon: fn(Ready) -> u8) -> u8 {
         }
     };
     tell(Level::Info, "Starting IPAM daemon ...");
-    let code = daemon(Box::new(move |settings, identity| finish(&site, asking, settings, identity)));
+    tell(Level::Info, "Checking for IPAM connectivity ...");
+    let waiting = match Waiting::start(site.settings.log_file.clone()) {
+        Ok(waiting) => waiting,
+        Err(error) => {
+            tell(Level::Error, &error.to_string());
+            return exit::FAILURE;
+        }
+    };
+    let code = daemon(Box::new(move |settings, identity| finish(&site, waiting, asking, settings, identity)));
     tell(if code == exit::OK { Level::Info } else { Level::Error }, "IPAMD stopped hence exiting ...");
     code
 }
@@ -98,9 +110,41 @@ fn ask_chain(site: &Site) -> Result<JoinHandle<Answers>> {
     std::thread::Builder::new().name("plugins".into()).spawn(ask).context("start thread plugins")
 }
 
+/// Tells that the daemon does not serve yet until it is dropped, ever more rarely: whoever looks at a node that does not become
+/// ready finds where to look next.
+struct Waiting {
+    _until: SyncSender<()>,
+}
+
+impl Waiting {
+    fn start(log_file: String) -> Result<Waiting> {
+        let (until, over) = sync_channel(0);
+        let body = move || {
+            let (mut pause, mut waited) = (RETRY_FIRST, Duration::ZERO);
+            while over.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
+                waited += pause;
+                pause = (pause * 2).min(RETRY_MOST);
+                let seconds = waited.as_secs();
+                tell(
+                    Level::Info,
+                    &format!("Retrying waiting for IPAM-D, {seconds} s by now; its log says for what: {log_file}"),
+                );
+            }
+        };
+        std::thread::Builder::new().name("waiting".into()).spawn(body).context("start thread waiting")?;
+        Ok(Waiting { _until: until })
+    }
+}
+
 /// The last step: the daemon answers, the configuration is written.
-fn finish(site: &Site, asking: JoinHandle<Answers>, settings: &Settings, identity: &Identity) -> Result<()> {
-    tell(Level::Info, "Checking for IPAM connectivity ...");
+fn finish(
+    site: &Site,
+    waiting: Waiting,
+    asking: JoinHandle<Answers>,
+    settings: &Settings,
+    identity: &Identity,
+) -> Result<()> {
+    drop(waiting);
     check_health().map_err(|status| Error::new(status.to_string()).context("check the daemon's health"))?;
     let answers = asking.join().map_err(|_| Error::new("thread plugins ended"))?;
     for name in &answers.missing {

@@ -3,7 +3,8 @@
 
 use crate::support::in_fresh_netns;
 use enibox::clock;
-use enibox::netlink::rule;
+use enibox::model::settings::Settings;
+use enibox::netlink::{rule, sysctl};
 use enibox::rpc::grpc::Client;
 use enibox::sandbox::topology::{EC2, IMDS, Node};
 use enibox::sandbox::world::{Plan, World};
@@ -42,7 +43,9 @@ impl Host {
             fs::create_dir_all(path.join(folder)).unwrap();
         }
         let host = Host(path);
-        std::os::unix::fs::symlink(PROGRAM, host.path("app/aws-vpc-cni")).unwrap();
+        for name in ["aws-vpc-cni", "aws-vpc-cni-init"] {
+            std::os::unix::fs::symlink(PROGRAM, host.path("app").join(name)).unwrap();
+        }
         host.plugin("portmap", PORTMAP);
         host
     }
@@ -66,11 +69,12 @@ impl Host {
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
     }
 
-    /// Starts the container's process with a command that runs `sh`: entering a mount namespace leads to its root, so that
+    /// Starts a container's process with a command that runs `sh`: entering a mount namespace leads to its root, so that
     /// only a process inside can go to the working directory.
-    fn start(&self, command: &mut Command, env: &[(&str, &str)], out: &str) -> Child {
+    fn start(&self, name: &str, command: &mut Command, env: &[(&str, &str)], out: &str) -> Child {
         let out = File::options().create(true).append(true).open(self.path(out)).unwrap();
-        command.args(["-c", "cd \"$0\" && exec ./aws-vpc-cni"]).arg(self.path("app")).env_clear().stdin(Stdio::null());
+        command.args(["-c", "cd \"$0\" && exec \"./$1\""]).arg(self.path("app")).arg(name).env_clear();
+        command.stdin(Stdio::null());
         command.stdout(out.try_clone().unwrap()).stderr(out);
         command.env("HOST_CNI_BIN_PATH", self.path("bin")).env("HOST_CNI_CONFDIR_PATH", self.path("net.d"));
         command.env("AWS_VPC_K8S_CNI_LOG_FILE", self.path("ipamd.log"));
@@ -143,6 +147,10 @@ impl Stage {
 
     /// Starts the container; its output goes to the file of this name.
     fn start(&self, env: &[(&str, &str)], out: &str) -> Container {
+        self.start_as("aws-vpc-cni", env, out)
+    }
+
+    fn start_as(&self, name: &str, env: &[(&str, &str)], out: &str) -> Container {
         let mut all = vec![
             ("AWS_EC2_METADATA_SERVICE_ENDPOINT", format!("http://{IMDS}")),
             ("AWS_EC2_ENDPOINT", format!("http://{EC2}")),
@@ -151,7 +159,7 @@ impl Stage {
         all.extend(env.iter().map(|(name, value)| (*name, (*value).to_owned())));
         let all: Vec<(&str, &str)> = all.iter().map(|(name, value)| (*name, value.as_str())).collect();
         let mut command = self.node.command("/bin/sh").unwrap();
-        Container(self.host.start(&mut command, &all, out))
+        Container(self.host.start(name, &mut command, &all, out))
     }
 
     /// Whether the daemon takes connections.
@@ -330,9 +338,8 @@ fn a_daemon_that_cannot_start_gets_no_configuration() {
     // Nor one that is told to go while it waits for somebody who never answers.
     let silent = stage.node.place.net.run(|| TcpListener::bind("127.0.0.1:80").unwrap()).unwrap();
     let container = stage.start(&[("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://127.0.0.1")], "silent");
-    eventually("it waits", || stage.host.output("silent").contains("Starting IPAM daemon").then_some(()));
-    // It is asking by now, or about to.
-    std::thread::sleep(Duration::from_millis(200));
+    let retrying = || stage.host.output("silent").contains("Retrying waiting for IPAM-D, 1 s by now; its log says");
+    eventually("it waits", || retrying().then_some(()));
     let took = container.stop();
     println!("SIGTERM while IMDS is silent: {took:?}");
     assert!(took < Duration::from_secs(5), "{took:?}");
@@ -358,6 +365,50 @@ fn the_other_family_has_its_own_egress() {
         golden("v4-egress").replace("2001:db8::5", &address)
     );
     container.stop();
+}
+
+/// The sandbox sets by itself what the init container sets on a node, which runs in no other mode of it: both must be the same.
+#[test]
+fn the_sandbox_prepares_nodes_as_the_init_container_does() {
+    const KEYS: &[&str] = &[
+        "net/ipv4/conf/eth0/rp_filter",
+        "net/ipv4/tcp_early_demux",
+        "net/ipv4/udp_early_demux",
+        "net/ipv6/conf/all/disable_ipv6",
+        "net/ipv6/conf/all/forwarding",
+        "net/ipv6/conf/eth0/accept_ra",
+    ];
+    const V6: &[(&str, &str)] =
+        &[("ENABLE_IPv4", "false"), ("ENABLE_IPv6", "true"), ("ENABLE_PREFIX_DELEGATION", "true")];
+    let stage = Stage::new(9);
+    let seen = || -> Vec<String> {
+        let read = || KEYS.iter().map(|key| sysctl::read(key).unwrap()).collect();
+        stage.node.place.net.run(read).unwrap()
+    };
+    for (number, env) in
+        [&[][..], &[("DISABLE_TCP_EARLY_DEMUX", "true")], &[("ENABLE_V6_EGRESS", "true")], V6].iter().enumerate()
+    {
+        let lookup = |name: &str| env.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
+        stage.node.prepare(&Settings::parse(lookup).0).unwrap();
+        let wanted = seen();
+        let wrong = || {
+            for (key, value) in KEYS.iter().zip(&wanted) {
+                // What the init container leaves alone in this mode is the sandbox's own.
+                let ours =
+                    key.contains("ipv4") || env.iter().any(|(name, _)| name.contains("V6") || name.contains("v6"));
+                if ours && !key.ends_with("disable_ipv6") {
+                    sysctl::set(key, if value == "1" { "0" } else { "1" }).unwrap();
+                }
+            }
+        };
+        stage.node.place.net.run(wrong).unwrap();
+        assert_ne!(seen(), wanted);
+        let begin = clock::instant();
+        let out = format!("init-{number}");
+        assert_eq!(stage.start_as("aws-vpc-cni-init", env, &out).wait().code(), Some(0), "{}", stage.host.output(&out));
+        println!("init container with {env:?}: {:?}", begin.elapsed());
+        assert_eq!(seen(), wanted, "{env:?}: {}", stage.host.output(&out));
+    }
 }
 
 #[test]
@@ -492,7 +543,7 @@ const FURTHER: &[Mistake] = &[
 #[track_caller]
 fn refused(host: &Host, env: &[(&str, &str)]) -> String {
     fs::write(host.path("out"), "").unwrap();
-    let mut child = in_fresh_netns(|| host.start(&mut Command::new("/bin/sh"), env, "out"));
+    let mut child = in_fresh_netns(|| host.start("aws-vpc-cni", &mut Command::new("/bin/sh"), env, "out"));
     assert_eq!(child.wait().unwrap().code(), Some(1), "{env:?}: {}", host.output("out"));
     assert_eq!(host.names("bin"), BTreeSet::from(["portmap".to_owned()]), "{env:?}");
     assert_eq!(host.names("net.d"), BTreeSet::new(), "{env:?}");

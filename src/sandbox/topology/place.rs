@@ -176,6 +176,9 @@ impl Node {
     /// What the init container sets for these settings besides (`spec/dataplane.md` 4).
     pub fn prepare(&self, settings: &Settings) -> Result<()> {
         let early_demux = if settings.tcp_early_demux_disabled { "0" } else { "1" };
+        if settings.enable_ipv6 || settings.v6_egress {
+            self.place.sysctls(&[("net/ipv6/conf/eth0/accept_ra", "2")])?;
+        }
         self.place.sysctls(&[
             ("net/ipv4/conf/eth0/rp_filter", "2"),
             ("net/ipv4/tcp_early_demux", early_demux),
