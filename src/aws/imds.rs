@@ -323,7 +323,13 @@ impl Client {
                 if self.config.v1_disabled {
                     return Err(Try::Final(response.status, what));
                 }
-                log::info!("imds: {what}; going on without tokens (IMDSv1)");
+                // A service that refuses tokens knows none: EC2's own is either there with tokens or refuses everything.
+                // Going on costs nothing, because whoever can answer in its place could hand out tokens as well, and an
+                // instance that insists on tokens answers 401, upon which one is asked for again. Not going on would keep
+                // nodes behind such a service from starting, where the original's start.
+                log::warn!(
+                    "imds: {what}; going on without tokens (IMDSv1), which AWS_EC2_METADATA_V1_DISABLED=true forbids"
+                );
                 *self.token.lock().unwrap_or_else(PoisonError::into_inner) = Token { current: None, v1: true };
                 Ok(None)
             }
