@@ -14,7 +14,7 @@ mod support;
 use enibox::clock;
 use lines::{End, Lines};
 use reader::Entry;
-use stage::{CHECKPOINT, Family, Living, NAMESPACE, Stage, V4, V6, container, host_veth};
+use stage::{CHECKPOINT, Family, Living, NAMESPACE, Stage, V4, V4_LEGACY, V6, container, host_veth};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::Path;
@@ -23,8 +23,8 @@ use std::time::Duration;
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// The tools of the original, or a line that says what is missing.
-fn can_play() -> bool {
-    let programs = ["ip", "nft", "iptables-nft-restore", "ip6tables-nft-restore", "sha1sum", "sha512sum"];
+fn can_play(family: &Family) -> bool {
+    let programs = ["ip", "nft", "iptables-legacy-save", family.nat, family.tables, "sha1sum", "sha512sum"];
     let missing = programs.iter().find(|program| support::find_program(program).is_none());
     let missing = missing.copied().or((!Path::new(original::HOST_LOCAL).exists()).then_some(original::HOST_LOCAL));
     if let Some(missing) = missing {
@@ -108,8 +108,41 @@ fn add_ours(stage: &Stage, living: &mut Vec<Living>, names: &[&str], nobody: &En
 }
 
 fn has_rules_of_the_original(stage: &Stage) -> bool {
-    let filter = stage.shell("nft --stateless list ruleset");
+    let filter = stage.shell(if stage.is_legacy() {
+        "iptables-legacy-save; ip6tables-legacy-save"
+    } else {
+        "nft --stateless list ruleset"
+    });
     ["CNI-E", "AWS", "Block Node Local"].iter().any(|part| filter.contains(part))
+}
+
+/// Rules in tables of `iptables-legacy` stay, and are told with commands that take them away: of the node by the daemon, of a
+/// pod by its DEL. Runs those that this log has from here on.
+fn follow_the_advice(stage: &Stage, log: impl Fn(&Stage) -> String, seen: usize) -> usize {
+    let end = clock::instant() + LIMIT;
+    loop {
+        let told = log(stage);
+        let lines = told.get(seen..).unwrap_or_default().lines();
+        let texts = lines.filter_map(|line| {
+            serde_json::from_str::<serde_json::Value>(line).ok()?["msg"].as_str().map(str::to_owned)
+        });
+        let advice: Vec<String> = texts.filter(|text| text.contains("are in iptables-legacy")).collect();
+        if !advice.is_empty() {
+            for text in advice {
+                stage.shell(&text.lines().skip(1).collect::<Vec<_>>().join("\n"));
+            }
+            return told.len();
+        }
+        assert!(clock::instant() < end, "no advice: {told}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Of the original's chains in tables of `iptables-legacy`, the names.
+fn legacy_chains(stage: &Stage) -> BTreeSet<String> {
+    let saved = stage.shell("iptables-legacy-save; ip6tables-legacy-save");
+    let chains = saved.lines().filter_map(|line| line.strip_prefix(':')?.split_whitespace().next());
+    chains.filter(|name| name.starts_with("AWS-") || name.starts_with("CNI-E")).map(str::to_owned).collect()
 }
 
 /// A pod that ended while no daemon ran: its entry and its rules are all that is left.
@@ -123,7 +156,7 @@ fn dead(stage: &Stage, taken: &mut BTreeSet<IpAddr>) -> Entry {
 }
 
 fn up_down_up(family: &'static Family, seed: u64) {
-    if !can_play() {
+    if !can_play(family) {
         return;
     }
     let mut stage = Stage::new(family, seed);
@@ -146,7 +179,15 @@ fn up_down_up(family: &'static Family, seed: u64) {
 
     assert!(has_rules_of_the_original(&stage));
     stage.up();
-    assert!(!has_rules_of_the_original(&stage));
+    if stage.is_legacy() {
+        assert!(legacy_chains(&stage).contains("AWS-SNAT-CHAIN-0"), "nobody can take them away safely but an operator");
+        lines.unbroken("beside the original's rules");
+        follow_the_advice(&stage, Stage::log, 0);
+        let left = legacy_chains(&stage);
+        assert!(left.len() == living.len() && left.iter().all(|name| name.starts_with("CNI-E6-")), "{left:?}");
+    } else {
+        assert!(!has_rules_of_the_original(&stage));
+    }
     assert_known(&stage, &living, &nobody);
     assert_gone(&stage, &[dead.address.to_string()]);
     lines.unbroken("taken over");
@@ -156,8 +197,13 @@ fn up_down_up(family: &'static Family, seed: u64) {
         let old = living.remove(living.iter().position(|pod| pod.name == name).unwrap());
         lines.hang_up(name);
         let words = words(&old);
+        let (chains, told) = (legacy_chains(&stage).len(), stage.plugin_log().len());
         stage.delete(old);
         assert_gone(&stage, &words);
+        if stage.is_legacy() {
+            follow_the_advice(&stage, Stage::plugin_log, told);
+            assert_eq!(legacy_chains(&stage).len(), chains - 1);
+        }
     }
     assert_known(&stage, &living, &nobody);
     lines.unbroken("served");
@@ -215,6 +261,11 @@ fn hand_back(stage: &mut Stage, lines: &Lines, living: &mut Vec<Living>, nobody:
 #[test]
 fn a_node_with_ipv4_pods_and_their_ipv6_egress() {
     up_down_up(&V4, 71);
+}
+
+#[test]
+fn a_node_whose_original_uses_iptables_legacy() {
+    up_down_up(&V4_LEGACY, 73);
 }
 
 #[test]

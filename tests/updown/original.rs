@@ -65,7 +65,7 @@ pub fn attach(stage: &Stage) {
 
 /// The packet filter and the rule for marked packets, as at every start.
 pub fn filter(stage: &Stage) {
-    let Family { v6, ip, range, tables, .. } = stage.family;
+    let Family { v6, ip, range, tables, nat, .. } = stage.family;
     let rule = format!("{} rule add fwmark 0x80/0x80 lookup main priority 1024", ip[0]);
     let reject = format!(
         "*filter\n-I FORWARD 1 -d {range} -m conntrack --ctstate NEW -m comment \
@@ -85,7 +85,7 @@ pub fn filter(stage: &Stage) {
         cidrs.map(|cidr| format!("-A AWS-SNAT-CHAIN-0 -d {cidr} -m comment --comment \"AWS SNAT CHAIN\" -j RETURN\n"));
     let marks = cidrs.map(|cidr| format!("counter ip daddr {cidr} return\n"));
     stage.shell(&format!(
-        "iptables-nft-restore --noflush <<'END'\n\
+        "{nat} --noflush <<'END'\n\
          *nat\n:AWS-SNAT-CHAIN-0 - [0:0]\n\
          -A POSTROUTING -m comment --comment \"AWS SNAT CHAIN\" -j AWS-SNAT-CHAIN-0\n{}\
          -A AWS-SNAT-CHAIN-0 ! -o vlan+ -m comment --comment \"AWS, SNAT\" -m addrtype ! --dst-type LOCAL -j SNAT \

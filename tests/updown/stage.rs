@@ -41,6 +41,8 @@ pub struct Family {
     pub multicast: &'static str,
     pub chain: &'static str,
     pub tables: &'static str,
+    /// `iptables` for the nodes' IPv4.
+    pub nat: &'static str,
 }
 
 pub const V4: Family = Family {
@@ -57,7 +59,10 @@ pub const V4: Family = Family {
     multicast: "ff00::/8",
     chain: "CNI-E6-",
     tables: "ip6tables-nft-restore",
+    nat: "iptables-nft-restore",
 };
+/// With the backend of the tables of old.
+pub const V4_LEGACY: Family = Family { tables: "ip6tables-legacy-restore", nat: "iptables-legacy-restore", ..V4 };
 pub const V6: Family = Family {
     v6: true,
     env: &[("ENABLE_IPv6", "true"), ("ENABLE_IPv4", "false"), ("ENABLE_PREFIX_DELEGATION", "true")],
@@ -72,6 +77,7 @@ pub const V6: Family = Family {
     multicast: "224.0.0.0/4",
     chain: "CNI-E4-",
     tables: "iptables-nft-restore",
+    nat: "iptables-nft-restore",
 };
 
 /// A pod that has its network, by whomever.
@@ -103,6 +109,15 @@ impl Stage {
         node.prepare(&settings).unwrap();
         let logs = world.topology().run().logs();
         Stage { agent: None, family, node, logs, world }
+    }
+
+    pub fn is_legacy(&self) -> bool {
+        self.family.nat.contains("legacy")
+    }
+
+    /// What the plugins have logged so far.
+    pub fn plugin_log(&self) -> String {
+        fs::read_to_string(self.logs.join("plugin.log")).unwrap_or_default()
     }
 
     /// Starts our daemon and waits until it serves. It ends with the calling thread.
