@@ -117,14 +117,15 @@ fn custom_networking_takes_subnet_and_groups_from_the_eniconfig() {
     let api = world.api.as_mut().unwrap();
     api.node.labels.insert("k8s.amazonaws.com/eniConfig".into(), "nowhere".into());
     world.tell_node();
-    world.pass(second(10));
+    world.pass(MINUTE * 10);
     assert!(!world.ready, "a node with a wrong ENIConfig is not ready");
+    let asked = world.calls("DescribeSubnets");
     let api = world.api.as_mut().unwrap();
     assert!(api.notices.iter().any(|notice| notice.note.contains("nowhere")), "{:?}", api.notices);
     api.node.annotations.insert("k8s.amazonaws.com/eniConfig".into(), "eu-west-1a".into());
     world.tell_node();
-    world.pass(MINUTE);
-    assert!(world.ready);
+    world.pass(second(10));
+    assert!(world.ready, "the pause after ten minutes of failures ends with what failed");
     assert_eq!(world.enis(), [(0, 0), (1, 3)], "the primary ENI serves no pods");
     let new = world.vpc.interfaces().find(|interface| interface.subnet == subnet).unwrap();
     assert_eq!(new.groups, [group]);
@@ -132,7 +133,8 @@ fn custom_networking_takes_subnet_and_groups_from_the_eniconfig() {
         assert!(world.add(&format!("pod-{n}")), "{:#?}", world.log);
     }
     assert_eq!(world.enis(), [(0, 0), (1, 3), (2, 3)]);
-    assert_eq!(world.calls("DescribeSubnets"), 1, "once for the tags that exclude; the ENIConfig names the subnet");
+    let asked = world.calls("DescribeSubnets") - asked;
+    assert!(asked <= 1, "once for the tags that exclude; the ENIConfig names the subnet");
     // The API server goes away: what was read last serves on.
     world.api = None;
     world.crash();

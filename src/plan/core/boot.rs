@@ -441,7 +441,9 @@ impl Core {
         // The same holds for what EC2 listed long ago, while IMDS or the host kept the node from starting.
         let stale = |at: Mono| self.phase == Phase::Booting && self.now.mono.since(at) >= RECONCILE;
         let listed = self.listed.contains_key(id) && !self.described.is_some_and(stale);
-        let confirmed = listed || self.config.imds_only;
+        let arrived = |net: &IpNet| self.arrived.get(net).is_some_and(|at| !stale(*at));
+        let grown = !cidrs.is_empty() && cidrs.iter().all(arrived);
+        let confirmed = listed || grown || self.config.imds_only;
         for net in cidrs {
             // IMDS alone is no reason to take it from another ENI.
             if !self.resting(&net) && (confirmed || !self.held_beside(id, &net)) {

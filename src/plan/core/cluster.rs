@@ -40,6 +40,11 @@ impl Core {
             let text = format!("node: {} pods, cordoned: {}, ENIConfig {:?}", now.0, now.1, now.2);
             self.log(Level::Info, text);
         }
+        if before.2 != now.2 {
+            // What failed with the other ENIConfig is no reason to wait.
+            self.timers.remove(&Timer::Growth);
+            self.growth_failures = 0;
+        }
     }
 
     /// Pods that the node may run; a Node object without a figure is no news (B7).

@@ -330,9 +330,11 @@ impl Core {
         }
         let attached = self.attached.values().filter(|eni| eni.card == card).map(|eni| eni.device);
         let asked = self.growths.iter().filter(|(other, growth)| **other != id && growth.card == card);
-        let listed = self.devices.iter().filter(|(id, _)| self.card_of(id) == Some(card)).map(|(_, device)| *device);
-        let used: Set<u32> = attached.chain(listed).chain(asked.filter_map(|(_, growth)| growth.device)).gather();
-        let Some(device) = (0..DEVICES).find(|device| !used.contains(device) && !taken.contains(device)) else {
+        let others = self.devices.iter().filter(|(id, _)| self.card_of(id) == Some(card)).map(|(_, device)| *device);
+        let used: Set<u32> = attached.chain(others).chain(asked.filter_map(|(_, growth)| growth.device)).gather();
+        let free = || (0..DEVICES).find(|device| !used.contains(device) && !taken.contains(device));
+        let listed = self.devices.get(&eni).copied().filter(|device| !taken.contains(device));
+        let Some(device) = listed.or_else(free) else {
             return self.abandon(id, "no device index is free", None);
         };
         if let Some(growth) = self.growths.get_mut(&id) {
@@ -493,6 +495,11 @@ impl Core {
         self.arrived.extend(cidrs.iter().map(|net| (*net, self.now.mono)));
         self.listed.insert(interface.id.clone(), cidrs);
         self.changed();
+        if self.devices.contains_key(&interface.id) {
+            // A repeated call: the process before this one has attached it already.
+            self.stage(id, Stage::Attached { taken: Set::new(), failure: None });
+            return self.ask_ec2(Op::Growth(id), Call::DescribeOne(interface.id.clone()));
+        }
         self.send_attach(id, Set::new());
     }
 
