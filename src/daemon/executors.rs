@@ -2,6 +2,7 @@
 
 use super::kernel::{self, Work};
 use super::metrics::Metrics;
+use super::pulse::Lane;
 use super::{End, files, spawn};
 use crate::aws::{ec2, imds};
 use crate::error::{Context, Result};
@@ -30,6 +31,16 @@ enum Disk {
     SpoolDone(Vec<Record>),
 }
 
+impl Disk {
+    fn name(&self) -> &'static str {
+        match self {
+            Disk::Save(..) => "write the checkpoint",
+            Disk::SetAside(_) => "set the unreadable checkpoint aside",
+            Disk::SpoolDone(_) => "remove records of DELs",
+        }
+    }
+}
+
 /// The queues of the executors.
 pub(super) struct Executors {
     ec2: SyncSender<(OpId, Call)>,
@@ -37,6 +48,7 @@ pub(super) struct Executors {
     kernel: kernel::Queue,
     disk: SyncSender<Disk>,
     kube: Option<SyncSender<(OpId, kube::Call)>>,
+    metrics: Arc<Metrics>,
 }
 
 impl Executors {
@@ -53,19 +65,21 @@ impl Executors {
         let calls = Arc::new(Mutex::new(calls));
         for n in 0..EC2_THREADS {
             let (events, client, calls) = (events.clone(), Arc::clone(ec2), Arc::clone(&calls));
-            spawn(&format!("ec2-{n}"), ended, move || ec2_loop(&client, &calls, &events))?;
+            let metrics = Arc::clone(metrics);
+            spawn(&format!("ec2-{n}"), ended, move || ec2_loop(&client, &calls, &events, &metrics))?;
         }
         let (imds_queue, queries) = sync_channel(QUEUE_MAX);
         let (sender, client) = (events.clone(), Arc::clone(imds));
-        let beside = store.clone();
-        spawn("imds", ended, move || imds_loop(&client, &queries, &sender, &beside))?;
+        let (beside, watched) = (store.clone(), Arc::clone(metrics));
+        spawn("imds", ended, move || imds_loop(&client, &queries, &sender, &beside, &watched))?;
         let (kernel_queue, inbox) = kernel::queue().context("make the kernel thread's queue")?;
-        let (sender, metrics) = (events.clone(), Arc::clone(metrics));
-        spawn("kernel", ended, move || kernel::run(&inbox, &sender, &metrics))?;
+        let (sender, watched) = (events.clone(), Arc::clone(metrics));
+        spawn("kernel", ended, move || kernel::run(&inbox, &sender, &watched))?;
         let (disk_queue, work) = sync_channel(QUEUE_MAX);
-        let sender = events.clone();
-        spawn("disk", ended, move || disk_loop(&store, &work, &sender))?;
-        Ok(Executors { ec2: ec2_queue, imds: imds_queue, kernel: kernel_queue, disk: disk_queue, kube })
+        let (sender, watched) = (events.clone(), Arc::clone(metrics));
+        spawn("disk", ended, move || disk_loop(&store, &work, &sender, &watched))?;
+        let metrics = Arc::clone(metrics);
+        Ok(Executors { ec2: ec2_queue, imds: imds_queue, kernel: kernel_queue, disk: disk_queue, kube, metrics })
     }
 
     /// To be told before the plugin is: what it takes away from now on is not to be put back.
@@ -73,7 +87,17 @@ impl Executors {
         let texts = reply.allocations.iter().flat_map(|allocation| [&allocation.ipv4, &allocation.ipv6]);
         let addresses = texts.filter_map(|text| text.parse().ok()).collect();
         // If the queue is full, the rules may be put back; the core sweeps such rules away after a while.
-        self.kernel.try_send(Work::Released(addresses)).ok();
+        self.give(Lane::Kernel, || put(self.kernel.try_send(Work::Released(addresses))));
+    }
+
+    // Counted before it can be done; why it could not be handed over.
+    fn give(&self, lane: Lane, send: impl FnOnce() -> std::result::Result<(), String>) -> Option<String> {
+        self.metrics.pulse.handed(lane);
+        let refused = send().err();
+        if refused.is_some() {
+            self.metrics.pulse.done(lane);
+        }
+        refused
     }
 
     /// Hands an effect over; the event that it failed at once, if its queue is full.
@@ -81,7 +105,7 @@ impl Executors {
         match effect {
             Effect::Ec2(op, call) => {
                 let action = call.action();
-                let refused = self.ec2.try_send((op, call)).err().map(|error| full(&error))?;
+                let refused = self.give(Lane::Ec2, || put(self.ec2.try_send((op, call))))?;
                 let failure = Failure {
                     action,
                     code: String::new(),
@@ -93,27 +117,32 @@ impl Executors {
                 Some(Event::Ec2(op, Err(failure)))
             }
             Effect::Imds(op, query) => {
-                self.imds.try_send((op, query)).err().map(|error| Event::Imds(op, Err(full(&error))))
+                let refused = self.give(Lane::Imds, || put(self.imds.try_send((op, query))));
+                refused.map(|error| Event::Imds(op, Err(error)))
             }
             Effect::Kernel(op, intent) => {
-                self.kernel.try_send(Work::Apply(op, intent)).err().map(|error| Event::Kernel(op, Err(full(&error))))
+                let refused = self.give(Lane::Kernel, || put(self.kernel.try_send(Work::Apply(op, intent))));
+                refused.map(|error| Event::Kernel(op, Err(error)))
             }
-            Effect::ListLinks => self.kernel.try_send(Work::List).err().map(|error| Event::Seen(Err(full(&error)))),
+            Effect::ListLinks => {
+                let refused = self.give(Lane::Kernel, || put(self.kernel.try_send(Work::List)));
+                refused.map(|error| Event::Seen(Err(error)))
+            }
             Effect::Save(generation, content) => {
-                let work = Disk::Save(generation, content);
-                self.disk.try_send(work).err().map(|error| Event::Saved(generation, Err(full(&error))))
+                let refused = self.give(Lane::Disk, || put(self.disk.try_send(Disk::Save(generation, content))));
+                refused.map(|error| Event::Saved(generation, Err(error)))
             }
             Effect::SetAside(card, _) => {
-                self.disk.try_send(Disk::SetAside(card)).ok();
+                self.give(Lane::Disk, || put(self.disk.try_send(Disk::SetAside(card))));
                 None
             }
             Effect::SpoolDone(records) => {
-                self.disk.try_send(Disk::SpoolDone(records)).ok(); // they are read again, and done with then
+                self.give(Lane::Disk, || put(self.disk.try_send(Disk::SpoolDone(records)))); // they are read again, and done with then
                 None
             }
             Effect::Kube(op, call) => {
                 let refused = match &self.kube {
-                    Some(queue) => queue.try_send((op, call)).err().map(|error| full(&error)),
+                    Some(queue) => self.give(Lane::Kube, || put(queue.try_send((op, call)))),
                     None => Some("no API server".into()),
                 };
                 refused.map(|message| Event::Kube(op, Err(kube::Failure { status: 0, message })))
@@ -123,20 +152,27 @@ impl Executors {
     }
 }
 
-fn full<T>(error: &TrySendError<T>) -> String {
-    match error {
+fn put<T>(sent: std::result::Result<(), TrySendError<T>>) -> std::result::Result<(), String> {
+    sent.map_err(|error| match error {
         TrySendError::Full(_) => "too much work waits already".into(),
         TrySendError::Disconnected(_) => "the thread that does it has ended".into(),
-    }
+    })
 }
 
-fn ec2_loop(client: &ec2::Client, calls: &Mutex<Receiver<(OpId, Call)>>, events: &SyncSender<Event>) -> Result<()> {
+fn ec2_loop(
+    client: &ec2::Client,
+    calls: &Mutex<Receiver<(OpId, Call)>>,
+    events: &SyncSender<Event>,
+    metrics: &Metrics,
+) -> Result<()> {
     loop {
         // Whoever holds the lock waits for the next call; the lock goes before the call is made.
         let next = calls.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok((op, call)) = next else { return Ok(()) };
+        metrics.pulse.begin(Lane::Ec2, call.action());
         let result = client.execute(&call);
         events.send(Event::Ec2(op, result)).context("tell the core")?;
+        metrics.pulse.done(Lane::Ec2);
     }
 }
 
@@ -145,8 +181,10 @@ fn imds_loop(
     queries: &Receiver<(OpId, Query)>,
     events: &SyncSender<Event>,
     store: &Path,
+    metrics: &Metrics,
 ) -> Result<()> {
     while let Ok((op, query)) = queries.recv() {
+        metrics.pulse.begin(Lane::Imds, "a question to IMDS");
         let result = client.query(&query).map_err(|error| error.to_string());
         events.send(Event::Imds(op, result)).context("tell the core")?;
         if let Some(told) = client.to_keep()
@@ -154,14 +192,24 @@ fn imds_loop(
         {
             log::warn!("keep what imds told: {error}"); // only a restart while IMDS is silent would need it
         }
+        metrics.pulse.done(Lane::Imds);
     }
     Ok(())
 }
 
-fn disk_loop(store: &Path, work: &Receiver<Disk>, events: &SyncSender<Event>) -> Result<()> {
+fn disk_loop(store: &Path, work: &Receiver<Disk>, events: &SyncSender<Event>, metrics: &Metrics) -> Result<()> {
     loop {
-        match work.recv_timeout(SPOOL_EVERY) {
-            Ok(Disk::Save(generation, content)) => {
+        let work = work.recv_timeout(SPOOL_EVERY);
+        match &work {
+            Ok(work) => metrics.pulse.begin(Lane::Disk, work.name()),
+            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            Err(RecvTimeoutError::Timeout) => {
+                metrics.pulse.handed(Lane::Disk);
+                metrics.pulse.begin(Lane::Disk, "read the spool of DELs");
+            }
+        }
+        match work.ok() {
+            Some(Disk::Save(generation, content)) => {
                 let mut files = content.into_iter();
                 let written = files.try_for_each(|(card, file)| {
                     files::write(&files::store_of(store, card), file.to_text().as_bytes())
@@ -169,24 +217,24 @@ fn disk_loop(store: &Path, work: &Receiver<Disk>, events: &SyncSender<Event>) ->
                 let result = written.map_err(|error| error.to_string());
                 events.send(Event::Saved(generation, result)).context("tell the core")?;
             }
-            Ok(Disk::SetAside(card)) => {
+            Some(Disk::SetAside(card)) => {
                 if let Err(error) = files::set_aside(&files::store_of(store, card)) {
                     log::error!("keep the unreadable checkpoint: {error}");
                 }
             }
-            Ok(Disk::SpoolDone(records)) => {
+            Some(Disk::SpoolDone(records)) => {
                 let folder = Path::new(spool::DIRECTORY);
                 for record in &records {
                     files::remove_record(folder, record);
                 }
             }
-            Err(RecvTimeoutError::Timeout) => {
+            None => {
                 let records = files::read_spool();
                 if !records.is_empty() {
                     events.send(Event::Spool(records)).context("tell the core")?;
                 }
             }
-            Err(RecvTimeoutError::Disconnected) => return Ok(()),
         }
+        metrics.pulse.done(Lane::Disk);
     }
 }

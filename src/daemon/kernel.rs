@@ -4,6 +4,7 @@
 //! is decided in [`plan::repair`](crate::plan::repair) and [`plan::host`](crate::plan::host).
 
 use super::metrics::Metrics;
+use super::pulse::Lane;
 use super::{files, former};
 use crate::apply::{self, HostReport};
 use crate::clock;
@@ -38,6 +39,16 @@ pub(super) enum Work {
     List,
     /// Pods with these addresses are being deleted.
     Released(Vec<IpAddr>),
+}
+
+impl Work {
+    fn name(&self) -> &'static str {
+        match self {
+            Work::Apply(..) => "make the host's network",
+            Work::List => "list links and pods",
+            Work::Released(_) => "let released pods go",
+        }
+    }
 }
 
 /// The thread's queue. It waits for the kernel too, so a byte in a pipe tells it that something is in the queue.
@@ -94,14 +105,21 @@ pub(super) fn run(inbox: &Inbox, events: &SyncSender<Event>, metrics: &Metrics) 
         }
         loop {
             match inbox.work.try_recv() {
-                Ok(work) => keeper.work(work, events)?,
+                Ok(work) => {
+                    metrics.pulse.begin(Lane::Kernel, work.name());
+                    keeper.work(work, events)?;
+                    metrics.pulse.done(Lane::Kernel);
+                }
                 Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => return Ok(()),
             }
         }
         keeper.listen()?;
         if keeper.pace.due().is_some_and(|due| due <= clock::now().mono) {
+            metrics.pulse.handed(Lane::Kernel);
+            metrics.pulse.begin(Lane::Kernel, "look at what others have changed");
             keeper.look();
+            metrics.pulse.done(Lane::Kernel);
         }
     }
 }

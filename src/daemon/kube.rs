@@ -5,6 +5,8 @@
 //! by the watches, in their own time.
 
 use super::executors::QUEUE_MAX;
+use super::metrics::Metrics;
+use super::pulse::Lane;
 use super::{End, spawn};
 use crate::error::{Context, Error, Result};
 use crate::kube::config::SERVICE_ACCOUNT;
@@ -116,6 +118,7 @@ impl Api {
         self,
         events: &SyncSender<Event>,
         ended: &SyncSender<End>,
+        metrics: &Arc<Metrics>,
     ) -> Result<Option<SyncSender<(OpId, Call)>>> {
         let Some((client, writer)) = self.server else { return Ok(None) };
         if let Some(node) = self.node.clone() {
@@ -126,7 +129,8 @@ impl Api {
         let calls = Arc::new(Mutex::new(calls));
         for n in 0..THREADS {
             let (events, client, calls) = (events.clone(), Arc::clone(&client), Arc::clone(&calls));
-            spawn(&format!("kube-{n}"), ended, move || serve(&client, &calls, &events))?;
+            let metrics = Arc::clone(metrics);
+            spawn(&format!("kube-{n}"), ended, move || serve(&client, &calls, &events, &metrics))?;
         }
         let (sender, watching, known) = (events.clone(), Arc::clone(&client), self.node);
         spawn("kube-node", ended, move || {
@@ -146,13 +150,20 @@ impl Api {
     }
 }
 
-fn serve(client: &Arc<Client>, calls: &Mutex<Receiver<(OpId, Call)>>, events: &SyncSender<Event>) -> Result<()> {
+fn serve(
+    client: &Arc<Client>,
+    calls: &Mutex<Receiver<(OpId, Call)>>,
+    events: &SyncSender<Event>,
+    metrics: &Metrics,
+) -> Result<()> {
     static BRANCHES: AtomicUsize = AtomicUsize::new(0);
     loop {
         // Whoever holds the lock waits for the next call; the lock goes before the call is made.
         let next = calls.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok((op, call)) = next else { return Ok(()) };
+        metrics.pulse.begin(Lane::Kube, "a call of the API server");
         let result = client.execute(&at_once(&call));
+        metrics.pulse.done(Lane::Kube);
         let waits =
             matches!(&result, Ok(Reply::Pod(pod)) if matches!(call, Call::PodWithBranch { .. }) && pod.lacks_branch());
         if waits && BRANCHES.fetch_add(1, Ordering::Relaxed) < BRANCHES_MAX {
@@ -370,7 +381,8 @@ mod tests {
         let settings = settings(&[("CLUSTER_ENDPOINT", &endpoint), ("MY_NODE_NAME", "n")]);
         let (events, inbox) = sync_channel(64);
         let (ended, _ends) = sync_channel(16);
-        let queue = reach(&settings).unwrap().start(&events, &ended).unwrap().unwrap();
+        let metrics = Arc::new(Metrics::new());
+        let queue = reach(&settings).unwrap().start(&events, &ended, &metrics).unwrap().unwrap();
         let ask = |op: u64, name: &str| {
             queue.send((op, Call::PodWithBranch { namespace: "a".into(), name: name.into() })).unwrap();
         };

@@ -4,6 +4,7 @@
 //! rename every counter; the format itself is a page.
 
 use super::introspect::View;
+use super::pulse::Pulse;
 use crate::aws::{ec2, imds};
 use crate::clock;
 use crate::model::map::Map;
@@ -107,11 +108,12 @@ struct Kept {
 pub(super) struct Metrics {
     kept: Mutex<Kept>,
     pub(super) start: Now,
+    pub(super) pulse: Pulse,
 }
 
 impl Metrics {
     pub(super) fn new() -> Metrics {
-        let metrics = Metrics { kept: Mutex::default(), start: clock::now() };
+        let metrics = Metrics { kept: Mutex::default(), start: clock::now(), pulse: Pulse::default() };
         for (name, _, start) in COUNTERS {
             match start {
                 Start::Absent => {}
@@ -280,6 +282,14 @@ impl Metrics {
         }
     }
 
+    /// Tells of threads that make no progress.
+    pub(super) fn look_after_threads(&self) {
+        for line in self.pulse.look(clock::now().mono) {
+            log::error!("{line}");
+            self.trouble("threads".into(), line);
+        }
+    }
+
     /// The last error of each cause.
     pub(super) fn troubles(&self) -> Map<String, Trouble> {
         self.kept().troubles.clone()
@@ -311,6 +321,11 @@ impl Metrics {
                     histogram.print(&mut page, name, labels);
                 }
             }
+        }
+        let name = "enibox_thread_held_seconds";
+        head(&mut page, name, "gauge", "for how long the thread has had work and made no progress");
+        for (thread, held) in self.pulse.held(clock::now().mono) {
+            line(&mut page, name, &[("thread", thread.to_owned())], &held.as_secs_f64());
         }
         for (name, help, value) in view.gauges() {
             head(&mut page, name, "gauge", help);
@@ -463,6 +478,7 @@ mod tests {
             "enibox_add_wait_seconds_bucket{success=\"true\",le=\"+Inf\"} 2\n",
             "enibox_add_wait_seconds_sum{success=\"true\"} 200.2\nenibox_add_wait_seconds_count{success=\"true\"} 2\n",
             "awscni_ipamd_action_inprogress{fn=\"increaseDatastorePool\"} 0\n",
+            "enibox_thread_held_seconds{thread=\"kernel\"} 0\n",
             "awscni_aws_api_error_count{api=\"GetMACs\",error=\"IMDSRequestError\"} 1\n",
             "# TYPE process_resident_memory_bytes gauge\n",
         ] {

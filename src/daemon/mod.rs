@@ -12,6 +12,7 @@ mod introspect;
 mod kernel;
 mod kube;
 mod metrics;
+mod pulse;
 mod rpc_server;
 mod status;
 mod tuning;
@@ -34,6 +35,7 @@ use crate::sys;
 use executors::Executors;
 use introspect::{Board, View};
 use metrics::Metrics;
+use pulse::Lane;
 use rpc_server::Desk;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -148,13 +150,15 @@ fn serve(mut tuner: Tuner, ready: Ready) -> Result<()> {
     // Before any thread starts, so that all inherit the mask and only the waiting thread gets them.
     sys::block_signals().context("block signals")?;
     let (ended, ends) = sync_channel(16);
-    let signals = ended.clone();
-    spawn("signal", &ended, move || wait_for_signal(&signals))?;
+    let metrics = Arc::new(Metrics::new());
+    let (signals, watched) = (ended.clone(), Arc::clone(&metrics));
+    spawn("signal", &ended, move || wait_for_signal(&signals, &watched))?;
     let (started, running) = sync_channel(1);
-    let starting = move || match settle(&mut tuner).and_then(|settings| start(&settings, tuner, ready, &ended)) {
-        Ok(running) => drop(started.try_send(running)), // only a process that ends already has nobody to take it
-        Err(error) => drop(ended.try_send(End::Thread(error.to_string()))), // as in `spawn`
-    };
+    let starting =
+        move || match settle(&mut tuner).and_then(|settings| start(&settings, tuner, ready, &ended, &metrics)) {
+            Ok(running) => drop(started.try_send(running)), // only a process that ends already has nobody to take it
+            Err(error) => drop(ended.try_send(End::Thread(error.to_string()))), // as in `spawn`
+        };
     std::thread::Builder::new().name("start".into()).spawn(starting).context("start thread start")?;
 
     let end = ends.recv().context("wait for the end")?;
@@ -199,16 +203,21 @@ impl Running {
 }
 
 /// Everything until the threads are there.
-fn start(settings: &Settings, tuner: Tuner, ready: Ready, ended: &SyncSender<End>) -> Result<Running> {
+fn start(
+    settings: &Settings,
+    tuner: Tuner,
+    ready: Ready,
+    ended: &SyncSender<End>,
+    metrics: &Arc<Metrics>,
+) -> Result<Running> {
     let env = |name: &str| std::env::var(name).ok();
-    let metrics = Arc::new(Metrics::new());
     let board = Board::new(settings, tuner.known().clone());
-    introspect::start(settings, &board, &metrics, ended)?;
+    introspect::start(settings, &board, metrics, ended)?;
     let store = PathBuf::from(&settings.backing_store);
-    let imds = Arc::new(imds_client(settings, &store, &metrics)?);
+    let imds = Arc::new(imds_client(settings, &store, metrics)?);
     let identity = identify(settings, &imds)?;
     let creds = Arc::new(creds::Chain::from_env(env, Arc::clone(&imds))?);
-    let counted = Arc::clone(&metrics);
+    let counted = Arc::clone(metrics);
     let ec2 = ec2::Client::new(ec2::Config::from_env(env, &identity.region), creds)?;
     let ec2 = Arc::new(ec2.observed_by(move |seen| counted.ec2(seen)));
     let limits = instance::limits(&identity.instance_type, settings, &ec2)?;
@@ -224,21 +233,25 @@ fn start(settings: &Settings, tuner: Tuner, ready: Ready, ended: &SyncSender<End
     let stop = Stop::new();
     let started = files::read_start(&store, config.cards.keys().copied(), config.v6)?;
     board.introduce(&identity, valid.mode);
-    let executors = Executors::start(&events, ended, &imds, &ec2, &metrics, store, api.start(&events, ended)?)?;
+    let api = api.start(&events, ended, metrics)?;
+    let executors = Executors::start(&events, ended, &imds, &ec2, metrics, store, api)?;
     let calls = Calls::default();
     let (open, closed) = sync_channel::<()>(0); // `open` goes when the last request is served
     let rpc = {
-        let (events, calls, metrics) = (events.clone(), calls.clone(), Arc::clone(&metrics));
+        let (events, calls, metrics) = (events.clone(), calls.clone(), Arc::clone(metrics));
         let (desk, stop, ended) = (Desk { events, calls, policy, metrics }, stop.clone(), ended.clone());
         let (settings, identity) = (settings.clone(), identity.clone());
         move || {
             rpc_server::start(Path::new(naming::DAEMON_SOCKET), desk, stop, &ended, open)?;
+            // A crash from here on is no replacement.
+            std::fs::remove_file(naming::DAEMON_STOPPED).ok();
             tell_ready(ready, settings, identity, &ended)
         }
     };
     metrics.initialising();
     events.send(started).context("start the core")?;
     let notes = tuning::start(tuner, identity, board.clone(), events.clone(), ended)?;
+    let metrics = Arc::clone(metrics);
     let hands = Hands { executors, calls, metrics, board, notes, mode: valid.mode };
     spawn("core", ended, move || core_loop(Core::new(config), &inbox, &hands, rpc))?;
     Ok(Running { events, stop, closed })
@@ -278,10 +291,12 @@ fn identify(settings: &Settings, imds: &imds::Client) -> Result<Identity> {
     Ok(identity)
 }
 
-fn wait_for_signal(ended: &SyncSender<End>) -> Result<()> {
+// This thread has nothing else to do, so it looks after the others meanwhile.
+fn wait_for_signal(ended: &SyncSender<End>, metrics: &Metrics) -> Result<()> {
     loop {
-        if let Some(signal) = sys::wait_signal(Duration::from_hours(1)).context("wait for a signal")? {
-            ended.send(End::Signal(signal)).ok();
+        match sys::wait_signal(pulse::LOOK_EVERY).context("wait for a signal")? {
+            Some(signal) => drop(ended.send(End::Signal(signal))),
+            None => metrics.look_after_threads(),
         }
     }
 }
@@ -294,9 +309,11 @@ fn spawn(
 ) -> Result<std::thread::JoinHandle<()>> {
     let (ended, label) = (ended.clone(), name.to_owned());
     let body = move || {
-        let reason = match work() {
-            Ok(()) => format!("thread {label} ended"),
-            Err(error) => format!("thread {label}: {error}"),
+        // A panic ends the release at once. Elsewhere what the thread was to answer would be waited for in vain.
+        let reason = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
+            Ok(Ok(())) => format!("thread {label} ended"),
+            Ok(Err(error)) => format!("thread {label}: {error}"),
+            Err(_) => format!("thread {label} panicked"),
         };
         ended.try_send(End::Thread(reason)).ok(); // a full queue means that the process is ending already
     };
@@ -353,7 +370,9 @@ fn core_loop(mut core: Core, inbox: &Receiver<Event>, hands: &Hands, rpc: impl F
     let mut stale = Some(clock::now().mono); // since when the published view is older than the core
     loop {
         let sleep = wake_at.map_or(SLEEP_MAX, |at: Mono| at.since(clock::now().mono));
-        let event = match inbox.recv_timeout(sleep.min(if stale.is_some() { PUBLISH_AFTER } else { SLEEP_MAX })) {
+        let rest = sleep.min(if stale.is_some() { PUBLISH_AFTER } else { SLEEP_MAX });
+        hands.metrics.pulse.rest(Lane::Core, rest);
+        let event = match inbox.recv_timeout(rest) {
             Ok(event) => event,
             Err(RecvTimeoutError::Timeout) if stale.is_some() && sleep > PUBLISH_AFTER => {
                 hands.publish(&core);
@@ -363,6 +382,7 @@ fn core_loop(mut core: Core, inbox: &Receiver<Event>, hands: &Hands, rpc: impl F
             Err(RecvTimeoutError::Timeout) => Event::Tick,
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         };
+        hands.metrics.pulse.begin(Lane::Core, name_of(&event));
         let now = clock::now().mono;
         if stale.is_some_and(|since| now.since(since) > PUBLISH_EVERY) {
             hands.publish(&core);
@@ -401,6 +421,20 @@ fn core_loop(mut core: Core, inbox: &Receiver<Event>, hands: &Hands, rpc: impl F
                 }
             }
         }
+    }
+}
+
+fn name_of(event: &Event) -> &'static str {
+    match event {
+        Event::Add(..) => "ADD",
+        Event::Del(..) => "DEL",
+        Event::Ec2(..) => "EC2's answer",
+        Event::Imds(..) => "IMDS's answer",
+        Event::Kube(..) => "the API server's answer",
+        Event::Kernel(..) => "the host's network is made",
+        Event::Saved(..) => "the checkpoint is written",
+        Event::Tick => "a deadline",
+        _ => "news",
     }
 }
 

@@ -78,7 +78,7 @@ fn handle(call: &Call, desk: &Desk) -> std::result::Result<Vec<u8>, Status> {
             }
         }
         proto::path::GET_NETWORK_POLICY_CONFIGS => Ok(policy.encode()),
-        proto::path::HEALTH_CHECK => health::check(&call.body),
+        proto::path::HEALTH_CHECK => health::check_with(&call.body, metrics.pulse.is_good(clock::now().mono)),
         other => Err(Status::new(Code::UNIMPLEMENTED, format!("no such method {other}"))),
     }
 }

@@ -7,12 +7,14 @@ mod footprint;
 mod kills;
 mod kube;
 mod lies;
+mod patience;
 mod probes;
 mod refusals;
 mod repair;
 mod restarts;
 mod settings;
 mod stage;
+mod stalls;
 #[path = "../support/mod.rs"]
 mod support;
 mod takeover;
