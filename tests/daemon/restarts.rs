@@ -1,11 +1,16 @@
 //! Restarts: what is served while the daemon is away, how soon it is back, and what that costs.
 
-use crate::stage::{CHECKPOINT, Stage, Subject, TRY_AGAIN, eventually};
+use crate::stage::{CHECKPOINT, PROGRAM, Stage, Subject, TRY_AGAIN, eventually};
 use crate::talk::Talk;
 use enibox::clock;
+use enibox::model::naming::DAEMON_STOPPED;
 use enibox::sim::vpc::Planned;
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
 use std::net::Ipv4Addr;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Stdio;
 use std::time::Duration;
 
 fn pods(stage: &Stage, prefix: &str, count: usize) -> Vec<Subject> {
@@ -229,5 +234,48 @@ fn running_requests_are_finished_at_a_sigterm() {
     stage.start();
     stage.wait_ready();
     stage.probe_all(living.iter());
+    stage.assert_no_complaints();
+}
+
+// The plugin's STATUS: its exit code and what it printed.
+fn status(stage: &Stage) -> (i32, String) {
+    let mut command = stage.node.command(PROGRAM).unwrap();
+    command.arg0("aws-cni").env_clear().env("CNI_COMMAND", "STATUS").env("CNI_PATH", "/opt/cni/bin");
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let log = stage.logs.join("plugin.log");
+    let config = serde_json::json!({
+        "cniVersion": "1.1.0", "name": "aws-cni", "type": "aws-cni", "vethPrefix": "eni", "mtu": "9001",
+        "podSGEnforcingMode": "strict", "pluginLogLevel": "DEBUG", "pluginLogFile": log,
+    });
+    child.stdin.take().unwrap().write_all(config.to_string().as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    (output.status.code().unwrap(), String::from_utf8(output.stdout).unwrap())
+}
+
+#[test]
+fn a_node_stays_ready_while_its_daemon_is_replaced_and_not_after_a_crash() {
+    let stage = Stage::ready("m5.large", 15, &[]);
+    let marked = || stage.node.inside(|| Ok(Path::new(DAEMON_STOPPED).exists())).unwrap();
+    // Whether the mark is there, and what STATUS says.
+    let check = |what: &str, mark: bool, code: i32| {
+        let (said, text) = status(&stage);
+        assert_eq!((marked(), said), (mark, code), "{what}: {text}\n{}", stage.log());
+        assert!(code == 0 || text.contains("\"code\":50") || text.contains("\"code\": 50"), "{what}: {text}");
+    };
+    check("it serves", false, 0);
+    for round in 0..2 {
+        stage.stop();
+        check("told to stop", true, 0);
+        stage.start();
+        stage.wait_ready();
+        // It serves a moment before it takes the mark away.
+        eventually(Duration::from_secs(30), "the mark goes", || if marked() { Err(round) } else { Ok(()) });
+        check("it is back", false, 0);
+    }
+    stage.kill();
+    check("killed", false, 1);
+    stage.start();
+    stage.wait_ready();
+    check("it is back", false, 0);
     stage.assert_no_complaints();
 }
