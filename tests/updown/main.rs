@@ -155,6 +155,19 @@ fn dead(stage: &Stage, taken: &mut BTreeSet<IpAddr>) -> Entry {
     Entry { container: container(), address, timestamp: 1_785_571_200_000_000_000, namespace, name }
 }
 
+/// What the original has left of rules goes, or is told and goes by the operator's hand, but for the chains of these pods.
+fn without_the_originals_rules(stage: &Stage, lines: &Lines, pods: usize) {
+    if !stage.is_legacy() {
+        assert!(!has_rules_of_the_original(stage));
+        return;
+    }
+    assert!(legacy_chains(stage).contains("AWS-SNAT-CHAIN-0"), "nobody can take them away safely but an operator");
+    lines.unbroken("beside the original's rules");
+    follow_the_advice(stage, Stage::log, 0);
+    let left = legacy_chains(stage);
+    assert!(left.len() == pods && left.iter().all(|name| name.starts_with("CNI-E6-")), "{left:?}");
+}
+
 fn up_down_up(family: &'static Family, seed: u64) {
     if !can_play(family) {
         return;
@@ -179,15 +192,7 @@ fn up_down_up(family: &'static Family, seed: u64) {
 
     assert!(has_rules_of_the_original(&stage));
     stage.up();
-    if stage.is_legacy() {
-        assert!(legacy_chains(&stage).contains("AWS-SNAT-CHAIN-0"), "nobody can take them away safely but an operator");
-        lines.unbroken("beside the original's rules");
-        follow_the_advice(&stage, Stage::log, 0);
-        let left = legacy_chains(&stage);
-        assert!(left.len() == living.len() && left.iter().all(|name| name.starts_with("CNI-E6-")), "{left:?}");
-    } else {
-        assert!(!has_rules_of_the_original(&stage));
-    }
+    without_the_originals_rules(&stage, &lines, living.len());
     assert_known(&stage, &living, &nobody);
     assert_gone(&stage, &[dead.address.to_string()]);
     lines.unbroken("taken over");
