@@ -109,6 +109,7 @@ fn settings(intent: &Intent, seen: &Observation) -> Vec<Entry> {
         ("net/ipv4/conf/all/rp_filter", "not 1: the larger of this and the link's counts"),
         (primary.as_str(), "2: NodePort packets come in here and go on to pods of other ENIs"),
         ("net/ipv4/tcp_early_demux", "0 with strict branch ENIs: probes of the kubelet"),
+        ("net/ipv4/udp_early_demux", "0 with strict branch ENIs: answers to the node"),
     ];
     let entry = |(path, why): (&str, &str)| {
         let value = sysctl::read(path).ok()?;

@@ -21,6 +21,7 @@ pub const FILES: &[&str] = &[
     "/proc/sys/kernel/osrelease",
     "/proc/sys/net/ipv4/ip_forward",
     "/proc/sys/net/ipv4/tcp_early_demux",
+    "/proc/sys/net/ipv4/udp_early_demux",
     "/proc/sys/net/ipv4/conf/all/rp_filter",
     "/proc/sys/net/ipv4/neigh/default/gc_thresh3",
     "/proc/sys/net/netfilter/nf_conntrack_count",
@@ -141,9 +142,11 @@ fn kernel(settings: &Settings, facts: &Facts, v6: bool, note: &mut impl FnMut(&'
     if !v6 && facts.number(forward) == Some(0) {
         note("ip-forward", format!("{forward} is 0"));
     }
-    let demux = facts.number("/proc/sys/net/ipv4/tcp_early_demux");
-    if settings.pod_eni && settings.pod_security_groups_strict() && demux == Some(1) {
-        note("tcp-early-demux", "net.ipv4.tcp_early_demux is 1, and pods with branch ENIs are strict".into());
+    let strict = settings.pod_eni && settings.pod_security_groups_strict();
+    for (id, name) in [("tcp-early-demux", "tcp_early_demux"), ("udp-early-demux", "udp_early_demux")] {
+        if strict && facts.number(&format!("/proc/sys/net/ipv4/{name}")) == Some(1) {
+            note(id, format!("net.ipv4.{name} is 1, and pods with branch ENIs are strict"));
+        }
     }
     let count = facts.number("/proc/sys/net/netfilter/nf_conntrack_count").unwrap_or(0);
     let most = facts.number("/proc/sys/net/netfilter/nf_conntrack_max").unwrap_or(0);

@@ -66,6 +66,7 @@ const TEXTS: &[Row] = &[
     ("ip-forward", Fail, "nothing is forwarded to or from pods", "sysctl -w net.ipv4.ip_forward=1"),
     ("rp-filter", Fail, "NodePort packets are dropped", "sysctl -w the setting = 2"),
     ("tcp-early-demux", Fail, "kubelet's TCP probes of strict branch-ENI pods fail", "DISABLE_TCP_EARLY_DEMUX=true in the init container"),
+    ("udp-early-demux", Warn, "the node's UDP to strict branch-ENI pods gets no answers", "DISABLE_TCP_EARLY_DEMUX=true in the init container"),
     ("conntrack-full", Fail, "new connections are dropped", "sysctl -w net.netfilter.nf_conntrack_max=<more>"),
     ("neighbour-table", Warn, "the kernel refuses new neighbours of the node and all its pods", "sysctl -w net.ipv4.neigh.default.gc_thresh3=<more>"),
     ("forward-drop", Fail, "traffic between pods and to other nodes is dropped", "set the policy to accept: iptables -P FORWARD ACCEPT, or nft"),

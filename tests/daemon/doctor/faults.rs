@@ -145,6 +145,8 @@ pub const FAULTS: &[Fault] = &[
     theirs("checkpoint on a disk", "not-tmpfs", "mkdir -p $R/proc; printf '/dev/x / ext4 rw 0 0\\n' > $R/proc/mounts", "rm -r $R/proc"),
     under(theirs("early demux", "tcp-early-demux", "mkdir -p $R/proc/sys/net/ipv4; echo 1 > $R/proc/sys/net/ipv4/tcp_early_demux", "echo 0 > $R/proc/sys/net/ipv4/tcp_early_demux"),
         &[("ENABLE_POD_ENI", "true")]),
+    under(theirs("early demux of UDP", "udp-early-demux", "echo 1 > $R/proc/sys/net/ipv4/udp_early_demux", "rm $R/proc/sys/net/ipv4/udp_early_demux"),
+        &[("ENABLE_POD_ENI", "true")]),
     under(theirs("no policy agent", "policy-agent", "true", "echo > $R/run/aws-node/npa.sock"), &[("NETWORK_POLICY_ENFORCING_MODE", "strict")]),
     // At the end: its undoing leaves the rest of the pod's network to the doctor.
     theirs("host veth gone", "pod-veth", "ip link del $V1", "ip link add $V1 mtu 9001 type veth peer name eth0 mtu 9001 netns $P1"),
