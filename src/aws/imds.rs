@@ -228,6 +228,11 @@ impl Client {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The URL that is asked.
+    pub fn endpoint(&self) -> &str {
+        &self.config.endpoint
+    }
+
     /// Reads a path: relative to `/latest/meta-data/`, or absolute if it starts with a slash. `None` if it is not there.
     pub fn get(&self, path: &str) -> Result<Option<String>> {
         self.read(path).map_err(Error::from)

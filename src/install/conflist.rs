@@ -92,7 +92,12 @@ impl Template {
             added.push(TUNING);
         }
         append(&mut text, &added);
+        let before = chain.types.len();
         let chain = read_chain(&text).with_context(what)?;
+        if chain.types.len() != before + added.len() {
+            // A key with escapes in it, say.
+            return Err(Error::new("cannot see where \"plugins\" stands").context(what()));
+        }
         Ok(Filled { text, chain })
     }
 }

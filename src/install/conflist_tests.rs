@@ -147,6 +147,12 @@ fn mistakes_are_told_with_their_place() {
     check(r#"{"name": "n", "plugins": {}}"#, "\"plugins\" is not a list");
     check(r#"{"name": "n", "plugins": [{"type": "a"}, {}]}"#, "plugin 2 has no \"type\"");
     check(r#"{"name": "n", "plugins": [{"type": "../a"}]}"#, "plugin 1 has no \"type\"");
+    check(&format!("{{\"name\": \"n\", \"plugins\": {}", "[".repeat(10_000)), "recursion limit");
+    // What cannot be appended must not be missing in silence.
+    let hidden = template("{\"name\": \"n\", \"plug\\u0069ns\": [{\"type\": \"a\"}]}");
+    assert!(hidden.fill(&settings(&[]), &node("")).is_ok());
+    let error = hidden.fill(&settings(&[("DISABLE_POD_V6", "true")]), &node("")).unwrap_err().to_string();
+    assert_eq!(error, "fill in mine: cannot see where \"plugins\" stands");
 }
 
 #[test]

@@ -46,7 +46,7 @@ pub(super) fn read(client: &Client, key: &str) -> Result<Option<String>> {
             Err(error) => {
                 let refused = |told: &ImdsError| matches!(told.status, 400..=499) && told.status != 401;
                 if error.find().is_some_and(refused) || clock::now().mono.since(start) >= LIMIT {
-                    return Err(error);
+                    return Err(error.context(format!("ask {}", client.endpoint())));
                 }
                 log::warn!("{error}; trying again");
             }

@@ -369,7 +369,7 @@ mod tests {
             directory.age(name, YOUNG * 2);
         }
         let listed = [Attachment { container: "c".into(), ifname: "eth0".into() }];
-        let mut collect = || store.collect(Family::V4, &listed, &mut || Ok(vec!["10.0.0.3".parse().unwrap()])).unwrap();
+        let collect = || store.collect(Family::V4, &listed, &mut || Ok(vec!["10.0.0.3".parse().unwrap()])).unwrap();
         assert_eq!(reserve(&store, "a"), ("10.0.0.2".into(), false));
         let mut gone = collect();
         gone.sort();
