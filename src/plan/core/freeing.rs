@@ -314,6 +314,17 @@ impl Core {
 
     fn free_inspected(&mut self, id: &EniId, found: Option<Interface>) {
         let ours = &self.config.identity.instance;
+        let used = |interface: &Interface| {
+            let here = interface.attachment.as_ref().is_some_and(|attachment| attachment.instance == *ours);
+            here && self.cidrs_of(interface).iter().any(|net| self.pool.orphan_in(net))
+        };
+        if found.as_ref().is_some_and(used) {
+            // It was given up for lost while EC2's list was behind, and a crash has hidden its pods.
+            self.log(Level::Warn, format!("eni {id}: pods use it; it is kept"));
+            self.freeing.remove(id);
+            self.changed();
+            return self.describe();
+        }
         match found.map(|interface| (interface.attachment, interface.status)) {
             Some((Some(attachment), status)) if attachment.instance == *ours => {
                 if status == "detaching" {
