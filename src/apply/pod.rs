@@ -132,9 +132,12 @@ impl Host {
         let alias = naming::veth_alias(interface.host_mac, interface.mtu);
         // The host asks for an IPv6 pod's MAC from its link's own address: given before, it is there when the link is.
         let mut requests = interface.host_link_local(outer.index).iter().map(addr::add).collect::<Vec<_>>();
+        // A link that is up and gets an alias counts as changed, and for that the kernel looks at every IPv6 route there is: a
+        // millisecond beside a thousand pods.
+        requests.push(link::set_alias(outer.index, &alias));
         let before = requests.len();
-        let up = link::set_up_as(outer.index, &alias);
-        requests.extend([up, route::replace(&interface.host_route(outer.index)), stale.clone()]);
+        let route = route::replace(&interface.host_route(outer.index));
+        requests.extend([link::set_up(outer.index), route, stale.clone()]);
         requests.extend(wanted.iter().map(rule::add));
         let mut outcomes = self.route.batch(&requests)?;
         for outcome in outcomes.drain(..before) {

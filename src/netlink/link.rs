@@ -1,7 +1,10 @@
 //! Links: `ip link`. Encodings are those of `spec/plugin.md` 13.6 and `linux/if_link.h`.
 //!
 //! A veth is created in one message with names, MACs, MTU, one end up and each end born in its namespace. Moving an end
-//! afterwards would serialise concurrent pods on an RCU barrier.
+//! afterwards would serialise concurrent pods on an RCU barrier. It has one queue in each direction, as it would have in the
+//! end anyway: without being told, the kernel makes one for each processor, with its entries in sysfs, and takes all but
+//! the first away again, for which it waits for every processor while it holds the lock of all links (`veth_init_queues`
+//! in drivers/net/veth.c). On a busy machine that took some milliseconds for each end.
 
 use super::attr::{Attrs, Writer};
 use super::socket::{CREATE_EXCL, KernelError, Message, Request, Socket};
@@ -71,6 +74,9 @@ fn end_attributes(writer: &mut Writer, end: &End<'_>, mtu: u32) {
     if let Some(netns) = end.netns {
         writer.u32(Ifla::NetNsFd, netns.as_raw_fd().cast_unsigned());
     }
+    for queues in [Ifla::NumTxQueues, Ifla::NumRxQueues] {
+        writer.u32(queues, 1);
+    }
 }
 
 /// Creates a veth pair; EEXIST if one of the names is taken.
@@ -124,11 +130,10 @@ pub fn set_up(index: u32) -> Request {
     Request::new(Rtm::Newlink, 0, header(index, IFF_UP, IFF_UP).to_vec(), format!("set link if{index} up"))
 }
 
-/// Sets the link up and gives it an alias, at most 255 bytes. (A link cannot be created with one.)
-pub fn set_up_as(index: u32, alias: &str) -> Request {
-    let mut writer = Writer::new(&header(index, IFF_UP, IFF_UP));
-    writer.text(Ifla::Ifalias, alias);
-    Request::new(Rtm::Newlink, 0, writer.finish(), format!("set link if{index} up alias {alias:?}"))
+/// Gives the link an alias, at most 255 bytes. (A link cannot be created with one.) Best before it is up: then it counts as a
+/// change, which is told to everybody in the kernel who keeps anything by link.
+pub fn set_alias(index: u32, alias: &str) -> Request {
+    change(index, &format!("alias {alias:?}"), |writer| writer.text(Ifla::Ifalias, alias))
 }
 
 /// Sets the link down, which flushes its routes.

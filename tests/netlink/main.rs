@@ -75,7 +75,14 @@ fn a_veth_is_complete_after_one_message() {
         };
         assert_eq!(near, expected(near.index, "eni0123456789a", HOST_MAC, far.index));
         assert_eq!(far, expected(far.index, "eth0", POD_MAC, near.index));
-        if let Some(seen) = tool_json("ip", &["-j", "link", "show", "eni0123456789a"]) {
+        let show = |name| tool_json("ip", &["-j", "-d", "link", "show", name]);
+        let one_queue =
+            |seen: &serde_json::Value| (&seen["num_tx_queues"], &seen["num_rx_queues"]) == (&1.into(), &1.into());
+        if let Some(seen) = pod.run(|| show("eth0")) {
+            assert!(one_queue(&seen[0]), "the kernel makes one for each processor otherwise: {seen}");
+        }
+        if let Some(seen) = show("eni0123456789a") {
+            assert!(one_queue(&seen[0]), "{seen}");
             assert_eq!((seen[0]["mtu"].as_u64(), seen[0]["address"].as_str()), (Some(9001), Some("02:00:00:00:00:0a")));
             assert_eq!(seen[0]["operstate"], "UP");
             assert_eq!(seen[0]["txqlen"], 1000);
