@@ -211,9 +211,8 @@ fn disk_loop(store: &Path, work: &Receiver<Disk>, events: &SyncSender<Event>, me
         match work.ok() {
             Some(Disk::Save(generation, content)) => {
                 let mut files = content.into_iter();
-                let written = files.try_for_each(|(card, file)| {
-                    files::write(&files::store_of(store, card), file.to_text().as_bytes())
-                });
+                let written =
+                    files.try_for_each(|(card, file)| files::write_draft(&files::store_of(store, card), &file));
                 let result = written.map_err(|error| error.to_string());
                 events.send(Event::Saved(generation, result)).context("tell the core")?;
             }

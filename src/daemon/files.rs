@@ -2,6 +2,7 @@
 
 use crate::clock;
 use crate::error::{Context, Error, Result};
+use crate::model::checkpoint::Draft;
 use crate::model::map::Map;
 use crate::model::net::{Family, TABLE_MAIN};
 use crate::model::spool::{self, Record};
@@ -9,12 +10,15 @@ use crate::netlink::{link, route, rule, socket::Socket};
 use crate::plan::core::{Event, Seen};
 use serde_json::{Map as Object, Value};
 use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{BufWriter, ErrorKind, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// A larger checkpoint is not ours: 737 pods take 200 KiB.
 const CHECKPOINT_BYTES_MAX: u64 = 64 << 20;
+/// So much of it is written at a time. The allocator keeps a buffer of this size; one for the whole file would be mapped and
+/// filled with zeros for each ADD.
+const CHUNK: usize = 32 << 10;
 
 /// Everything that the core wants to know before it starts.
 pub(super) fn read_start(store: &Path, cards: impl Iterator<Item = u32>, v6: bool) -> Result<Event> {
@@ -57,13 +61,30 @@ pub(super) fn read(store: &Path) -> Result<Option<String>> {
 /// Writes the file so that after a crash it is either the old or the new one, whole: temporary file, fsync, rename, fsync
 /// of the directory (`spec/ipamd.md` 5.2, B17).
 pub(super) fn write(path: &Path, content: &[u8]) -> Result<()> {
+    replace(path, &mut |file| file.write_all(content))
+}
+
+/// [`write`] of a checkpoint.
+pub(super) fn write_draft(path: &Path, draft: &Draft) -> Result<()> {
+    replace(path, &mut |file| {
+        let (mut out, mut result) = (BufWriter::with_capacity(CHUNK, file), Ok(()));
+        draft.tell(&mut |piece| {
+            if result.is_ok() {
+                result = out.write_all(piece.as_bytes());
+            }
+        });
+        result.and_then(|()| out.flush())
+    })
+}
+
+fn replace(path: &Path, fill: &mut dyn FnMut(&mut File) -> std::io::Result<()>) -> Result<()> {
     let what = || format!("write {}", path.display());
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     fs::create_dir_all(parent).with_context(what)?;
     let temporary = temporary_of(path);
     let result = (|| {
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-        file.write_all(content)?;
+        fill(&mut file)?;
         file.sync_all()?;
         drop(file);
         fs::rename(&temporary, path)?;

@@ -13,15 +13,21 @@ use crate::plan::pool::{Eni, Held, Owner, Released};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-/// Entries of pods that are gone which may be kept, besides as many as there are pods.
-const ENTRIES_SPARE: usize = 64;
-
 // An effect that waits for a generation. If that cannot be made durable, the change is undone and the caller is told.
 #[derive(Debug)]
 struct Pending {
     generation: u64,
     effect: Effect,
     undo: Undo,
+}
+
+// The entries of a file, in the pool's order, each with the address and the owner that it was made of. A node has a thousand,
+// and a step changes one: to find which, neither owners nor texts are looked at, and a list that nobody writes any more is
+// changed in place.
+#[derive(Debug, Default)]
+struct Listed {
+    made_of: Vec<(IpAddr, Arc<Owner>)>,
+    texts: Arc<Vec<Arc<str>>>,
 }
 
 /// How to take back a change that could not be made durable.
@@ -39,8 +45,8 @@ pub(super) struct Saver {
     in_flight: bool,
     // What was last written for the cards above 0. Only what differs is written: a node may have 32 of them.
     cards: Map<u32, Draft>,
-    // Entries of the files by address, each with the owner that it was made of.
-    entries: Map<IpAddr, (Arc<Owner>, Arc<str>)>,
+    // What the last draft of each card's file was made of.
+    listed: Map<u32, Listed>,
     pending: Vec<Pending>,
 }
 
@@ -67,7 +73,7 @@ fn never_sent(call: &Call, error: &str) -> Failure {
     }
 }
 
-fn entry_of(held: &Held<'_>) -> (Arc<Owner>, Arc<str>) {
+fn entry_of(held: &Held<'_>) -> Arc<str> {
     let owner = held.owner;
     let (ipv4, ipv6) = match held.address {
         IpAddr::V4(ip) => (Some(ip), None),
@@ -86,7 +92,32 @@ fn entry_of(held: &Held<'_>) -> (Arc<Owner>, Arc<str>) {
             interfaces: owner.interfaces,
         },
     };
-    (Arc::clone(owner), allocation.to_text().into())
+    allocation.to_text().into()
+}
+
+impl Listed {
+    // Brings the list up to date; whatever differs between the two is made anew.
+    fn update<'a>(&mut self, all: impl Iterator<Item = Held<'a>>) {
+        let texts = Arc::make_mut(&mut self.texts);
+        let mut at = 0;
+        for held in all {
+            let same =
+                |(address, owner): &(IpAddr, Arc<Owner>)| Arc::ptr_eq(owner, held.owner) && *address == held.address;
+            match self.made_of.get(at..).and_then(|rest| rest.iter().position(same)) {
+                Some(gone) => {
+                    self.made_of.drain(at..at + gone);
+                    texts.drain(at..at + gone);
+                }
+                None => {
+                    self.made_of.insert(at, (held.address, Arc::clone(held.owner)));
+                    texts.insert(at, entry_of(&held));
+                }
+            }
+            at += 1;
+        }
+        self.made_of.truncate(at);
+        texts.truncate(at);
+    }
 }
 
 impl Core {
@@ -120,9 +151,6 @@ impl Core {
         let paused = self.timers.contains_key(&Timer::Save);
         if !self.saver.in_flight && !paused && self.saver.written < self.saver.current {
             self.saver.in_flight = true;
-            if self.saver.entries.len() > 2 * self.pool.held() + ENTRIES_SPARE {
-                self.saver.entries.clear(); // most are of pods that are gone
-            }
             let cards: Vec<u32> = self.config.cards.keys().copied().collect();
             let mut content: Vec<(u32, Draft)> = cards.into_iter().map(|card| (card, self.checkpoint(card))).collect();
             content.retain(|(card, file)| *card == 0 || self.saver.cards.get(card) != Some(file));
@@ -181,14 +209,9 @@ impl Core {
 
     // Each card's file holds its allocations; what is ours stands in that of card 0.
     fn checkpoint(&mut self, card: u32) -> Draft {
-        let mut allocations = Vec::with_capacity(self.pool.held());
-        for held in self.pool.allocations().filter(|held| held.card == card) {
-            let entry = self.saver.entries.entry(held.address).or_insert_with(|| entry_of(&held));
-            if !Arc::ptr_eq(&entry.0, held.owner) {
-                *entry = entry_of(&held);
-            }
-            allocations.push(Arc::clone(&entry.1));
-        }
+        let listed = self.saver.listed.entry(card).or_default();
+        listed.update(self.pool.allocations().filter(|held| held.card == card));
+        let allocations = Arc::clone(&listed.texts);
         Draft { allocations, enibox: (card == 0).then(|| self.own()) }
     }
 
