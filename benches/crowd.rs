@@ -8,7 +8,7 @@
 
 use enibox::clock;
 use enibox::model::naming::{self, DAEMON_SOCKET};
-use enibox::model::net::Mac;
+use enibox::model::net::{Address, Mac};
 use enibox::model::wire::{AddNetworkReply, AddNetworkRequest, DelNetworkReply, DelNetworkRequest};
 use enibox::netlink::netns::Namespace;
 use enibox::netlink::{Request, Socket, addr, link, neigh, route, rule};
@@ -90,8 +90,11 @@ fn step(pods: usize, (few, crowd): (&Stage, &Stage), (bare_few, bare_crowd): (&m
             }
         };
         let (one, other) = in_turn(round, || bare_few.round(), || bare_crowd.round());
-        note("bare ADD", one.0, other.0);
-        note("bare DEL", one.1, other.1);
+        for (part, what) in ["bare veth", "bare host's side", "bare pod's side", "bare DEL"].into_iter().enumerate() {
+            note(what, one[part], other[part]);
+        }
+        let add = |parts: [Duration; 4]| parts[..3].iter().sum();
+        note("bare ADD", add(one), add(other));
         let before = [few.processor(), crowd.processor()];
         let (one, other) = in_turn(round, || few.round(), || crowd.round());
         note("ADD", one[0], other[0]);
@@ -359,29 +362,32 @@ fn container(name: &str) -> String {
 
 /// A network namespace that no daemon watches, with what the kernel holds for its pods.
 struct Bare {
+    name: String,
     host: Socket,
-    /// The ends of all pods but the guest are in one namespace.
-    crowd: Namespace,
-    pods: u32,
+    pods: Vec<Namespace>,
     guest: Namespace,
     inside: Socket,
 }
 
 impl Bare {
     fn new(name: &str) -> Bare {
-        let make = |what: &str| Namespace::create_named(Path::new("/run/bare"), &format!("{name}-{what}")).unwrap();
-        let host = Socket::route_in(&make("host")).unwrap();
-        let guest = make("guest");
+        let mut host = Socket::route_in(&namespace(name, "host")).unwrap();
+        // As a node has it: the kernel looks for a source of each route, link by link until it finds an address.
+        let lo = link::by_name(&mut host, "lo").unwrap().unwrap().index;
+        let addr = "198.18.0.1/32".parse().unwrap();
+        let own = Address { dev: lo, addr, no_prefix_route: false, no_dad: false };
+        host.run(&[link::set_up(lo), addr::add(&own)]).unwrap();
+        let guest = namespace(name, "guest");
         let inside = Socket::route_in(&guest).unwrap();
-        Bare { host, crowd: make("crowd"), pods: 0, guest, inside }
+        Bare { name: name.to_owned(), host, pods: Vec::new(), guest, inside }
     }
 
-    fn pod(number: u32, ifname: &str) -> PodInterface {
-        let [.., third, fourth] = number.to_be_bytes();
+    fn pod(number: usize) -> PodInterface {
+        let [.., third, fourth] = u32::try_from(number).unwrap().to_be_bytes();
         PodInterface {
             host_veth: naming::host_veth(naming::DEFAULT_VETH_PREFIX, "bare", &format!("pod-{number}"), 0).unwrap(),
-            ifname: ifname.into(),
-            address: Ipv4Addr::from_bits(0x0a02_0000 + number).into(),
+            ifname: "eth0".into(),
+            address: Ipv4Addr::new(10, 2, third, fourth).into(),
             gateway: naming::gateway(false, 0).unwrap(),
             table: TABLE,
             mtu: MTU,
@@ -391,27 +397,25 @@ impl Bare {
     }
 
     fn fill(&mut self, pods: usize) {
-        while (self.pods as usize) < pods {
-            self.pods += 1;
-            let crowd = &self.crowd;
-            host_side(&mut self.host, &Self::pod(self.pods, &format!("pod{}", self.pods)), crowd);
+        while self.pods.len() < pods {
+            let number = self.pods.len();
+            let (pod, home) = (Self::pod(number), namespace(&self.name, &number.to_string()));
+            let mut inside = Socket::route_in(&home).unwrap();
+            let (outer, inner) = make_veth(&mut self.host, &pod, &home);
+            host_side(&mut self.host, &pod, outer);
+            pod_side(&mut inside, &pod, inner);
+            self.pods.push(home);
         }
     }
 
-    fn round(&mut self) -> (Duration, Duration) {
-        let pod = Self::pod(60_000, "eth0");
-        let add = timed(|| {
-            let index = host_side(&mut self.host, &pod, &self.guest);
-            let [gateway, default] = pod.pod_routes(0, index);
-            let requests: [Request; 5] = [
-                link::set_up(index),
-                route::replace(&gateway),
-                route::add(&default),
-                addr::add(&pod.pod_address(index)),
-                neigh::add(&pod.pod_neighbour(index, pod.host_mac)),
-            ];
-            self.inside.run(&requests).unwrap();
-        });
+    /// The parts of an ADD, and a DEL.
+    fn round(&mut self) -> [Duration; 4] {
+        let pod = Self::pod(60_000);
+        let start = clock::instant();
+        let (outer, inner) = make_veth(&mut self.host, &pod, &self.guest);
+        let veth = start.elapsed();
+        let route = timed(|| host_side(&mut self.host, &pod, outer));
+        let inside = timed(|| pod_side(&mut self.inside, &pod, inner));
         let del = timed(|| {
             let rules = [Some(pod.to_rule()), pod.from_rule()];
             let mut requests: Vec<Request> = rules.iter().flatten().map(rule::delete).collect();
@@ -419,26 +423,45 @@ impl Bare {
             self.host.run(&requests).unwrap();
         });
         self.inside.run(&[link::delete_by_name("eth0")]).unwrap();
-        (add, del)
+        [veth, route, inside, del]
     }
 }
 
-/// Makes the veth, the host's route and rules; the index of the pod's end.
-fn host_side(host: &mut Socket, pod: &PodInterface, namespace: &Namespace) -> u32 {
+fn namespace(name: &str, what: &str) -> Namespace {
+    Namespace::create_named(Path::new("/run/bare"), &format!("{name}-{what}")).unwrap()
+}
+
+/// Makes the veth; indices of the host's end and of the pod's.
+fn make_veth(host: &mut Socket, pod: &PodInterface, home: &Namespace) -> (u32, u32) {
     let create = link::create_veth(&link::Veth {
-        up: true,
+        up: false,
         end: link::End { name: &pod.host_veth, mac: Some(pod.host_mac), netns: None },
-        peer: link::End { name: &pod.ifname, mac: None, netns: Some(namespace.as_fd()) },
+        peer: link::End { name: &pod.ifname, mac: None, netns: Some(home.as_fd()) },
         mtu: pod.mtu,
     });
     let outcomes = host.batch(&[create, link::query(&pod.host_veth)]).unwrap();
     let found = outcomes.into_iter().next_back().unwrap().unwrap();
     let outer = found.iter().find_map(|body| link::decode(body)).unwrap();
+    (outer.index, outer.parent.unwrap())
+}
+
+fn host_side(host: &mut Socket, pod: &PodInterface, outer: u32) {
     let rules = [Some(pod.to_rule()), pod.from_rule()];
-    let mut requests = vec![route::replace(&pod.host_route(outer.index))];
+    let mut requests = vec![link::set_up(outer), route::replace(&pod.host_route(outer))];
     requests.extend(rules.iter().flatten().map(rule::add));
     host.run(&requests).unwrap();
-    outer.parent.unwrap()
+}
+
+fn pod_side(inside: &mut Socket, pod: &PodInterface, inner: u32) {
+    let [gateway, default] = pod.pod_routes(0, inner);
+    let requests: [Request; 5] = [
+        link::set_up(inner),
+        route::replace(&gateway),
+        route::add(&default),
+        addr::add(&pod.pod_address(inner)),
+        neigh::add(&pod.pod_neighbour(inner, pod.host_mac)),
+    ];
+    inside.run(&requests).unwrap();
 }
 
 fn timed(work: impl FnOnce()) -> Duration {
