@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 // Not where a panic unwinds, as in tests, which are no releases; the tests of the functions themselves export none.
 #[cfg(all(any(test, all(lean, panic = "abort")), any(target_arch = "x86_64", target_arch = "aarch64")))]
@@ -61,6 +62,14 @@ pub fn lock_exclusive(file: &File) -> io::Result<()> {
     check(unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) }).map(drop)
 }
 
+/// Time since the system was started, without the time that it slept: the same for all processes, and never set back.
+pub fn monotonic() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to one live, writable timespec. The clock is always there, so that nothing can fail.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
+}
+
 /// Random bytes from the kernel.
 pub fn random_bytes(buffer: &mut [u8]) -> io::Result<()> {
     let mut filled = 0;
@@ -86,7 +95,7 @@ pub fn block_signals() -> io::Result<()> {
 }
 
 /// Waits for one of the blocked signals, at most `timeout`; `None` when none came.
-pub fn wait_signal(timeout: std::time::Duration) -> io::Result<Option<i32>> {
+pub fn wait_signal(timeout: Duration) -> io::Result<Option<i32>> {
     let set = signal_set();
     let limit = libc::timespec {
         tv_sec: libc::time_t::try_from(timeout.as_secs()).unwrap_or(libc::time_t::MAX),
@@ -151,11 +160,11 @@ pub fn peer_credentials(socket: impl AsFd) -> io::Result<(u32, i32)> {
 }
 
 /// Sets how long a read on the socket may block; zero blocks for ever. For sockets the standard library does not know.
-pub fn set_receive_timeout(socket: impl AsFd, timeout: std::time::Duration) -> io::Result<()> {
+pub fn set_receive_timeout(socket: impl AsFd, timeout: Duration) -> io::Result<()> {
     set_socket_timeout(socket, libc::SO_RCVTIMEO, timeout)
 }
 
-fn set_socket_timeout(socket: impl AsFd, option: libc::c_int, timeout: std::time::Duration) -> io::Result<()> {
+fn set_socket_timeout(socket: impl AsFd, option: libc::c_int, timeout: Duration) -> io::Result<()> {
     let value = libc::timeval {
         tv_sec: libc::time_t::try_from(timeout.as_secs()).unwrap_or(libc::time_t::MAX),
         tv_usec: libc::suseconds_t::from(timeout.subsec_micros()),
@@ -187,7 +196,7 @@ pub fn effective_uid() -> u32 {
 
 /// Connects a stream socket to a unix socket; waits at most `timeout` while the listener's backlog is full, and then fails
 /// with `EAGAIN`. The time-out stays on the socket for writes. For [`std::os::unix::net::UnixStream`], which cannot.
-pub fn connect_unix(path: &Path, timeout: std::time::Duration) -> io::Result<OwnedFd> {
+pub fn connect_unix(path: &Path, timeout: Duration) -> io::Result<OwnedFd> {
     use std::os::unix::ffi::OsStrExt;
     let bytes = path.as_os_str().as_bytes();
     let mut address = libc::sockaddr_un { sun_family: 0, sun_path: [0; 108] };
@@ -216,7 +225,7 @@ pub fn connect_unix(path: &Path, timeout: std::time::Duration) -> io::Result<Own
 pub fn connect_tcp_from(
     source: std::net::IpAddr,
     target: std::net::SocketAddr,
-    timeout: std::time::Duration,
+    timeout: Duration,
 ) -> io::Result<OwnedFd> {
     let (near, length) = raw_address((source, 0).into());
     let (far, _) = raw_address(target);
@@ -371,7 +380,7 @@ pub fn poll(wanted: &[Wanted<'_>], timeout: Option<std::time::Duration>) -> io::
 
 /// Waits until one of the descriptors can be read or is broken, at most `timeout` (rounded up to a millisecond); tells for
 /// each whether it is. All false: the time is over.
-pub fn poll_readable(fds: &[BorrowedFd<'_>], timeout: std::time::Duration) -> io::Result<Vec<bool>> {
+pub fn poll_readable(fds: &[BorrowedFd<'_>], timeout: Duration) -> io::Result<Vec<bool>> {
     let wanted: Vec<Wanted<'_>> = fds.iter().map(|fd| Wanted { fd: *fd, read: true, write: false }).collect();
     Ok(poll(&wanted, Some(timeout))?.iter().map(|ready| ready.read || ready.gone).collect())
 }

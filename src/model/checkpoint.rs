@@ -108,6 +108,10 @@ fn empty_is_none_v6<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Own {
+    /// When this was written, by the monotonic and by the wall clock, in nanoseconds: the latter may be set before the next
+    /// start.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub written: Option<(u64, i64)>,
     /// What EC2 told about the attached ENIs.
     pub enis: Map<EniId, EniFacts>,
     /// Addresses in their cooldown: when they were released, in Unix nanoseconds.

@@ -71,7 +71,7 @@ impl Judge {
         }
     }
 
-    /// The node cannot know any more what it released when: its checkpoint is lost or its wall clock was moved.
+    /// The node cannot know any more what it released when: its checkpoint is lost.
     pub fn forget_cooldowns(&mut self) {
         for at in self.ended.values_mut() {
             *at = 0;

@@ -211,7 +211,6 @@ impl Life {
                 let jump = i64::try_from(self.dice.below(7200)).unwrap() - 3600;
                 self.tell(format!("the wall clock jumps {jump} s"));
                 self.fleet.nodes[0].wall_shift += jump * 1_000_000_000;
-                self.judge.forget_cooldowns();
             }
             73..=79 => {
                 let time = self.dice.below(200);

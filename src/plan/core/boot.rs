@@ -32,12 +32,15 @@ impl Core {
         }
         // A host where no pod ever ran has no rule either.
         let mut unreadable = checkpoints.is_empty();
+        let mut now = self.now.wall;
         for (card, text) in checkpoints {
             self.restarted = true;
             match Checkpoint::parse(text) {
                 Ok(checkpoint) => {
-                    self.restore(*card, &checkpoint.allocations, seen);
-                    self.restore_own(checkpoint.enibox.unwrap_or_default());
+                    let own = checkpoint.enibox.unwrap_or_default();
+                    now = own.written.map_or(now, |written| self.former_clock(written));
+                    self.restore(*card, &checkpoint.allocations, seen, now);
+                    self.restore_own(own, now);
                 }
                 Err(error) => {
                     let text = format!(
@@ -78,7 +81,7 @@ impl Core {
     }
 
     // Living pods keep their addresses, first without a place: their CIDRs are not known yet.
-    fn restore(&mut self, card: u32, allocations: &[Allocation], seen: &Seen) {
+    fn restore(&mut self, card: u32, allocations: &[Allocation], seen: &Seen, now: Wall) {
         for entry in allocations {
             let Some(address) = entry.address() else {
                 self.log(
@@ -98,7 +101,7 @@ impl Core {
                 since: Wall::from_unix_nanos(entry.timestamp),
             };
             let nameless = owner.key == nameless(address);
-            if self.gone_at_restart(&owner, seen) || (nameless && !seen.linked.contains(&address)) {
+            if Self::gone_at_restart(&owner, seen, now) || (nameless && !seen.linked.contains(&address)) {
                 self.log(Level::Info, format!("release {address} of {}: its pod is gone", owner.pod));
                 self.gone.insert(address);
                 self.cooling.insert(address, self.now.mono);
@@ -112,12 +115,19 @@ impl Core {
         }
     }
 
-    fn restore_own(&mut self, own: Own) {
+    // What the wall clock would show had nobody set it since the checkpoint was written. After a reboot, which begins the
+    // monotonic clock anew, what it shows has to do.
+    fn former_clock(&self, (mono, wall): (u64, i64)) -> Wall {
+        let mono = Mono::from_nanos(mono);
+        if mono > self.now.mono { self.now.wall } else { Wall::from_unix_nanos(wall).plus(self.now.mono.since(mono)) }
+    }
+
+    fn restore_own(&mut self, own: Own, now: Wall) {
         for (id, facts) in &own.enis {
             self.trusted.insert(id.clone(), facts.cidrs.iter().copied().gather());
         }
         for (address, freed) in own.cooling {
-            let age = self.now.wall.since(Wall::from_unix_nanos(freed));
+            let age = now.since(Wall::from_unix_nanos(freed));
             self.cooling.entry(address).or_insert(self.now.mono.minus(age));
         }
         // As if it were now: the clock may have been set since, and lists may be behind.

@@ -290,9 +290,9 @@ impl Core {
         !seen.links.iter().any(|link| link.ends_with(&suffix))
     }
 
-    /// At a restart: which of the pods in the checkpoint are gone (`spec/ipamd.md` 5.3).
-    pub(super) fn gone_at_restart(&self, owner: &Owner, seen: &Seen) -> bool {
-        Self::without_veth(owner, seen) && self.now.wall.since(owner.since) > VETH_GRACE_RESTART
+    /// At a restart: which of the pods in the checkpoint are gone (`spec/ipamd.md` 5.3). `now` by the clock that wrote it.
+    pub(super) fn gone_at_restart(owner: &Owner, seen: &Seen, now: Wall) -> bool {
+        Self::without_veth(owner, seen) && now.since(owner.since) > VETH_GRACE_RESTART
     }
 
     // A pod's veth bears its name, so that an allocation of an earlier sandbox looks alive through the later one's. It is

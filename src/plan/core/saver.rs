@@ -235,6 +235,7 @@ impl Core {
         let freeing =
             self.freeing.iter().map(|(id, free)| (id.clone(), Freeing { attachment: free.attachment.clone() }));
         Own {
+            written: Some((self.now.mono.as_nanos(), self.now.wall.as_unix_nanos())),
             enis: self.facts.iter().map(|(id, facts)| (id.clone(), self.facts_with_cidrs(id, facts))).gather(),
             cooling: cooling.map(|(ip, freed)| (ip, freed_at(freed))).gather(),
             given_back: given_back.gather(),
