@@ -143,9 +143,9 @@ pub const FAULTS: &[Fault] = &[
         echo kernel/net/netfilter/nf_tables.ko.xz: > $R/lib/modules/6.9.9/modules.dep; echo kernel/nft_ct.ko > $R/lib/modules/6.9.9/modules.builtin; echo > $R/proc/modules", "rm -r $R/proc $R/lib"),
     theirs("checkpoint from before the boot", "checkpoint-old", "mkdir -p $R/proc; echo 'btime 99999999999' > $R/proc/stat", "rm -r $R/proc"),
     theirs("checkpoint on a disk", "not-tmpfs", "mkdir -p $R/proc; printf '/dev/x / ext4 rw 0 0\\n' > $R/proc/mounts", "rm -r $R/proc"),
-    under(theirs("early demux", "tcp-early-demux", "mkdir -p $R/proc/sys/net/ipv4; echo 1 > $R/proc/sys/net/ipv4/tcp_early_demux", "echo 0 > $R/proc/sys/net/ipv4/tcp_early_demux"),
+    under(theirs("early demux", "tcp-early-demux", "mkdir -p $R/proc/sys/net/ipv4; echo 0 > $R/proc/sys/net/ipv4/udp_early_demux; echo 1 > $R/proc/sys/net/ipv4/tcp_early_demux", "echo 0 > $R/proc/sys/net/ipv4/tcp_early_demux"),
         &[("ENABLE_POD_ENI", "true")]),
-    under(theirs("early demux of UDP", "udp-early-demux", "echo 1 > $R/proc/sys/net/ipv4/udp_early_demux", "rm $R/proc/sys/net/ipv4/udp_early_demux"),
+    under(theirs("early demux of UDP", "udp-early-demux", "echo 1 > $R/proc/sys/net/ipv4/udp_early_demux", "echo 0 > $R/proc/sys/net/ipv4/udp_early_demux"),
         &[("ENABLE_POD_ENI", "true")]),
     under(theirs("no policy agent", "policy-agent", "true", "echo > $R/run/aws-node/npa.sock"), &[("NETWORK_POLICY_ENFORCING_MODE", "strict")]),
     // At the end: its undoing leaves the rest of the pod's network to the doctor.
