@@ -5,7 +5,7 @@ use crate::clock;
 use crate::error::{Context, Error, Result};
 use crate::model::ids::EniId;
 use crate::model::map::Map;
-use crate::model::naming::NFT_TABLE;
+use crate::model::naming::{self, NFT_TABLE};
 use crate::model::net::{Address, Family, Route};
 use crate::model::nft::Table;
 use crate::model::order::Gather as _;
@@ -197,6 +197,7 @@ fn request(action: &Action) -> Option<Request> {
         Action::SetMtu(index, mtu) => link::set_mtu(*index, *mtu),
         Action::SetUp(index) => link::set_up(*index),
         Action::SetMac(index, mac) => link::set_mac(*index, *mac),
+        Action::NoteVeth(index, mac, mtu) => link::set_alias(*index, &naming::veth_alias(*mac, *mtu)),
         Action::AddAddress(address) => addr::add(address),
         Action::DeleteAddress(address) => addr::delete(address),
         Action::ReplaceRoute(route) => route::replace(route),

@@ -208,7 +208,7 @@ fn troubles(status: &Value, findings: &mut Vec<Finding>) {
 fn mend(look: &Look, host: &mut Host) -> Vec<String> {
     let mut told = Vec::new();
     let Some(intent) = &look.intent else { return told };
-    match host.host(intent) {
+    match host.host_with(intent, &mut |_, plan| plan.steps.retain(|step| !doctor::notes(step))) {
         Ok(report) => {
             told.extend(report.steps.into_iter().map(|step| format!("done: {}", step.text)));
             let refused = report.enis.into_iter().filter_map(|(eni, result)| Some(format!("{eni}: {}", result.err()?)));

@@ -124,7 +124,13 @@ fn told(intent: &Intent, seen: &Observation, steps: &[Step]) -> Vec<Finding> {
         let subject = step.eni.as_ref().map_or(pod.unwrap_or_default(), |eni| eni.as_str());
         Finding::new(step.what.name(), subject, evidence(&step.text))
     };
-    steps.iter().map(finding).collect()
+    steps.iter().filter(|step| !notes(step)).map(finding).collect()
+}
+
+/// Whether a step mends nothing, but notes what a veth of the original's has. That is the daemon's when it meets the veth: the
+/// doctor sees more, both ends of the pair, and may find that what the host's end has is wrong.
+pub fn notes(step: &Step) -> bool {
+    step.what == What::PodNote
 }
 
 /// The pod whose branch ENI it is about: by its table, or by its device or the pod's veth.

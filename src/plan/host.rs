@@ -12,7 +12,10 @@ mod pods;
 
 pub(super) use self::branches::gateway_rule;
 use self::planner::Planner;
-pub(super) use self::{enis::global, pods::veths_of};
+pub(super) use self::{
+    enis::global,
+    pods::{made_with, veths_of},
+};
 use super::branch::Branch;
 use super::ruleset;
 use crate::error::{Error, Result};
@@ -182,6 +185,8 @@ pub enum Action {
     SetUp(u32),
     /// Sets the hardware address of the link with this index.
     SetMac(u32, Mac),
+    /// Notes MAC and MTU (bytes) on the veth with this index, as its alias ([`naming::veth_alias`]).
+    NoteVeth(u32, Mac, u32),
     /// Makes the sysctl of this path hold this value.
     SetSysctl(String, String),
     /// Adds an address.
@@ -241,6 +246,8 @@ pub enum What {
     PodMac,
     /// MTU of the host's end of a pod's veth.
     PodMtu,
+    /// What a pod's veth of the original's was made with is noted nowhere.
+    PodNote,
     /// Rules of a pod that is gone.
     GonePod,
     /// A sysctl.
@@ -272,6 +279,7 @@ impl What {
             What::PodLink => "pod-link",
             What::PodMac => "pod-mac",
             What::PodMtu => "pod-mtu",
+            What::PodNote => "pod-note",
             What::GonePod => "gone-pod",
             What::Sysctl => "sysctl",
             What::Ruleset => "ruleset",

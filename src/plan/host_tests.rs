@@ -471,6 +471,10 @@ fn carry_out(seen: &mut Observation, step: &Step) {
             seen.rules.remove(at);
         }
         Action::SetTables(tables) => seen.tables.clone_from(tables),
+        Action::NoteVeth(index, mac, mtu) => {
+            let link = seen.links.iter_mut().find(|link| link.index == *index).expect("a link that was seen");
+            link.alias = naming::veth_alias(*mac, *mtu);
+        }
         Action::AddVlan(..) => panic!("there are no branch ENIs here"),
     }
 }
@@ -516,15 +520,14 @@ fn what_the_plugin_has_made_of_a_pod_is_put_back() {
         },
         &["set eni0123456789a up", route_back],
     );
-    // A link of an older version tells neither MAC nor MTU.
-    check(
-        &|seen| {
-            seen.links[4].alias.clear();
-            seen.links[4].mac = Some(mac(77));
-            seen.links[4].mtu = 1500;
-        },
-        &[],
-    );
+    // A link of the original's tells neither MAC nor MTU: what it has then is noted. That of somebody else is left alone.
+    let bare = |seen: &mut Observation, alias: &str| {
+        seen.links[4].alias = alias.into();
+        seen.links[4].mac = Some(mac(77));
+        seen.links[4].mtu = 1500;
+    };
+    check(&|seen| bare(seen, ""), &["note mac 02:00:00:00:00:4d mtu 1500 on eni0123456789a"]);
+    check(&|seen| bare(seen, "uplink of somebody"), &[]);
     // Without its link a pod is on its way in or out.
     check(
         &|seen| {

@@ -6,7 +6,7 @@
 //! notices with every ADD and DEL, and none of them may cost a look: they concern pods that are not in the intent, because
 //! an ADD is not over yet or because the pod was released.
 
-use super::host::{HostEni, Intent, Observation, Step, What, forwarding, global, link_of, single, veths_of};
+use super::host::{HostEni, Intent, Observation, Step, What, forwarding, global, link_of, made_with, single, veths_of};
 use crate::model::map::Map;
 use crate::model::naming::{self, priority};
 use crate::model::net::{Family, Link, Mac, Route, Rule, TABLE_LOCAL, TABLE_MAIN};
@@ -61,7 +61,7 @@ impl Watch {
         links.extend(enis.filter_map(|(position, eni)| eni_link(eni.mac, Some(position), true)));
         let veths = veths_of(intent, &seen.links);
         links.extend(veths.values().map(|link| {
-            let (mac, mtu) = naming::of_veth_alias(&link.alias).unzip();
+            let (mac, mtu) = made_with(link).unzip();
             (link.index, Wanted { name: link.name.clone(), mac, mtu, eni: None, up: true, device: false })
         }));
         let devices = intent.branches.iter().filter_map(|pod| {

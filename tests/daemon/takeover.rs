@@ -1,7 +1,9 @@
 //! Checkpoints that we have not written ourselves: the original's, and torn ones.
 
 use crate::stage::{CHECKPOINT, Stage, Subject, eventually};
+use crate::support::tool;
 use crate::talk::Talk;
+use enibox::model::naming::{host_veth, veth_alias};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::time::Duration;
@@ -23,8 +25,24 @@ fn a_checkpoint_of_the_original_is_taken_over_with_running_pods() {
     let mut theirs = stage.checkpoint();
     theirs.enibox = None;
     stage.write(CHECKPOINT, &theirs.to_text());
+    let veth = host_veth("eni", "tests", &living[9].name, 0).unwrap();
+    let link = || stage.node.place.links().unwrap().into_iter().find(|link| link.name == veth).unwrap();
+    let (mac, mtu) = (link().mac.unwrap(), link().mtu);
+    let set =
+        |words: &[&str]| stage.node.place.net.run(|| tool("ip", &[&["link", "set", &veth], words].concat())).unwrap();
+    set(&["alias", ""]);
     stage.start();
     stage.wait_ready();
+    eventually(Duration::from_secs(20), "MAC and MTU of the original's veth are noted", || {
+        let alias = link().alias;
+        if alias == veth_alias(mac, mtu) { Ok(()) } else { Err(alias) }
+    });
+    set(&["address", "02:00:00:00:00:94"]);
+    set(&["mtu", "1400"]);
+    eventually(Duration::from_secs(4), "they are put back", || {
+        let link = link();
+        if (link.mac, link.mtu) == (Some(mac), mtu) { Ok(()) } else { Err(link) }
+    });
     let had = living[10].address();
     assert_eq!(stage.try_add(&mut living[10]).unwrap(), had);
     let held: BTreeMap<String, Ipv4Addr> = living.iter().map(|pod| (pod.container.clone(), pod.address())).collect();

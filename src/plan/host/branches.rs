@@ -238,7 +238,9 @@ mod tests {
             let router = "fe80:ec2::1/128".parse().unwrap();
             rules.push(Rule { ipproto: Some(58), ..Rule::from(router, 0, TABLE_LOCAL) });
         }
-        let links = vec![link(2, "eth0", ""), link(10, "vlan.eth.7", "vlan"), link(11, "vlancc21c2d7785", "veth")];
+        let alias = naming::veth_alias(Mac([2, 0, 0, 0, 0, 11]), 9001);
+        let veth = Link { alias, ..link(11, "vlancc21c2d7785", "veth") };
+        let links = vec![link(2, "eth0", ""), link(10, "vlan.eth.7", "vlan"), veth];
         let tables = ruleset::tables(&intent, "eth0").unwrap();
         let speaks = |dev| Address { dev, addr: "fe80::1/64".parse().unwrap(), no_prefix_route: false, no_dad: true };
         let addresses = if v6 { vec![speaks(10), speaks(11)] } else { Vec::new() };

@@ -4,7 +4,7 @@ use super::planner::Planner;
 use super::{Action, HostPod, Intent, Observation, What, single};
 use crate::model::map::{Map, Set};
 use crate::model::naming::{self, priority};
-use crate::model::net::{Link, Route, Rule, TABLE_MAIN};
+use crate::model::net::{Link, Mac, Route, Rule, TABLE_MAIN};
 use crate::model::order::Gather as _;
 use crate::plan::pod::link_route;
 use ipnet::IpNet;
@@ -38,9 +38,14 @@ impl Planner<'_> {
     }
 
     /// The host's end of a veth is up, with the MAC and the MTU that it was made with, and with an address from which the host
-    /// asks for an IPv6 pod's MAC. One of an older version does not tell what it was made with.
+    /// asks for an IPv6 pod's MAC. One of the original's does not tell what it was made with: what it has when we meet it is
+    /// noted on it, and kept from then on.
     pub(super) fn pod_link(&mut self, link: &Link) {
-        if let Some((mac, mtu)) = naming::of_veth_alias(&link.alias) {
+        if let Some((mac, mtu)) = made_with(link) {
+            if link.alias.is_empty() && link.up {
+                let text = format!("note mac {mac} mtu {mtu} on {}", link.name);
+                self.add(What::PodNote, None, Action::NoteVeth(link.index, mac, mtu), text);
+            }
             if link.mac != Some(mac) {
                 let text = format!("set address {mac} on {}", link.name);
                 self.add(What::PodMac, None, Action::SetMac(link.index, mac), text);
@@ -77,6 +82,15 @@ impl Planner<'_> {
             let from = rule.src.filter(|src| *rule == Rule::from(*src, priority::FROM_POD, rule.table));
             to.or(from).and_then(single).is_some_and(|address| gone.contains(&address))
         });
+    }
+}
+
+/// MAC and MTU (bytes) that a pod's veth is to keep: those of its alias, or its own if it has none. An alias that somebody else has
+/// given it tells nothing.
+pub(in crate::plan) fn made_with(link: &Link) -> Option<(Mac, u32)> {
+    match link.alias.as_str() {
+        "" => Some((link.mac?, link.mtu)),
+        alias => naming::of_veth_alias(alias),
     }
 }
 

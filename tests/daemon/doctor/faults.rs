@@ -99,6 +99,8 @@ pub const FAULTS: &[Fault] = &[
     ours("host veth down", "pod-link", "ip link set $V1 down"),
     ours("host veth MTU", "pod-mtu", "ip link set $V2 mtu 1400"),
     ours("host veth MAC", "pod-mac", "ip link set $V1 address 02:00:00:00:00:99"),
+    ours("host veth MAC, of the original's", "inside-neighbour", "ip link set $V1 alias ''; ip link set $V1 address 02:00:00:00:00:95"),
+    ours("host veth MTU, of the original's", "pod-mtu", "ip link set $V2 alias ''; ip link set $V2 mtu 1400"),
     theirs("host veth renamed", "veth-name", "ip link set $V1 down; ip link set $V1 name odd0; ip link set odd0 up; ip route replace $A1 dev odd0",
         "ip link set odd0 down; ip link set odd0 name $V1"),
     // A pod's own side.
