@@ -319,6 +319,46 @@ pub fn raw_socket(v6: bool) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Counters that a link's driver keeps beside the kernel's, by name, in the calling thread's namespace (`linux/ethtool.h`). None of a
+/// driver that has more than 8,192; an error if it has none, or the link is not there.
+pub fn driver_counters(link: &str) -> io::Result<Vec<(String, u64)>> {
+    const COUNT_MAX: usize = 8192;
+    // ETHTOOL_GSSET_INFO, ETHTOOL_GSTRINGS and ETHTOOL_GSTATS; ETH_SS_STATS, and the same as a bit.
+    const COUNT: [u32; 4] = [0x37, 0, 1 << 1, 0];
+    const NAMES: [u32; 2] = [0x1b, 1];
+    const VALUES: u32 = 0x1d;
+    const NAME: usize = 32;
+    // SAFETY: socket takes numbers only.
+    let fd = check(unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) })?;
+    // SAFETY: the descriptor was just made and has no other owner.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let ask = |question: &[u32], count: usize, each: usize| {
+        let mut buffer: Vec<u8> = question.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let head = buffer.len();
+        // The kernel writes as much as the driver has by now, which may be more than it had when it was asked.
+        buffer.resize(head + (count + COUNT_MAX) * each, 0);
+        // SAFETY: an ifreq of zeros is one.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        for (to, from) in request.ifr_name[..libc::IFNAMSIZ - 1].iter_mut().zip(link.bytes()) {
+            *to = libc::c_char::from_ne_bytes([from]);
+        }
+        request.ifr_ifru.ifru_data = buffer.as_mut_ptr().cast();
+        // SAFETY: name and buffer outlive the call, and the buffer has room for thousands of counters more than there were.
+        check(unsafe { libc::ioctl(socket.as_raw_fd(), 0x8946, &raw mut request) })?; // SIOCETHTOOL
+        Ok::<_, io::Error>(buffer.split_off(head))
+    };
+    let count = ask(&COUNT, 1, 4)?.first_chunk().map_or(0, |bytes| u32::from_ne_bytes(*bytes));
+    let total = usize::try_from(count).unwrap_or(usize::MAX);
+    if total > COUNT_MAX {
+        return Ok(Vec::new());
+    }
+    let (names, values) = (ask(&[NAMES[0], NAMES[1], count], total, NAME)?, ask(&[VALUES, count], total, 8)?);
+    let name =
+        |bytes: &[u8]| String::from_utf8_lossy(bytes.split(|byte| *byte == 0).next().unwrap_or_default()).into_owned();
+    let value = |bytes: &[u8]| bytes.first_chunk().map_or(0, |bytes| u64::from_ne_bytes(*bytes));
+    Ok(names.chunks(NAME).map(name).zip(values.chunks(8).map(value)).take(total).collect())
+}
+
 /// A raw socket for ICMP of a family; needs CAP_NET_RAW.
 #[cfg(feature = "sandbox")]
 pub fn icmp_socket(v6: bool) -> io::Result<OwnedFd> {

@@ -37,4 +37,9 @@ impl Host {
         // What /proc shows, and what a socket asks, is that of the thread's namespace.
         self.namespace.run(|| xtables::chains(Family::V4, "nat"))?.map(former::legacy_chains)
     }
+
+    /// Whether `iptables-legacy` or `ip6tables-legacy` drops what is forwarded.
+    pub fn legacy_drops(&self, family: Family) -> Result<bool> {
+        self.namespace.run(|| xtables::forward_drops(family))?
+    }
 }

@@ -19,7 +19,7 @@ use crate::plan::host::{Intent, Observation};
 use crate::plan::pod::inside::Mend;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// What the daemon mends by itself it has mended after this time.
@@ -148,7 +148,12 @@ fn look(args: &Args, environment: &Settings, host: &mut Host) -> Result<Look> {
     if daemon && let Ok(status) = args.asking.ask(environment, "/v1/enibox/status") {
         troubles(&status, &mut findings);
     }
-    let mut facts = gather::facts(root, &known::store_of(&settings.backing_store, 0), &seen.links);
+    let mut facts = gather::facts(
+        root,
+        &known::store_of(&settings.backing_store, 0),
+        Path::new(&settings.cni_bin_path),
+        &seen.links,
+    );
     gather::chains(&mut facts, host, &seen.tables)?;
     findings.extend(surroundings::findings(intent.as_ref(), &seen, &settings, &facts));
     let mut look = Look { daemon, intent, seen, namespaces: Vec::new(), findings, mends: Vec::new() };

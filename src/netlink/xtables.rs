@@ -1,4 +1,4 @@
-//! Tables of `iptables-legacy`: which chains a table has. Read only: such a table can be replaced but as a whole, racing with
+//! Tables of `iptables-legacy`: which chains a table has, and whether it drops what is forwarded. Read only: such a table can be replaced but as a whole, racing with
 //! everybody else who does (`spec/dataplane.md` 25.2; structures from `linux/netfilter_ipv4/ip_tables.h`).
 
 use crate::error::{Context, Error, Result};
@@ -11,6 +11,13 @@ const GET_ENTRIES: i32 = 65;
 /// Size of `struct ipt_getinfo`, and where the size of all entries stands in it.
 const INFO: usize = 84;
 const INFO_SIZE: usize = 80;
+/// Where it has the hooks that the table is called at, a bit each, and for each hook where the entry of its policy begins.
+const INFO_HOOKS: usize = 32;
+const INFO_POLICIES: usize = 56;
+/// NF_INET_FORWARD.
+const FORWARD: usize = 2;
+/// The verdict of a policy that drops: NF_DROP, turned negative as all of them are.
+const DROP: i32 = -1;
 /// Where the entries begin in `struct ipt_get_entries`.
 const ENTRIES: usize = 40;
 /// XT_TABLE_MAXNAMELEN.
@@ -22,9 +29,27 @@ const OFFSETS_V6: usize = 140;
 /// A larger table is not looked at: the kernel gives it out only in one piece.
 const BYTES_MAX: usize = 32 << 20;
 
-/// Names of the user's chains in a table, in the calling thread's namespace. None if nobody uses the table: opening it would
-/// make it, with its hooks.
+/// Names of the user's chains in a table, in the calling thread's namespace. None if nobody uses the table.
 pub fn chains(family: Family, table: &str) -> Result<Vec<String>> {
+    let table = read(family, table)?;
+    Ok(table.map(|table| chain_names(&table.entries, table.offsets)).unwrap_or_default())
+}
+
+/// Whether the policy of chain FORWARD of table `filter` drops, in the calling thread's namespace.
+pub fn forward_drops(family: Family) -> Result<bool> {
+    Ok(read(family, "filter")?.is_some_and(|table| drops(&table)))
+}
+
+/// A table as the kernel gives it out.
+struct Raw {
+    info: Vec<u8>,
+    entries: Vec<u8>,
+    /// Where an entry of its family has the offset of its target.
+    offsets: usize,
+}
+
+/// None if nobody uses the table: opening it would make it, with its hooks.
+fn read(family: Family, table: &str) -> Result<Option<Raw>> {
     let v6 = family == Family::V6;
     let (names, level, offsets) = if v6 {
         ("/proc/thread-self/net/ip6_tables_names", libc::IPPROTO_IPV6, OFFSETS_V6)
@@ -34,18 +59,30 @@ pub fn chains(family: Family, table: &str) -> Result<Vec<String>> {
     // The tables that somebody has opened, a line each. Without the file the kernel has no such tables at all.
     let names = std::fs::read_to_string(names).unwrap_or_default();
     if !names.lines().any(|name| name == table) {
-        return Ok(Vec::new());
+        return Ok(None);
     }
     let what = || format!("read table {table} of iptables-legacy");
     let socket = sys::raw_socket(v6).with_context(what)?;
-    let mut buffer = name_field(table, INFO);
-    let length = sys::get_option(&socket, level, GET_INFO, &mut buffer).with_context(what)?;
-    let size = buffer.get(..length).and_then(|info| word(info, INFO_SIZE)).and_then(|size| usize::try_from(size).ok());
+    let mut info = name_field(table, INFO);
+    let length = sys::get_option(&socket, level, GET_INFO, &mut info).with_context(what)?;
+    info.truncate(length);
+    let size = word(&info, INFO_SIZE).and_then(|size| usize::try_from(size).ok());
     let size = size.filter(|size| *size <= BYTES_MAX).ok_or_else(|| Error::new("it is too large").context(what()))?;
     let mut buffer = name_field(table, ENTRIES + size);
     buffer[NAME..NAME + 4].copy_from_slice(&u32::try_from(size)?.to_ne_bytes());
     let length = sys::get_option(&socket, level, GET_ENTRIES, &mut buffer).with_context(what)?;
-    Ok(chain_names(buffer.get(ENTRIES..length).unwrap_or_default(), offsets))
+    Ok(Some(Raw { info, entries: buffer.get(ENTRIES..length).unwrap_or_default().to_vec(), offsets }))
+}
+
+fn drops(table: &Raw) -> bool {
+    let policy = || {
+        let hooks = word(&table.info, INFO_HOOKS)?;
+        let at = word(&table.info, INFO_POLICIES + 4 * FORWARD).filter(|_| hooks >> FORWARD & 1 == 1)?;
+        let entry = table.entries.get(usize::try_from(at).ok()?..)?;
+        // Behind the target's head, which names none: the standard target.
+        word(entry, half(entry, table.offsets)? + 32).map(u32::cast_signed)
+    };
+    policy() == Some(DROP)
 }
 
 fn name_field(table: &str, length: usize) -> Vec<u8> {
@@ -109,6 +146,24 @@ mod tests {
         assert_eq!(chain_names(&[0; 200], OFFSETS), Vec::<String>::new(), "an entry that leads to itself");
     }
 
+    #[test]
+    fn the_policy_of_forward_is_read() {
+        let mut info = vec![0; INFO];
+        info[INFO_HOOKS..INFO_HOOKS + 4].copy_from_slice(&0b1110u32.to_ne_bytes());
+        info[INFO_POLICIES + 8..INFO_POLICIES + 12].copy_from_slice(&176u32.to_ne_bytes());
+        for (verdict, expected) in [(-1i32, true), (-2, false)] {
+            let mut policy = entry("", "");
+            policy[144..148].copy_from_slice(&verdict.to_ne_bytes());
+            let entries = [entry("", ""), policy].concat();
+            let mut table = Raw { info: info.clone(), entries, offsets: OFFSETS };
+            assert_eq!(drops(&table), expected);
+            table.entries.truncate(200);
+            assert!(!drops(&table), "cut off");
+            table.info[INFO_HOOKS] = 0;
+            assert!(!drops(&table), "not called when packets are forwarded");
+        }
+    }
+
     proptest! {
         #[test]
         fn hostile_tables_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..600), next in 0u16..300) {
@@ -118,6 +173,7 @@ mod tests {
             }
             chain_names(&bytes, OFFSETS);
             chain_names(&bytes, OFFSETS_V6);
+            drops(&Raw { info: bytes.clone(), entries: bytes, offsets: OFFSETS });
         }
     }
 }

@@ -74,7 +74,7 @@ impl Ward {
                        grep -e \"$2\" | head -n 1 | sed 's/.*# handle //'); }\n";
         command.args(["-ec", &format!("{library}{text}")]);
         command.envs(self.variables.iter().map(|(name, value)| (name, value)));
-        command.env("R", self.root.0.as_os_str()).env("TOOL", tool.unwrap_or("/bin/ip"));
+        command.env("PROGRAM", PROGRAM).env("R", self.root.0.as_os_str()).env("TOOL", tool.unwrap_or("/bin/ip"));
         let output = command.stdin(Stdio::null()).output().unwrap();
         let told = String::from_utf8_lossy(&output.stdout).into_owned();
         let wrong = String::from_utf8_lossy(&output.stderr).into_owned();

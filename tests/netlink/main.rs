@@ -43,6 +43,18 @@ fn veth_here(socket: &mut Socket) -> (Link, Link) {
 }
 
 #[test]
+fn counters_of_drivers_are_read() {
+    in_fresh_netns(|| {
+        let (a, b) = veth_here(&mut Socket::route().unwrap());
+        // What veth counts depends on the kernel, but it has always told its peer like that.
+        let counters = enibox::sys::driver_counters(&a.name).unwrap();
+        let peer = counters.iter().find(|(name, _)| name == "peer_ifindex").map(|(_, index)| *index);
+        assert_eq!(peer, Some(u64::from(b.index)), "{counters:?}");
+        assert!(enibox::sys::driver_counters("lo").is_err() && enibox::sys::driver_counters("nobody").is_err());
+    });
+}
+
+#[test]
 fn a_veth_is_complete_after_one_message() {
     let pod = Netns::new("pod");
     in_fresh_netns(|| {

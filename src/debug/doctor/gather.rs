@@ -4,15 +4,17 @@ use crate::apply::{self, Host};
 use crate::error::Result;
 use crate::model::map::Set;
 use crate::model::naming::SUFFIX_LEN;
-use crate::model::net::Link;
+use crate::model::net::{Family, Link};
 use crate::model::nft::Table;
 use crate::model::order;
 use crate::netlink::netns::Namespace;
 use crate::netlink::{Socket, nft, nft_outline};
-use crate::plan::doctor::environment::{DIRECTORIES, FILES, Facts, MARKS};
+use crate::plan::doctor::environment::{DIRECTORIES, FILES, Facts, MARKS, Plugin};
 use crate::plan::doctor::pods::Inside;
-use crate::plan::former;
+use crate::plan::{egress, former};
+use crate::sys;
 use std::fs;
+use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -42,12 +44,15 @@ fn file(root: &Path, path: &str) -> Option<String> {
     super::super::read(&found, FILE_BYTES_MAX).ok()
 }
 
-pub(super) fn facts(root: &Path, store: &Path, links: &[Link]) -> Facts {
+pub(super) fn facts(root: &Path, store: &Path, folder: &Path, links: &[Link]) -> Facts {
     let mut facts = Facts::default();
     // Of ENIs: of pods' links, which are many, the setting does not matter.
     for link in links.iter().filter(|link| link.name.len() < SUFFIX_LEN) {
         let path = format!("/proc/sys/net/ipv4/conf/{}/rp_filter", link.name);
         facts.files.extend(file(root, &path).map(|text| (path, text)));
+        // Most drivers have none.
+        let counters = sys::driver_counters(&link.name).unwrap_or_default();
+        facts.counters.extend(counters.into_iter().map(|(name, count)| (link.name.clone(), name, count)));
     }
     for path in FILES {
         facts.files.extend(file(root, path).map(|text| ((*path).to_owned(), text)));
@@ -62,9 +67,28 @@ pub(super) fn facts(root: &Path, store: &Path, links: &[Link]) -> Facts {
         }
     }
     facts.there = MARKS.iter().filter(|path| under(root, path).exists()).map(|path| (*path).to_owned()).collect();
+    facts.plugin = plugin(root, folder);
+    for family in [Family::V4, Family::V6] {
+        for folder in fs::read_dir(under(root, egress::data_dir(family))).into_iter().flatten().flatten() {
+            let entries = fs::read_dir(folder.path()).into_iter().flatten().flatten().take(NAMES_MAX * 2);
+            facts.egress.extend(entries.filter_map(|entry| entry.file_name().to_str()?.parse::<IpAddr>().ok()));
+        }
+    }
     facts.checkpoint = fs::metadata(store).ok().map(|metadata| metadata.mtime());
     facts.modules = modules(root, &facts).unwrap_or_default();
     facts
+}
+
+// The plugin on the host: in the folder of runtimes' default, or in that of the settings, which is as a container sees it.
+fn plugin(root: &Path, folder: &Path) -> Option<Plugin> {
+    let folders = [under(root, "/opt/cni/bin"), folder.to_path_buf()];
+    let path = folders.into_iter().find(|folder| folder.is_dir())?.join("aws-cni");
+    let same = || {
+        let (one, other) = (Path::new("/proc/self/exe"), path.as_path());
+        let length = |path| fs::metadata(path).map(|metadata| metadata.len()).ok();
+        length(one) == length(other) && fs::read(one).ok() == fs::read(other).ok()
+    };
+    Some(Plugin { path: path.display().to_string(), there: path.exists(), same: same() })
 }
 
 // What this kernel has as modules or built in; none if its lists are not seen.
@@ -93,6 +117,11 @@ pub(in crate::debug) fn chains(facts: &mut Facts, host: &Host, ours: &[Table]) -
     let (_, found) = nft_outline::outlines(&mut socket, &former::TABLES)?;
     facts.leftovers = former::leftovers(&found, ours);
     facts.legacy = host.legacy_chains()?;
+    for family in [Family::V4, Family::V6] {
+        if host.legacy_drops(family)? {
+            facts.legacy_drops.push(family);
+        }
+    }
     Ok(())
 }
 

@@ -6,12 +6,13 @@
 use super::{Finding, single};
 use crate::model::map::{Map, Set};
 use crate::model::naming::{in_eni_ranges, priority};
-use crate::model::net::{Rule, TABLE_LOCAL, TABLE_MAIN};
+use crate::model::net::{Family, Rule, TABLE_LOCAL, TABLE_MAIN};
 use crate::model::nft::{AnyChain, Hook, Removal};
 use crate::model::order::Gather as _;
 use crate::model::settings::Settings;
 use crate::plan::former;
 use crate::plan::host::{Intent, Observation, link_of};
+use std::net::IpAddr;
 
 /// Single files that are looked at.
 pub const FILES: &[&str] = &[
@@ -58,10 +59,23 @@ pub const MARKS: &[&str] = &[
 
 /// Our network configuration.
 const CONFLIST: &str = "10-aws.conflist";
+/// The link that kube-proxy in ipvs mode has services' addresses on.
+const IPVS: &str = "kube-ipvs0";
 /// Tables of nm-cloud-setup.
 const NM_TABLES: [u32; 2] = [30_200, 30_400];
 /// Modules that the rule set needs.
 const MODULES: &[&str] = &["nf_tables", "nft_ct", "nft_fib_ipv4", "nft_nat", "nft_chain_nat"];
+
+/// The plugin that the runtime starts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plugin {
+    /// Its path as it is seen from here.
+    pub path: String,
+    /// Whether it is there.
+    pub there: bool,
+    /// Whether it is the executable that looks at it: image and plugins are one.
+    pub same: bool,
+}
 
 /// What was found.
 #[derive(Clone, Debug, Default)]
@@ -76,6 +90,14 @@ pub struct Facts {
     pub leftovers: Vec<Removal>,
     /// The same in `iptables-legacy`: chains.
     pub legacy: Vec<String>,
+    /// Families of which `iptables-legacy` drops what is forwarded.
+    pub legacy_drops: Vec<Family>,
+    /// Counters of drivers: link, name, count.
+    pub counters: Vec<(String, String, u64)>,
+    /// The plugin on the host, if its folder is seen.
+    pub plugin: Option<Plugin>,
+    /// Addresses of the other family that pods have, or have had (`spec/egress.md` 7).
+    pub egress: Vec<IpAddr>,
     /// When the checkpoint was written, in Unix seconds.
     pub checkpoint: Option<i64>,
     /// Names of this kernel's modules and built-ins; empty if they are not seen.
@@ -119,8 +141,11 @@ pub fn findings(intent: Option<&Intent>, seen: &Observation, settings: &Settings
     files(facts, &mut note);
     software(settings, facts, &mut note);
     chains(facts, &mut note);
+    counters(facts, &mut note);
+    leftovers_of_egress(seen, facts, &mut note);
     if let Some(intent) = intent {
         reverse_path(intent, seen, facts, &mut note);
+        ipvs(intent, seen, &mut note);
         rules(intent, seen, &mut note);
         let most = facts.number("/proc/sys/net/ipv4/neigh/default/gc_thresh3");
         if let Some(most) = most.filter(|most| *most < 2 * intent.pods.len() as u64) {
@@ -180,6 +205,11 @@ fn files(facts: &Facts, note: &mut impl FnMut(&'static str, String)) {
             Some(first) => note("conflist-order", format!("/etc/cni/net.d/{first} sorts before {CONFLIST}")),
             None => note("conflist-missing", "/etc/cni/net.d has none".into()),
         }
+    }
+    match &facts.plugin {
+        Some(plugin) if !plugin.there => note("plugin-missing", format!("{} is not there", plugin.path)),
+        Some(plugin) if !plugin.same => note("plugin-other", format!("{} is not this executable", plugin.path)),
+        _ => {}
     }
     let boot = facts.text("/proc/stat").unwrap_or_default().lines().find_map(|line| line.strip_prefix("btime "));
     let boot = boot.and_then(|seconds| seconds.trim().parse::<i64>().ok());
@@ -277,11 +307,33 @@ fn chains(facts: &Facts, note: &mut impl FnMut(&'static str, String)) {
             note("forward-drop", format!("chain {family} {table} {name} has policy drop"));
         }
     }
+    for family in &facts.legacy_drops {
+        let tool = if *family == Family::V6 { "ip6tables-legacy" } else { "iptables-legacy" };
+        note("forward-drop", format!("{tool}: chain FORWARD of table filter has policy DROP"));
+    }
     for removal in &facts.leftovers {
         note("former-rules", former::text(removal));
     }
     if facts.chains.iter().any(|chain| chain.name.starts_with("ufw-")) {
         note("firewall", "ufw has rules".into());
+    }
+}
+
+// What ENA counts of packets beyond what the instance may have. Nothing resets it but a restart.
+fn counters(facts: &Facts, note: &mut impl FnMut(&'static str, String)) {
+    let beyond = facts.counters.iter().filter(|(_, name, count)| name.ends_with("_allowance_exceeded") && *count > 0);
+    for (link, name, count) in beyond {
+        note("allowance-exceeded", format!("{link}: {name} {count}"));
+    }
+}
+
+// An address whose pod lives has a route.
+fn leftovers_of_egress(seen: &Observation, facts: &Facts, note: &mut impl FnMut(&'static str, String)) {
+    let led = seen.routes.iter().filter_map(|route| single(route.dst)).gather::<Set<_>>();
+    let left = facts.egress.iter().filter(|address| !led.contains(address)).count();
+    if left > 0 {
+        let all = facts.egress.len();
+        note("egress-leftover", format!("{left} of {all} addresses that are taken lead to no pod"));
     }
 }
 
@@ -294,6 +346,14 @@ fn reverse_path(intent: &Intent, seen: &Observation, facts: &Facts, note: &mut i
     let values = [facts.number("/proc/sys/net/ipv4/conf/all/rp_filter"), facts.number(&own)];
     if values.into_iter().flatten().max() == Some(1) {
         note("rp-filter", format!("net.ipv4.conf.{}.rp_filter is 1", primary.name));
+    }
+}
+
+// IPVS looks for a route of its own, by the pod's address and without our mark.
+fn ipvs(intent: &Intent, seen: &Observation, note: &mut impl FnMut(&'static str, String)) {
+    let snat = !intent.v6 && !intent.external_snat && !intent.enis.is_empty();
+    if snat && let Some(link) = seen.links.iter().find(|link| link.name == IPVS) {
+        note("ipvs", format!("link {} of kube-proxy in ipvs mode, SNAT and secondary ENIs", link.name));
     }
 }
 
