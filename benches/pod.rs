@@ -7,7 +7,7 @@
 //! The daemon is the real one on a node of the sandbox, with enough addresses for all pods; the bare work is done in a network
 //! namespace that no daemon watches. Run as root: `cargo bench --bench pod`. Nothing of it shows outside of namespaces that
 //! end with this process. Figures mean something on an idle machine only: a plugin process waits for the scheduler a dozen
-//! times, the bare work never.
+//! times, the bare work never. `ENIBOX_BENCH_PROGRAM` names another executable to measure, the static release one for instance.
 
 use enibox::clock;
 use enibox::model::ec2::Interface;
@@ -118,6 +118,10 @@ fn measure(v6: bool, add: fn(&mut Pod), del: fn(&mut Pod)) -> (Times, Times) {
     times
 }
 
+fn program() -> PathBuf {
+    std::env::var_os("ENIBOX_BENCH_PROGRAM").map_or_else(|| env!("CARGO_BIN_EXE_enibox").into(), PathBuf::from)
+}
+
 /// A node of the sandbox with a daemon that holds enough addresses.
 struct Node {
     network: File,
@@ -137,7 +141,7 @@ impl Node {
         let names = topology.run().path().to_owned();
         let open = |kind: &str| File::open(names.join(kind).join(&node.name)).unwrap();
         let (network, mounts) = (open("netns"), open("mnt"));
-        let mut command = topology.node(&node.instance).unwrap().command(env!("CARGO_BIN_EXE_enibox")).unwrap();
+        let mut command = topology.node(&node.instance).unwrap().command(program()).unwrap();
         command.arg0("aws-k8s-agent").env_clear().stdin(Stdio::null()).stdout(Stdio::null());
         command.envs([
             ("AWS_EC2_METADATA_SERVICE_ENDPOINT", format!("http://{IMDS}")),
@@ -194,7 +198,7 @@ impl Pod {
         let namespace = Namespace::create_named(&dir.join("netns"), &name).unwrap();
         let plugin = dir.join("aws-cni");
         if !plugin.exists() {
-            std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_enibox"), &plugin).unwrap();
+            std::os::unix::fs::symlink(program(), &plugin).unwrap();
         }
         let number = u32::try_from(number).unwrap();
         let address: IpAddr = if v6 {

@@ -20,9 +20,10 @@ use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-/// How long IPv6 addresses may stay tentative, and how often they are looked at.
+/// How long IPv6 addresses may stay tentative.
 const DAD_LIMIT: Duration = Duration::from_secs(10);
-const DAD_POLL: Duration = Duration::from_millis(2);
+/// The first pause between two looks at them, and the longest: each is twice the one before.
+const DAD_PAUSE: [Duration; 2] = [Duration::from_micros(50), Duration::from_millis(2)];
 
 /// What an ADD has made so far.
 #[derive(Default)]
@@ -298,11 +299,13 @@ fn pod_sysctls(ifname: &str) -> Result<()> {
 /// traffic does not need it, since the gateway has a fixed entry.
 pub(super) fn settled(inside: &mut Socket, own: IpAddr, ifname: &str) -> Result<()> {
     let end = clock::instant() + DAD_LIMIT;
+    let [mut pause, longest] = DAD_PAUSE;
     while !route::is_local(inside, own)? {
         if clock::instant() > end {
             return Err(Error::new(format!("link {ifname:?} still has tentative addresses after {DAD_LIMIT:?}")));
         }
-        std::thread::sleep(DAD_POLL);
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(longest);
     }
     Ok(())
 }
