@@ -36,8 +36,7 @@ impl Host {
     /// Wires the pod up. Repeating it for the same sandbox builds everything anew; on failure what this call made is gone
     /// again. A foreign interface of the name in the pod is an error that touches nothing.
     pub fn add_pod(&mut self, pod: &Pod, netns: &Namespace) -> Result<()> {
-        let mut inside = Socket::route_in(netns)?;
-        let mut made = Made::default();
+        let (mut inside, mut made) = (None, Made::default());
         for (number, interface) in pod.interfaces.iter().enumerate() {
             if let Err(error) = self.add_interface(number, interface, netns, &mut inside, &mut made) {
                 return Err(match self.undo(&made) {
@@ -54,17 +53,25 @@ impl Host {
         number: usize,
         interface: &PodInterface,
         netns: &Namespace,
-        inside: &mut Socket,
+        inside: &mut Option<Socket>,
         made: &mut Made,
     ) -> Result<()> {
-        let outer = self.make_veth(interface, netns, inside)?;
+        let outer = self.make_veth(interface, netns)?;
         made.links.push(outer.index);
         let pod_index =
             outer.parent.ok_or_else(|| Error::new(format!("{:?} shows no other end", interface.host_veth)))?;
-        self.inside(|| host_sysctls(&interface.host_veth, interface.address.is_ipv6()))??;
-        if interface.address.is_ipv6() {
-            netns.run(|| pod_sysctls(&interface.ifname))??;
-        }
+        let v6 = interface.address.is_ipv6();
+        self.inside(|| host_sysctls(&interface.host_veth, v6))??;
+        let sysctls = || if v6 { pod_sysctls(&interface.ifname) } else { Ok(()) };
+        let inside = match inside {
+            Some(socket) if v6 => {
+                netns.run(sysctls)??;
+                socket
+            }
+            Some(socket) => socket,
+            // Both at once: on a busy machine each thread waits milliseconds for its turn.
+            None => inside.insert(netns.run(|| sysctls().and_then(|()| Socket::route()))??),
+        };
         if let Some(branch) = &interface.branch {
             self.add_branch(branch, &interface.host_veth, made)?;
         }
@@ -72,10 +79,10 @@ impl Host {
         inside
             .run(&pod_side(number, interface, pod_index))
             .with_context(|| format!("in {}", netns.path().display()))?;
-        if interface.address.is_ipv6() { settled(inside, interface.address, &interface.ifname) } else { Ok(()) }
+        if v6 { settled(inside, interface.address, &interface.ifname) } else { Ok(()) }
     }
 
-    fn make_veth(&mut self, interface: &PodInterface, netns: &Namespace, inside: &mut Socket) -> Result<Link> {
+    fn make_veth(&mut self, interface: &PodInterface, netns: &Namespace) -> Result<Link> {
         let veth = link::Veth {
             // Not up before its sysctls are written.
             up: false,
@@ -86,7 +93,7 @@ impl Host {
         if let Some(link) = self.create_veth(&veth)? {
             return Ok(link);
         }
-        self.clear_the_way(interface, netns, inside)?;
+        self.clear_the_way(interface, netns)?;
         let stays = || Error::new(format!("create veth {:?}: the name stays in use", interface.host_veth));
         self.create_veth(&veth)?.ok_or_else(stays)
     }
@@ -102,9 +109,9 @@ impl Host {
     }
 
     /// One of the two names is taken. The remains of an earlier ADD go; anything else is an error.
-    fn clear_the_way(&mut self, interface: &PodInterface, netns: &Namespace, inside: &mut Socket) -> Result<()> {
+    fn clear_the_way(&mut self, interface: &PodInterface, netns: &Namespace) -> Result<()> {
         let outer = link::by_name(&mut self.route, &interface.host_veth)?;
-        let inner = link::by_name(inside, &interface.ifname)?;
+        let inner = link::by_name(&mut Socket::route_in(netns)?, &interface.ifname)?;
         match (inner, outer) {
             (Some(inner), Some(outer)) if pair(&outer, &inner) => {
                 self.route.run(&[link::delete(outer.index).or_not_found()])

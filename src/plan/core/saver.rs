@@ -247,3 +247,41 @@ impl Core {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ids::PodName;
+    use crate::model::time::Wall;
+
+    #[test]
+    fn a_list_is_that_of_the_pool_and_keeps_what_stays() {
+        let pod = |name: &str| {
+            let key = PodKey { network: "aws-cni".into(), container: name.into(), ifname: "eth0".into() };
+            Arc::new(Owner { key, pod: PodName::default(), interfaces: 1, since: Wall::from_unix_seconds(5) })
+        };
+        let (a, b, c, again) = (pod("a"), pod("b"), pod("c"), pod("a"));
+        let mut list = Listed::default();
+        let mut check = |all: &[(u8, &Arc<Owner>)], kept: usize| {
+            let address = |last| IpAddr::from([10, 0, 0, last]);
+            let held = || all.iter().map(|(last, owner)| Held { address: address(*last), owner, card: 0, table: None });
+            let before = list.texts.to_vec();
+            list.update(held());
+            let mut fresh = Listed::default();
+            fresh.update(held());
+            assert_eq!((&list.texts, &list.made_of), (&fresh.texts, &fresh.made_of), "{all:?}");
+            let same = list.texts.iter().filter(|text| before.iter().any(|old| Arc::ptr_eq(old, text))).count();
+            assert_eq!(same, kept, "{all:?}");
+        };
+        check(&[(1, &a)], 0);
+        check(&[(1, &a), (3, &c)], 1);
+        check(&[(1, &a), (2, &b), (3, &c)], 2);
+        check(&[(2, &b), (3, &c)], 2);
+        check(&[(1, &again), (2, &b), (3, &c)], 2);
+        check(&[(1, &a), (2, &b), (3, &c)], 2);
+        check(&[(1, &a), (3, &c)], 2);
+        check(&[(1, &a), (4, &c)], 1);
+        check(&[(4, &c), (1, &a)], 1);
+        check(&[], 0);
+    }
+}
