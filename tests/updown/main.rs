@@ -20,7 +20,9 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
-const LIMIT: Duration = Duration::from_secs(20);
+/// One thread of the kernel takes the namespaces of the whole machine away, one after the other: beside other tests that has
+/// taken 112 s.
+const LIMIT: Duration = Duration::from_mins(5);
 
 /// The tools of the original, or a line that says what is missing.
 fn can_play(family: &Family) -> bool {
@@ -65,10 +67,11 @@ fn words(pod: &Living) -> Vec<String> {
 
 #[track_caller]
 fn assert_gone(stage: &Stage, words: &[String]) {
-    let end = clock::instant() + LIMIT; // the kernel takes links away in its own time
-    while !stage.traces(words).is_empty() && clock::instant() < end {
+    let begin = clock::instant(); // the kernel takes links away in its own time
+    while !stage.traces(words).is_empty() && begin.elapsed() < LIMIT {
         std::thread::sleep(Duration::from_millis(50));
     }
+    println!("the last trace was gone after {:?}", begin.elapsed());
     assert_eq!(stage.traces(words), Vec::<String>::new(), "{words:?}");
     let mut files = stage.host_local_files();
     files.remove("last_reserved_ip.0"); // it names an address that may have been given back
