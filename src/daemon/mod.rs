@@ -25,6 +25,7 @@ use crate::model::imds::Identity;
 use crate::model::limits::Limits;
 use crate::model::map::Map;
 use crate::model::naming;
+use crate::model::settings::layers::{ENVIRONMENT, environment_to_text};
 use crate::model::settings::{Mode, Settings, Valid};
 use crate::model::time::Mono;
 use crate::model::wire::NetworkPolicyAgentConfig;
@@ -139,7 +140,20 @@ fn settle(tuner: &mut Tuner) -> Result<Settings> {
         return Err(Error::new(complaint.to_string()));
     }
     layered.settings.check().map_err(Error::new).context("settings")?;
+    keep_environment(&layered.settings);
     Ok(layered.settings.clone())
+}
+
+// For the operator's commands, should they run where these variables are not set and we cannot be asked.
+fn keep_environment(settings: &Settings) {
+    let path = Path::new(&settings.backing_store).with_file_name(ENVIRONMENT);
+    let text = environment_to_text(|name| std::env::var(name).ok());
+    if std::fs::read(&path).is_ok_and(|kept| kept == text.as_bytes()) {
+        return;
+    }
+    if let Err(error) = files::write(&path, text.as_bytes()) {
+        log::warn!("{error}");
+    }
 }
 
 /// Starts, and serves until a signal or a failure ends it.

@@ -3,7 +3,7 @@
 //! The running daemon knows; without it, environment, settings file and what the Node said last are read here, which
 //! is what the daemon would start with.
 
-use super::{Asking, complain, environment, items, print, read, status, text};
+use super::{Asking, complain, environment, items, print, read, status, text, variables};
 use crate::model::settings::Settings;
 use crate::model::settings::layers::{FILE_BYTES_MAX, Layered, MEMORY, MEMORY_BYTES_MAX, Overlay, read_file};
 use serde_json::Value;
@@ -15,7 +15,9 @@ use std::path::Path;
 pub fn run(args: &Asking) -> u8 {
     let settings = environment();
     let document = args.ask(&settings, "/v1/enibox/config").unwrap_or_else(|error| {
-        complain(&format!("{error}; this is what the daemon would start with in this environment"));
+        complain(&format!(
+            "{error}; this is what the daemon would start with, by what is set here or was when it started last"
+        ));
         without_daemon(&settings)
     });
     print(&if args.json { format!("{document:#}\n") } else { page(&document) })
@@ -36,7 +38,7 @@ pub(super) fn layered(settings: &Settings) -> (Layered, Vec<String>) {
     };
     let said = read(&Path::new(&settings.backing_store).with_file_name(MEMORY), MEMORY_BYTES_MAX);
     let said = said.ok().and_then(|text| Overlay::from_memory(&text)).unwrap_or_default();
-    let layered = Layered::read(|name| std::env::var(name).ok(), &Overlay { file: texts, ..said });
+    let layered = Layered::read(variables(), &Overlay { file: texts, ..said });
     wrong.extend(layered.complaints.iter().map(ToString::to_string));
     (layered, wrong)
 }

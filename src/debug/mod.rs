@@ -15,6 +15,7 @@ pub mod support;
 
 use crate::error::{Result, exit};
 use crate::model::settings::Settings;
+use crate::model::settings::layers::{ENVIRONMENT, MEMORY_BYTES_MAX, environment_from_text};
 use serde_json::Value;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -39,8 +40,18 @@ impl Asking {
     }
 }
 
+// The settings of the daemon's container. On the host itself nobody has set them: what is not set here counts as it did when
+// the daemon was started last.
 fn environment() -> Settings {
-    Settings::parse(|name| std::env::var(name).ok()).0
+    Settings::parse(variables()).0
+}
+
+fn variables() -> impl Fn(&str) -> Option<String> {
+    let own = |name: &str| std::env::var(name).ok();
+    let store = Settings::parse(own).0.backing_store;
+    let kept = read(&Path::new(&store).with_file_name(ENVIRONMENT), MEMORY_BYTES_MAX);
+    let kept = environment_from_text(&kept.unwrap_or_default());
+    move |name| own(name).or_else(|| kept.get(name).cloned())
 }
 
 // A file of at most so many bytes, and the start of a longer one.

@@ -62,7 +62,7 @@ fn away_page(path: &str, found: &Checkpoint) -> String {
 
 // Writing to a string cannot fail.
 fn line(page: &mut String, name: impl AsRef<str>, what: &str) {
-    let _ = writeln!(page, "{:<11}{what}", name.as_ref());
+    let _ = writeln!(page, "{:<10} {what}", name.as_ref());
 }
 
 fn page(document: &Value) -> String {

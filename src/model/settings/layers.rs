@@ -5,7 +5,7 @@
 //! by Kubernetes (63 bytes of letters, digits, `-`, `_` and `.`), so lists of CIDRs and JSON fit into annotations and the
 //! file only.
 
-use super::table::Row;
+use super::table::{Kind, Row};
 use super::{Complaint, Line, Settings};
 use crate::model::map::Map;
 use serde_json::{Value, json};
@@ -19,6 +19,9 @@ pub const FILE_BYTES_MAX: usize = 64 << 10;
 
 /// The file beside the checkpoint that keeps what the Node said last.
 pub const MEMORY: &str = "enibox-node.json";
+
+/// The file beside the checkpoint that keeps the environment with which the daemon was started last.
+pub const ENVIRONMENT: &str = "enibox-environment.json";
 
 /// A larger one is not read; labels and annotations of one object have at most 256 KiB.
 pub const MEMORY_BYTES_MAX: usize = 1 << 20;
@@ -124,13 +127,6 @@ impl Overlay {
 
     /// The other way round, without a file's layer; `None` for anything else.
     pub fn from_memory(text: &str) -> Option<Overlay> {
-        let texts = |value: &Value| {
-            let mut texts = Texts::new();
-            for (key, value) in value.as_object()? {
-                texts.insert(key.clone(), value.as_str()?.to_owned());
-            }
-            Some(texts)
-        };
         let value: Value = serde_json::from_slice(text.as_bytes()).ok()?;
         let (labels, annotations) = (texts(&value["labels"])?, texts(&value["annotations"])?);
         Some(Overlay { file: Texts::new(), labels, annotations })
@@ -140,6 +136,26 @@ impl Overlay {
     pub(super) fn layers(&self) -> [(Layer, &Texts); 3] {
         [(Layer::File, &self.file), (Layer::Label, &self.labels), (Layer::Annotation, &self.annotations)]
     }
+}
+
+fn texts(value: &Value) -> Option<Texts> {
+    let mut texts = Texts::new();
+    for (key, value) in value.as_object()? {
+        texts.insert(key.clone(), value.as_str()?.to_owned());
+    }
+    Some(texts)
+}
+
+/// What [`ENVIRONMENT`] holds: our settings among the variables. Those of the AWS SDKs may be secret.
+pub fn environment_to_text(lookup: impl Fn(&str) -> Option<String>) -> String {
+    let ours = Settings::rows().filter(|row| !matches!(row.kind, Kind::Inherited { .. }));
+    let set = ours.filter_map(|row| Some((row.variable.to_owned(), Value::from(lookup(row.variable)?))));
+    Value::Object(set.collect()).to_string()
+}
+
+/// The other way round; empty for anything else.
+pub fn environment_from_text(text: &str) -> Texts {
+    serde_json::from_slice(text.as_bytes()).ok().and_then(|value| texts(&value)).unwrap_or_default()
 }
 
 /// Reads `KEY=VALUE` lines; blanks around both and one pair of quotes around the value do not count. Empty lines and those
@@ -397,6 +413,16 @@ mod tests {
         assert_eq!(Overlay::from_memory(&over.to_memory()), Some(kept));
         for bad in ["", "{}", "null", r#"{"labels":{},"annotations":{"A":1}}"#, r#"{"labels":{}}"#] {
             assert_eq!(Overlay::from_memory(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn the_environment_is_kept_as_far_as_it_is_ours() {
+        let set = texts(&[("ENABLE_IPv6", "true"), ("AWS_SECRET_ACCESS_KEY", "no"), ("WARM_IP_TARGET", "")]);
+        let text = environment_to_text(|name| set.get(name).cloned());
+        assert_eq!(environment_from_text(&text), texts(&[("ENABLE_IPv6", "true"), ("WARM_IP_TARGET", "")]));
+        for bad in ["", "[]", r#"{"A":1}"#] {
+            assert!(environment_from_text(bad).is_empty(), "{bad:?}");
         }
     }
 

@@ -159,6 +159,10 @@ fn single_faults_in_ipv6_mode() {
     let _answers = clinic.replace_daemon(&ward);
     let (code, told) = ward.doctor(None, &["--address", "127.0.0.1:1"]);
     assert_eq!((code, names(&told)), (3, vec!["daemon-silent".to_owned()]), "without a daemon: {told:#}");
+    let env = std::mem::take(&mut ward.env);
+    let (code, told) = ward.doctor(None, &["--address", "127.0.0.1:1"]);
+    assert_eq!((code, names(&told)), (3, vec!["daemon-silent".to_owned()]), "without its variables: {told:#}");
+    ward.env = env;
     let wrong = ward.trials(V6_FAULTS);
     assert!(wrong.is_empty(), "{wrong:?}");
     assert!(V6_FAULTS.len() >= 60, "{}", V6_FAULTS.len());
