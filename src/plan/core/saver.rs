@@ -103,15 +103,12 @@ impl Listed {
         for held in all {
             let same =
                 |(address, owner): &(IpAddr, Arc<Owner>)| Arc::ptr_eq(owner, held.owner) && *address == held.address;
-            match self.made_of.get(at..).and_then(|rest| rest.iter().position(same)) {
-                Some(gone) => {
-                    self.made_of.drain(at..at + gone);
-                    texts.drain(at..at + gone);
-                }
-                None => {
-                    self.made_of.insert(at, (held.address, Arc::clone(held.owner)));
-                    texts.insert(at, entry_of(&held));
-                }
+            if let Some(gone) = self.made_of.get(at..).and_then(|rest| rest.iter().position(same)) {
+                self.made_of.drain(at..at + gone);
+                texts.drain(at..at + gone);
+            } else {
+                self.made_of.insert(at, (held.address, Arc::clone(held.owner)));
+                texts.insert(at, entry_of(&held));
             }
             at += 1;
         }
