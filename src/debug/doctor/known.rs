@@ -1,6 +1,7 @@
 //! What the node's network should be, and what IMDS and EC2 say: from the daemon, or, when it is away, from the very core
 //! that the daemon runs, started on the checkpoint and IMDS as at a restart. EC2 is only read.
 
+use super::super::variables;
 use crate::aws::{creds, ec2, imds};
 use crate::clock;
 use crate::error::{Context, Error, Result};
@@ -50,7 +51,7 @@ fn env(name: &str) -> Option<String> {
 }
 
 fn client() -> Result<imds::Client> {
-    let mut config = imds::Config::from_env(env);
+    let mut config = imds::Config::from_env(variables());
     config.limits.operation = IMDS_MAX;
     config.limits.pause = IMDS_MAX / 5;
     imds::Client::new(config)
@@ -84,7 +85,7 @@ impl Cloud {
         let mut cloud = Cloud { imds, identity, enis, listed: None };
         if with_ec2 && !settings.imds_only {
             let chain = Arc::new(creds::Chain::from_env(env, Arc::new(client()?))?);
-            let config = ec2::Config::from_env(env, &cloud.identity.region);
+            let config = ec2::Config::from_env(variables(), &cloud.identity.region);
             let config = ec2::Config { http_timeout: EC2_MAX, max_attempts: 1, ..config };
             let client = ec2::Client::new(config, chain)?;
             let call = Call::DescribeAttached(cloud.identity.instance.clone());
