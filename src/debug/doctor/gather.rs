@@ -48,8 +48,10 @@ pub(super) fn facts(root: &Path, store: &Path, folder: &Path, links: &[Link]) ->
     let mut facts = Facts::default();
     // Of ENIs: of pods' links, which are many, the setting does not matter.
     for link in links.iter().filter(|link| link.name.len() < SUFFIX_LEN) {
-        let path = format!("/proc/sys/net/ipv4/conf/{}/rp_filter", link.name);
-        facts.files.extend(file(root, &path).map(|text| (path, text)));
+        for setting in ["rp_filter", "forwarding"] {
+            let path = format!("/proc/sys/net/ipv4/conf/{}/{setting}", link.name);
+            facts.files.extend(file(root, &path).map(|text| (path, text)));
+        }
         // Most drivers have none.
         let counters = sys::driver_counters(&link.name).unwrap_or_default();
         facts.counters.extend(counters.into_iter().map(|(name, count)| (link.name.clone(), name, count)));

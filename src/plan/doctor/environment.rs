@@ -6,7 +6,7 @@
 use super::{Finding, single};
 use crate::model::map::{Map, Set};
 use crate::model::naming::{in_eni_ranges, priority};
-use crate::model::net::{Family, Rule, TABLE_LOCAL, TABLE_MAIN};
+use crate::model::net::{Family, Route, Rule, TABLE_LOCAL, TABLE_MAIN};
 use crate::model::nft::{AnyChain, Hook, Removal};
 use crate::model::order::Gather as _;
 use crate::model::settings::Settings;
@@ -146,6 +146,7 @@ pub fn findings(intent: Option<&Intent>, seen: &Observation, settings: &Settings
     if let Some(intent) = intent {
         reverse_path(intent, seen, facts, &mut note);
         ipvs(intent, seen, &mut note);
+        ways(intent, seen, facts, &mut note);
         rules(intent, seen, &mut note);
         let most = facts.number("/proc/sys/net/ipv4/neigh/default/gc_thresh3");
         if let Some(most) = most.filter(|most| *most < 2 * intent.pods.len() as u64) {
@@ -349,6 +350,28 @@ fn reverse_path(intent: &Intent, seen: &Observation, facts: &Facts, note: &mut i
     }
 }
 
+// What the node and its ENIs need of what is not ours.
+fn ways(intent: &Intent, seen: &Observation, facts: &Facts, note: &mut impl FnMut(&'static str, String)) {
+    let name = |dev: u32| seen.links.iter().find(|link| link.index == dev).map_or("?", |link| link.name.as_str());
+    let leads = |route: &Route| route.table == TABLE_MAIN && route.dst.prefix_len() == 0 && route.dst.addr().is_ipv4();
+    // In IPv6 mode the router tells of it again by itself.
+    if !intent.v6 && !seen.routes.iter().any(leads) {
+        note("default-route", "table main has no default route".into());
+    }
+    // The table `local` comes first, whatever leads to the pod.
+    let pods = intent.pods.iter().map(|pod| (pod.address, pod.name.as_str())).gather::<Map<_, _>>();
+    for address in &seen.addresses {
+        if let Some(pod) = pods.get(&address.addr.addr()) {
+            note("pod-address-taken", format!("{} of pod {pod} is on {}", address.addr, name(address.dev)));
+        }
+    }
+    for (path, text) in &facts.files {
+        if !intent.v6 && path.ends_with("/forwarding") && text.trim() == "0" {
+            note("link-forwarding", format!("{path} is 0"));
+        }
+    }
+}
+
 // IPVS looks for a route of its own, by the pod's address and without our mark.
 fn ipvs(intent: &Intent, seen: &Observation, note: &mut impl FnMut(&'static str, String)) {
     let snat = !intent.v6 && !intent.external_snat && !intent.enis.is_empty();
@@ -368,11 +391,13 @@ fn rules(intent: &Intent, seen: &Observation, note: &mut impl FnMut(&'static str
     let pods = intent.pods.iter().map(|pod| pod.address).gather::<Set<_>>();
     for rule in seen.rules.iter().filter(|rule| !nm(rule.table) && !kernels(rule)) {
         let source = rule.src.and_then(single);
+        let pod = rule.src.or(rule.dst).and_then(single).is_some_and(|address| pods.contains(&address));
+        let before = rule.priority < priority::FROM_ENI;
         let ours = source.is_some_and(|source| own.contains_key(&source) || pods.contains(&source));
         let other = !matches!(rule.priority, priority::FROM_POD | priority::FROM_ENI);
         if ours && other && rule.table != TABLE_MAIN && in_eni_ranges(rule.table) {
             note("ec2-net-utils", format!("rule {rule}"));
-        } else if foreign(rule) {
+        } else if foreign(rule) || (pod && before && !matches!(rule.priority, priority::TO_POD | priority::FROM_POD)) {
             note("foreign-rule", format!("rule {rule}"));
         }
     }

@@ -178,6 +178,9 @@ fn one(
         let name = if outer.name.ends_with(pod.veth) { "veth-prefix" } else { "veth-name" };
         note(name, format!("{} instead of {}{}", outer.name, intent.veth_prefix, pod.veth), Place::Host, None);
     }
+    if let Some(master) = outer.master {
+        note("pod-enslaved", format!("{} is a part of link {master}", outer.name), Place::Host, None);
+    }
     if !outer.up {
         note("pod-link", format!("{} is down", outer.name), Place::Host, Some(Mend::Up(outer.index)));
     }

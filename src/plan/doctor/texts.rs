@@ -64,6 +64,10 @@ const TEXTS: &[Row] = &[
     ("growth-paused", Warn, "the pool does not grow for a while", "enibox status"),
     // What surrounds us.
     ("ip-forward", Fail, "nothing is forwarded to or from pods", "sysctl -w net.ipv4.ip_forward=1"),
+    ("link-forwarding", Fail, "what comes in by this link is not forwarded to pods", "sysctl -w the setting = 1"),
+    ("default-route", Fail, "nothing leaves the node by its primary ENI: SNAT, EC2, IMDS and the API server fail", "let DHCP set it again: networkctl renew, or nmcli; ip route add default via <gateway> dev <link>"),
+    ("pod-address-taken", Fail, "the node itself answers for the pod, and nothing reaches it", "ip addr del the address from that link; cloud-init, ec2-net-utils or DHCP may have added it"),
+    ("pod-enslaved", Fail, "packets of the pod go into a bridge or bond and not to the node", "ip link set <link> nomaster; look for who did it"),
     ("rp-filter", Fail, "NodePort packets are dropped", "sysctl -w the setting = 2"),
     ("tcp-early-demux", Fail, "kubelet's TCP probes of strict branch-ENI pods fail", "DISABLE_TCP_EARLY_DEMUX=true in the init container"),
     ("udp-early-demux", Warn, "the node's UDP to strict branch-ENI pods gets no answers", "DISABLE_TCP_EARLY_DEMUX=true in the init container"),
