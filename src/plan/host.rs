@@ -403,11 +403,8 @@ pub fn wiring(intent: &Intent, seen: &Observation) -> Vec<Step> {
 
 /// The error when [`link_of`] finds none: names the MAC, and the links that there are with theirs.
 pub fn missing(mac: Mac, links: &[Link]) -> Error {
-    if let Some(link) = links.iter().find(|link| link.mac == Some(mac)) {
-        let over = link.master.or(link.parent).unwrap_or(0);
-        return Error::new(format!("{} has MAC {mac}, but is a part of another link (index {over})", link.name));
-    }
     let names = links.iter().map(|link| match link.mac {
+        Some(mac) if link.master.is_some() => format!("{} {mac} in a bridge or bond", link.name),
         Some(mac) => format!("{} {mac}", link.name),
         None => link.name.clone(),
     });
