@@ -144,12 +144,19 @@ impl Host {
         // millisecond beside a thousand pods.
         requests.push(link::set_alias(outer.index, &alias));
         let before = requests.len();
+        // Nobody speaks IPv6 over an IPv4 pod's link, and its address and routes would cost a walk over those of all others,
+        // while the pod's end waits for its own.
+        let quiet = interface.address.is_ipv4();
+        requests.extend(quiet.then(|| link::no_link_local(outer.index)));
         let route = route::replace(&interface.host_route(outer.index));
         requests.extend([link::set_up(outer.index), route, stale.clone()]);
         requests.extend(wanted.iter().map(rule::add));
         let mut outcomes = self.route.batch(&requests)?;
         for outcome in outcomes.drain(..before) {
             outcome?;
+        }
+        if quiet {
+            outcomes.remove(0).ok(); // refused where there is no IPv6
         }
         let added = outcomes.split_off(3);
         let mut first = None;

@@ -136,6 +136,16 @@ pub fn set_alias(index: u32, alias: &str) -> Request {
     change(index, &format!("alias {alias:?}"), |writer| writer.text(Ifla::Ifalias, alias))
 }
 
+/// Lets the kernel give the link no IPv6 address of its own when it comes up (`IN6_ADDR_GEN_MODE_NONE`, linux/if_link.h). Refused
+/// where the link has no IPv6 at all.
+pub fn no_link_local(index: u32) -> Request {
+    const AF_INET6: u16 = 10;
+    const INET6_ADDR_GEN_MODE: u16 = 8;
+    change(index, "addrgenmode none", |writer| {
+        writer.nest(Ifla::AfSpec, |writer| writer.nest(AF_INET6, |writer| writer.u8(INET6_ADDR_GEN_MODE, 1)));
+    })
+}
+
 /// Sets the link down, which flushes its routes.
 pub fn set_down(index: u32) -> Request {
     Request::new(Rtm::Newlink, 0, header(index, 0, IFF_UP).to_vec(), format!("set link if{index} down"))

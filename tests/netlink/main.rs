@@ -6,10 +6,10 @@ mod route;
 #[path = "../support/mod.rs"]
 mod support;
 
-use enibox::model::net::{Link, Mac};
+use enibox::model::net::{Family, Link, Mac};
 use enibox::netlink::link::{End, Veth};
 use enibox::netlink::netns::Namespace;
-use enibox::netlink::{KernelError, Socket, link, sysctl};
+use enibox::netlink::{KernelError, Socket, addr, link, sysctl};
 use ipnet::IpNet;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
@@ -104,6 +104,22 @@ fn a_veth_is_complete_after_one_message() {
 
         must(&mut host, &[link::delete_by_name("eni0123456789a")]);
         assert_eq!(link::by_name(&mut pod.route(), "eth0").unwrap(), None, "the peer goes too");
+    });
+}
+
+#[test]
+fn a_link_can_be_kept_without_an_ipv6_address_of_its_own() {
+    in_fresh_netns(|| {
+        sysctl::set("net/ipv6/conf/default/disable_ipv6", "0").unwrap();
+        let mut socket = Socket::route().unwrap();
+        must(&mut socket, &[link::create_veth(&Veth { end: plain_end("a"), peer: plain_end("b"), mtu: 0, up: false })]);
+        let [a, b] = ["a", "b"].map(|name| link::by_name(&mut socket, name).unwrap().unwrap());
+        must(&mut socket, &[link::no_link_local(a.index), link::set_up(a.index), link::set_up(b.index)]);
+        let on = |socket: &mut Socket, index| {
+            let all = addr::list(socket, Some(Family::V6)).unwrap();
+            all.iter().filter(|address| address.dev == index).count()
+        };
+        assert_eq!((on(&mut socket, a.index), on(&mut socket, b.index)), (0, 1), "the other end has one");
     });
 }
 
