@@ -13,6 +13,7 @@ use enibox::netlink::{KernelError, Socket, addr, link, sysctl};
 use ipnet::IpNet;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
+use std::time::Duration;
 use support::{Netns, in_fresh_netns, must, tool_json};
 
 const HOST_MAC: Mac = Mac([0x02, 0, 0, 0, 0, 0x0a]);
@@ -119,6 +120,13 @@ fn a_link_can_be_kept_without_an_ipv6_address_of_its_own() {
             let all = addr::list(socket, Some(Family::V6)).unwrap();
             all.iter().filter(|address| address.dev == index).count()
         };
+        // The kernel notices on its own time that both ends are up, and looks at both together.
+        for _ in 0..1000 {
+            if on(&mut socket, b.index) == 1 {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
         assert_eq!((on(&mut socket, a.index), on(&mut socket, b.index)), (0, 1), "the other end has one");
     });
 }
