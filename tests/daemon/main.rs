@@ -7,7 +7,6 @@ mod footprint;
 mod kills;
 mod kube;
 mod lies;
-mod patience;
 mod probes;
 mod refusals;
 mod repair;

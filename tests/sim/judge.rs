@@ -130,7 +130,8 @@ impl Judge {
                 .core()
                 .filter(|_| self.foreign.is_empty() && self.foreign_prefixes.is_empty())
             {
-                limits(core, &fleet.nodes[index as usize], &self.foreign_enis);
+                let detached = |id: &EniId| self.foreign_enis.get(id).is_some_and(|at| fleet.nanos() - at < FOREIGN);
+                limits(core, &fleet.nodes[index as usize], &detached);
             }
         }
         for node in &fleet.nodes {
@@ -365,12 +366,14 @@ impl Judge {
         let (before, looks) = calls(fleet);
         self.pass(fleet, time);
         let (mut after, looked) = calls(fleet);
-        // A subnet without room for a prefix is asked again about every half hour.
+        // A subnet without room for a prefix is asked again about every half hour: with one look at the subnets and one call.
         let full = |subnet| !fleet.sky.vpc.takes_prefix(subnet);
         if fleet.nodes.iter().any(|node| node.setup.settings.prefix_delegation)
             && fleet.sky.vpc.subnets().iter().any(full)
         {
-            for action in ["AssignPrivateIpAddresses", "CreateNetworkInterface", "DescribeSubnets"] {
+            let more = |action: &str| after.get(action) > before.get(action);
+            let ask = ["AssignPrivateIpAddresses", "CreateNetworkInterface"].into_iter().find(|action| more(action));
+            for action in ask.into_iter().chain(["DescribeSubnets"]) {
                 if let (Some(after), Some(before)) = (after.get_mut(action), before.get(action)) {
                     *after -= u64::from(*after == before + 1);
                 }
@@ -449,10 +452,10 @@ fn branched(node: &Node, key: &PodKey, address: IpAddr) {
 }
 
 // An ENI that others detached is counted until it was looked at again.
-fn limits(core: &Core, node: &Node, detached: &BTreeMap<EniId, u64>) {
+fn limits(core: &Core, node: &Node, detached: &dyn Fn(&EniId) -> bool) {
     let (enis, slots) = core.room();
     let most = enis.max(node.limits.cards.iter().sum::<u32>() as usize);
-    let held = core.pool().enis().filter(|(id, eni)| !eni.missing && !detached.contains_key(*id)).count();
+    let held = core.pool().enis().filter(|(id, eni)| !eni.missing && !detached(id)).count();
     assert!(held <= most, "more ENIs than the type takes");
     for (id, eni) in core.pool().enis() {
         // One that is barred is kept until EC2 has spoken. Of IPv6 prefixes the node takes what is there.

@@ -316,11 +316,11 @@ impl Core {
         let ours = &self.config.identity.instance;
         let used = |interface: &Interface| {
             let here = interface.attachment.as_ref().is_some_and(|attachment| attachment.instance == *ours);
-            here && self.cidrs_of(interface).iter().any(|net| self.pool.orphan_in(net))
+            here && (self.pool.eni(id).is_some() || self.cidrs_of(interface).iter().any(|net| self.pool.orphan_in(net)))
         };
         if found.as_ref().is_some_and(used) {
-            // It was given up for lost while EC2's list was behind, and a crash has hidden its pods.
-            self.log(Level::Warn, format!("eni {id}: pods use it; it is kept"));
+            // It was given up for lost while EC2's list was behind: it serves already, or a crash has hidden its pods.
+            self.log(Level::Warn, format!("eni {id}: it is attached after all, and in use; it is kept"));
             self.freeing.remove(id);
             self.changed();
             return self.describe();

@@ -29,11 +29,14 @@ impl Planner<'_> {
             self.add(What::EniLink, id, Action::SetUp(link.index), format!("set {} up", link.name));
         }
         // A trunk without an address of its own has the link's, which comes with its route.
-        if global(eni.own.addr()) {
+        let own = global(eni.own.addr());
+        if own {
             self.eni_addresses(eni, link);
-            self.no_connected_route(eni, link);
         }
         self.eni_routes(eni, link);
+        if own {
+            self.no_connected_route(eni, link);
+        }
         if !eni.trunk {
             self.want_rule(What::EniRule, id, Rule::from(IpNet::from(eni.own.addr()), priority::FROM_ENI, eni.table));
         }
