@@ -42,7 +42,7 @@ impl Run {
             match fs::create_dir_all(home).and_then(|()| fs::create_dir(&path)) {
                 Ok(()) => {
                     let run = Run { path };
-                    run.write("started", &started(pid).unwrap_or_default())?;
+                    run.sign(&started(pid).unwrap_or_default())?;
                     fs::create_dir(run.path.join("netns")).context("create directory of names")?;
                     fs::create_dir(run.path.join("mnt")).context("create directory of names")?;
                     fs::create_dir(run.path.join("log")).context("create directory of logs")?;
@@ -56,6 +56,14 @@ impl Run {
             }
         }
         Err(Error::new(format!("create run directory in {}: too many runs of process {pid}", home.display())))
+    }
+
+    // Says whose directory this is. In one step: who finds the file while it is still empty takes the run for a dead one
+    // and removes it.
+    fn sign(&self, started: &str) -> Result<()> {
+        self.write("signing", started)?;
+        let signed = fs::rename(self.path.join("signing"), self.path.join("started"));
+        signed.with_context(|| format!("sign {}", self.path.display()))
     }
 
     /// The directory.
@@ -181,6 +189,19 @@ mod tests {
         assert_eq!(sweep(&home).unwrap(), 0);
         drop(second);
         drop(run);
+        assert!(!home.exists());
+    }
+
+    #[test]
+    fn runs_that_start_at_once_leave_each_other_alone() {
+        let home = home("many");
+        let start_and_end = || {
+            for _ in 0..200 {
+                let run = Run::start(&home).unwrap();
+                assert!(["netns", "mnt", "log", "started"].iter().all(|name| run.path().join(name).exists()));
+            }
+        };
+        std::thread::scope(|scope| (0..8).for_each(|_| drop(scope.spawn(start_and_end))));
         assert!(!home.exists());
     }
 
