@@ -299,6 +299,70 @@ pub fn set_int_option(socket: impl AsFd, level: i32, option: i32, value: i32) ->
     .map(drop)
 }
 
+/// How an instruction of a socket's filter compares the byte that was loaded last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Test {
+    /// It is that.
+    Equal,
+    /// It is that or more.
+    AtLeast,
+    /// It is more.
+    Above,
+    /// One of these bits is set.
+    Any,
+}
+
+/// One instruction of a socket's filter (classic BPF, `linux/filter.h`).
+#[derive(Clone, Copy, Debug)]
+pub struct Instruction(libc::sock_filter);
+
+impl Instruction {
+    fn new(code: u32, k: u32, jt: u8, jf: u8) -> Instruction {
+        // All codes are of eight bits.
+        Instruction(libc::sock_filter { code: u16::try_from(code).unwrap_or(0), jt, jf, k })
+    }
+
+    /// Loads the byte at this place of the datagram. One that is shorter does not pass.
+    pub fn load_byte(at: u32) -> Instruction {
+        Instruction::new(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, at, 0, 0)
+    }
+
+    /// Leaves out this many instructions, by whether the test holds.
+    pub fn test(test: Test, value: u32, holds: u8, fails: u8) -> Instruction {
+        let test = match test {
+            Test::Equal => libc::BPF_JEQ,
+            Test::AtLeast => libc::BPF_JGE,
+            Test::Above => libc::BPF_JGT,
+            Test::Any => libc::BPF_JSET,
+        };
+        Instruction::new(libc::BPF_JMP | test | libc::BPF_K, value, holds, fails)
+    }
+
+    /// Lets the datagram pass, or not.
+    pub fn end(pass: bool) -> Instruction {
+        Instruction::new(libc::BPF_RET | libc::BPF_K, if pass { u32::MAX } else { 0 }, 0, 0)
+    }
+}
+
+/// From now on the socket gets only datagrams that the program lets pass; of the others nothing is told. The kernel refuses a
+/// program that could run on for ever or beyond its end.
+pub fn set_filter(socket: impl AsFd, program: &[Instruction]) -> io::Result<()> {
+    let mut program = program.iter().map(|instruction| instruction.0).collect::<Vec<_>>();
+    let len = u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let program = libc::sock_fprog { len, filter: program.as_mut_ptr() };
+    // SAFETY: pointer and length are those of one live sock_fprog, which holds those of a live list that the kernel copies.
+    check(unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const program).cast(),
+            libc::socklen_t::try_from(size_of::<libc::sock_fprog>()).unwrap_or(0),
+        )
+    })
+    .map(drop)
+}
+
 /// Reads a socket option of any form. `buffer` holds what the option wants to be asked with, and afterwards the answer, whose
 /// length is returned.
 pub fn get_option(socket: impl AsFd, level: i32, option: i32, buffer: &mut [u8]) -> io::Result<usize> {
@@ -502,6 +566,17 @@ pub fn start_inside(command: &mut std::process::Command, namespaces: Vec<OwnedFd
     // SAFETY: between fork and exec the closure makes async-signal-safe system calls only and allocates nothing; an error
     // it returns carries a number only.
     unsafe { command.pre_exec(enter) };
+}
+
+/// Lets this process, and what it starts from now on, open as many files as it may at most. The usual limit of 1,024 is lower for
+/// the sake of programs that call select(2).
+pub fn open_many_files() -> io::Result<()> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the kernel writes to the struct, which outlives the call, and keeps no pointer to it.
+    check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) })?;
+    limit.rlim_cur = limit.rlim_max;
+    // SAFETY: the kernel reads the struct, which outlives the call.
+    check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) }).map(drop)
 }
 
 /// Sends a signal to one process.

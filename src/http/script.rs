@@ -60,6 +60,7 @@ pub struct Server {
     addr: SocketAddr,
     seen: Arc<Mutex<Vec<Request>>>,
     stop: Arc<AtomicBool>,
+    hangs: bool,
 }
 
 impl Server {
@@ -86,13 +87,22 @@ impl Server {
                 std::thread::spawn(move || serve(stream.unwrap(), number, &handler, &log));
             }
         });
-        Server { addr, seen, stop }
+        Server { addr, seen, stop, hangs: false }
     }
 
     /// A server that answers each request with the next step; after the last it hangs.
     pub fn queue(steps: Vec<Step>) -> Server {
+        let hangs = steps.is_empty() || steps.iter().any(|step| matches!(step, Step::Hang));
         let mut steps = steps.into_iter();
-        Server::new(move |_| steps.next().unwrap_or(Step::Hang))
+        let mut server = Server::new(move |_| steps.next().unwrap_or(Step::Hang));
+        server.hangs = hangs;
+        server
+    }
+
+    /// How long to wait for an answer: as short as may be where there will be none, and else long enough for any machine, since
+    /// a late answer is one attempt more.
+    pub fn patience(&self) -> Duration {
+        if self.hangs { Duration::from_millis(500) } else { Duration::from_secs(5) }
     }
 
     pub fn url(&self) -> String {

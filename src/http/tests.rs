@@ -5,8 +5,8 @@ fn options() -> Options {
     Options {
         user_agent: "test/1".into(),
         connect: Duration::from_millis(500),
-        response: Duration::from_millis(300),
-        total: Duration::from_secs(2),
+        response: Duration::from_secs(5),
+        total: Duration::from_secs(10),
         body_limit: 1000,
         idle: 1,
         roots: Roots::default(),
@@ -15,7 +15,8 @@ fn options() -> Options {
 }
 
 fn get(server: &Server) -> std::result::Result<Response, Broken> {
-    Agent::new(&server.url(), options()).unwrap().send("GET", "/x", &[("a", "b")], &[])
+    let options = Options { response: server.patience(), ..options() };
+    Agent::new(&server.url(), options).unwrap().send("GET", "/x", &[("a", "b")], &[])
 }
 
 #[test]
@@ -53,7 +54,8 @@ fn failures_tell_whether_the_request_left() {
 
 #[test]
 fn a_refused_connection_was_not_sent() {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    // At an address where no other test listens, so that the port stays free.
+    let listener = std::net::TcpListener::bind("127.0.0.2:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     drop(listener);
     let broken = Agent::new(&url, options()).unwrap().send("POST", "/", &[], b"x").unwrap_err();

@@ -97,7 +97,9 @@ mod tests {
         if with_token {
             std::fs::write(dir.join("token"), "t").unwrap();
         }
-        let config = Config::find(&Settings::parse(lookup).0, &dir).unwrap()?;
+        let found = Config::find(&Settings::parse(lookup).0, &dir);
+        std::fs::remove_dir_all(&dir).unwrap();
+        let config = found.unwrap()?;
         assert_eq!((config.node.as_str(), config.namespace.as_str()), ("", "cni"));
         Some(config.servers.join(" "))
     }

@@ -158,7 +158,8 @@ fn the_token_is_read_again_after_a_401() {
 #[test]
 fn the_other_address_is_tried() {
     let bed = Bed::new();
-    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    // At an address where no other test listens, so that the port stays free.
+    let nobody = TcpListener::bind("127.0.0.3:0").unwrap().local_addr().unwrap();
     let client = client(&[format!("http://{nobody}"), bed.url()]);
     client.probe().unwrap();
     assert_eq!(bed.kube.requests().len(), 1);
@@ -374,16 +375,20 @@ fn bookmarks_move_the_version_on() {
     bed.kube.change(|api| api.add_node("n7", 1));
     eventually(|| bed.kube.requests().len() == 2);
     let version = bed.kube.change(|api| api.version());
-    bed.kube.bookmark();
-    std::thread::sleep(Duration::from_millis(300)); // until it has arrived
-    bed.kube.cut();
-    eventually(|| bed.kube.requests().iter().any(|line| line.contains(&format!("resourceVersion={version}&"))));
+    eventually(|| {
+        bed.kube.bookmark();
+        std::thread::sleep(Duration::from_millis(300)); // until it has arrived, mostly
+        bed.kube.cut();
+        std::thread::sleep(Duration::from_millis(200));
+        bed.kube.requests().iter().any(|line| line.contains(&format!("resourceVersion={version}&")))
+    });
     assert_eq!(bed.lists(), 1);
 }
 
 #[test]
 fn a_server_that_appears_late_is_found() {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    // At an address where no other test listens, so that the port stays free.
+    let listener = TcpListener::bind("127.0.0.4:0").unwrap();
     let address = listener.local_addr().unwrap();
     drop(listener);
     let seen = watch(&[format!("http://{address}")], QUICK);

@@ -641,6 +641,10 @@ mod tests {
     }
 
     fn server(limits: Limits) -> Server {
+        server_at("127.0.0.1:0", limits)
+    }
+
+    fn server_at(address: &str, limits: Limits) -> Server {
         let handler: Arc<Handler> = Arc::new(|request: &Request| match request.path.as_str() {
             "/lost" => Verdict::HangUp,
             "/stream" | "/cut" => {
@@ -653,7 +657,7 @@ mod tests {
                 Response::text(200, text).into()
             }
         });
-        Server::start("test", TcpListener::bind("127.0.0.1:0").unwrap(), limits, handler).unwrap()
+        Server::start("test", TcpListener::bind(address).unwrap(), limits, handler).unwrap()
     }
 
     fn talk(server: &Server, send: &[u8]) -> String {
@@ -738,7 +742,8 @@ mod tests {
 
     #[test]
     fn a_dropped_server_closes_everything() {
-        let server = server(Limits::default());
+        // Where no other test listens, so that the port stays free.
+        let server = server_at("127.0.0.6:0", Limits::default());
         let address = server.address();
         let mut idle = TcpStream::connect(address).unwrap();
         idle.set_read_timeout(Some(Duration::from_secs(5))).unwrap();

@@ -35,8 +35,14 @@ fn host() -> Scratch {
     let old = fs::File::open(host.0.join("var/log/aws-routed-eni/plugin.log")).unwrap();
     old.set_modified(std::time::UNIX_EPOCH).unwrap();
     symlink("/etc/shadow", host.0.join("var/log/aws-routed-eni/elsewhere")).unwrap();
-    fs::copy(root().join("packaging/aws-cni-support.sh"), host.0.join("opt/cni/bin/aws-cni-support.sh")).unwrap();
-    fs::copy(env!("CARGO_BIN_EXE_enibox"), host.0.join("opt/cni/bin/aws-cni")).unwrap();
+    // By a process of its own: a file that this one has open for writing is open in every child that another test's thread
+    // makes meanwhile, until that one has its own program, and cannot be run so long (`ETXTBSY`).
+    let script = root().join("packaging/aws-cni-support.sh");
+    for (program, name) in
+        [(script.as_path(), "aws-cni-support.sh"), (Path::new(env!("CARGO_BIN_EXE_enibox")), "aws-cni")]
+    {
+        assert!(Command::new("cp").arg(program).arg(host.0.join("opt/cni/bin").join(name)).status().unwrap().success());
+    }
     host
 }
 

@@ -21,11 +21,7 @@ fn chain() -> Arc<Chain> {
 }
 
 fn config(server: &Server) -> Config {
-    Config {
-        http_timeout: Duration::from_millis(300),
-        pace: Pace::thousandths(0),
-        ..Config::at(server.url(), "eu-west-1")
-    }
+    Config { http_timeout: server.patience(), pace: Pace::thousandths(0), ..Config::at(server.url(), "eu-west-1") }
 }
 
 fn client(server: &Server) -> Client {

@@ -14,8 +14,8 @@ fn token_answer(ttl: &str) -> Step {
 fn config(server: &Server) -> Config {
     let limits = Limits {
         connect: Duration::from_millis(500),
-        response: Duration::from_millis(150),
-        operation: Duration::from_secs(5),
+        response: server.patience(),
+        operation: Duration::from_secs(20),
         pause: Duration::from_secs(1),
     };
     Config { limits, pace: Pace::thousandths(1), ..Config::at(server.url()) }
@@ -350,7 +350,8 @@ fn tokens_are_renewed_before_they_end() {
 #[test]
 fn an_operation_ends_in_time() {
     let server = Server::new(|_| Step::Hang);
-    let limits = Limits { operation: Duration::from_millis(250), ..config(&server).limits };
+    let (response, operation) = (Duration::from_millis(150), Duration::from_millis(250));
+    let limits = Limits { response, operation, ..config(&server).limits };
     let slow = Client::new(Config { limits, ..config(&server) }).unwrap();
     let start = clock::now().mono;
     assert!(slow.get("mac").unwrap_err().to_string().contains("1 attempts"));

@@ -162,6 +162,8 @@ impl Client {
             self.stream.set_read_timeout(Some(time_left(until)?))?;
             match (&self.stream).read(buffer) {
                 Err(error) if error.kind() == ErrorKind::Interrupted && !sys::interrupted() => {}
+                // The kernel counts in ticks and may be back up to one too early.
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                 result => return result,
             }
         }
@@ -179,6 +181,7 @@ impl Client {
             match (&self.stream).write(&self.conn.out[sent..]) {
                 Ok(count) => sent += count,
                 Err(error) if error.kind() == ErrorKind::Interrupted && !sys::interrupted() => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                 Err(error) => break Err(error),
             }
         };
