@@ -70,7 +70,7 @@ fn main() -> ExitCode {
 
 /// The Amazon VPC CNI for Kubernetes as one executable
 #[derive(Parser)]
-#[command(name = "enibox", version = VERSION, disable_help_subcommand = true)]
+#[command(name = "enibox", version = VERSION)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

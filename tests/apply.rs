@@ -8,6 +8,7 @@ use enibox::model::net::{Link, Mac, Neighbour, Route, Rule, Scope, TABLE_MAIN};
 use enibox::netlink::{Request, addr, link, neigh, route, rule, sysctl};
 use enibox::plan::pod::{Pod, PodInterface, Removal, RemovedAddress};
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 use support::Netns;
 use support::pods::{add, pod_of};
@@ -138,8 +139,7 @@ fn a_second_interface_answers_from_its_own_address() {
 
 #[test]
 fn an_ipv6_pod_is_usable_at_once() {
-    let (node, sandbox) = (node(), sandbox());
-    let pod = pod_of("six", &[("2001:db8:1::7", 254)]);
+    let node = node();
     let mut socket = node.route();
     let address = enibox::model::net::Address {
         dev: link::by_name(&mut socket, "eth0").unwrap().unwrap().index,
@@ -148,14 +148,25 @@ fn an_ipv6_pod_is_usable_at_once() {
         no_dad: true,
     };
     socket.run(&[addr::add(&address)]).unwrap();
-    let start = enibox::clock::instant();
-    add(&node, &pod, &sandbox).unwrap();
-    let mut inside = sandbox.route();
-    assert!(enibox::netlink::route::is_local(&mut inside, ip("2001:db8:1::7")).unwrap());
-    assert_eq!(tcp(&sandbox, &node, ip("2001:db8:1::1")).unwrap(), ip("2001:db8:1::7"));
-    let usable = start.elapsed();
-    assert!(usable < Duration::from_secs(1), "first answer after {usable:?}: somebody waited for duplicate detection");
-    assert_eq!(check(&node, &pod, &sandbox), Vec::<String>::new());
+    // A single packet that has to be repeated costs a second as well, and duplicate detection does so each time.
+    let usable = [7, 8, 9].map(|number| {
+        let (name, address, sandbox) = (format!("six-{number}"), format!("2001:db8:1::{number}"), sandbox());
+        let pod = pod_of(&name, &[(&address, 254)]);
+        let start = enibox::clock::instant();
+        add(&node, &pod, &sandbox).unwrap();
+        let mut inside = sandbox.route();
+        assert!(enibox::netlink::route::is_local(&mut inside, ip(&address)).unwrap());
+        assert_eq!(tcp(&sandbox, &node, ip("2001:db8:1::1")).unwrap(), ip(&address));
+        let usable = start.elapsed();
+        assert_eq!(check(&node, &pod, &sandbox), Vec::<String>::new());
+        usable
+    });
+    println!("first answers after {usable:?}");
+    let fastest = usable.into_iter().min().unwrap();
+    assert!(
+        fastest < Duration::from_secs(1),
+        "first answers after {usable:?}: somebody waited for duplicate detection"
+    );
 }
 
 #[test]
@@ -317,7 +328,7 @@ fn fill(node: &Netns, pods: std::ops::Range<u8>) {
                 route::add(&way),
                 rule::add(&Rule::to(net, 512, TABLE_MAIN)),
                 rule::add(&Rule::from(net, 1536, 2)),
-                neigh::add(&Neighbour { dev, addr: address, mac, permanent: true }),
+                neigh::add(&Neighbour { dev, addr: address, mac, permanent: true, noarp: false }),
             ])
             .unwrap();
     }
@@ -410,4 +421,37 @@ fn check_finds_what_is_taken_away() {
             format!("interface \"eth0\" is missing in {}", pod.netns),
         ]
     );
+}
+
+#[test]
+fn a_veth_that_others_set_up_at_once_is_wired_all_the_same() {
+    let (node, sandbox) = (node(), sandbox());
+    let pod = pod_of("hasty", &[("2001:db8::2:60", 2)]);
+    let name = &pod.interfaces[0].host_veth;
+    let (stop, early) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let added = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut socket = node.route();
+            while !stop.load(Ordering::Relaxed) {
+                if let Some(link) = link::by_name(&mut socket, name).unwrap().filter(|link| !link.up)
+                    && socket.run(&[link::set_up(link.index)]).is_ok()
+                {
+                    early.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        });
+        // Who is first differs from one time to the next.
+        let end = enibox::clock::instant() + Duration::from_mins(1);
+        let wanted = |_: &usize| early.load(Ordering::Relaxed) < 5 && enibox::clock::instant() < end;
+        let mut tries = 0..usize::MAX;
+        let added = tries.by_ref().take_while(wanted).try_for_each(|_| {
+            add(&node, &pod, &sandbox)?;
+            del(&node, &removal_of(&pod), Some(&sandbox))
+        });
+        stop.store(true, Ordering::Relaxed);
+        println!("{} veths up early in {} ADDs", early.load(Ordering::Relaxed), tries.start);
+        added
+    });
+    added.unwrap();
+    assert!(early.load(Ordering::Relaxed) > 0, "nobody was hasty");
 }

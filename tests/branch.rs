@@ -128,7 +128,8 @@ impl World {
         let branch = link::by_name(&mut outside, "branch").unwrap().unwrap().index;
         let lo = link::by_name(&mut outside, "lo").unwrap().unwrap().index;
         // As in a VPC, frames go to the ENI that has the address, and nobody is asked for a MAC.
-        let known = |dev, addr: &str, mac| Neighbour { dev, addr: ip(addr), mac: Some(mac), permanent: true };
+        let known =
+            |dev, addr: &str, mac| Neighbour { dev, addr: ip(addr), mac: Some(mac), permanent: true, noarp: false };
         let own = names.node.split('/').next().unwrap();
         outside
             .run(&[
@@ -401,6 +402,141 @@ fn adding_again_and_taking_a_vlan_over() {
     drop(second);
     wait_for(|| world.link(&other.interfaces[0].host_veth).is_none());
     assert_eq!(world.state(), before);
+}
+
+/// Before Linux 6.2 a link must be down for another name, whoever gives it, and loses its routes and IPv6 addresses twice.
+#[test]
+fn a_renamed_veth_gets_its_name_and_all_its_ways_back() {
+    if !has_vlan() {
+        return;
+    }
+    for (names, mode) in
+        [&V4, &V6].into_iter().flat_map(|names| [(names, EnforcingMode::Strict), (names, EnforcingMode::Standard)])
+    {
+        let world = World::new(names);
+        let intent = world.intent(mode == EnforcingMode::Strict, &[("sample-pod", names.pod)]);
+        world.host(&intent);
+        let (pod, sandbox) = (world.pod("sample-pod", names.pod, mode), sandbox());
+        world.add(&pod, &sandbox).unwrap();
+        let (whole, seen) = (world.state(), world.to_world(&sandbox).unwrap());
+        let name = &pod.interfaces[0].host_veth;
+        let index = world.link(name).unwrap().index;
+        let mut socket = world.node.route();
+        for down in [false, true] {
+            let live = socket.batch(&[link::rename(index, "odd0")]).unwrap().remove(0);
+            let refused = live.is_err_and(|error| error.errno == libc::EBUSY);
+            if down || refused {
+                socket.run(&[link::set_down(index), link::rename(index, "odd0"), link::set_up(index)]).unwrap();
+            }
+            let done = world.host(&intent);
+            println!(
+                "{mode:?} {}: renaming what is up is {}: {done:?}",
+                names.pod,
+                if refused { "refused" } else { "done" }
+            );
+            assert!(done.contains(&format!("set name {name} on odd0")), "{done:?}");
+            assert_eq!(world.state(), whole);
+            assert_eq!(world.host(&intent), Vec::<String>::new());
+            assert_eq!(world.check(&pod, &sandbox), Vec::<String>::new());
+            assert_eq!(world.to_world(&sandbox).unwrap(), seen);
+            tcp(&world.node, &sandbox, ip(names.pod)).unwrap();
+            tcp(&world.router, &sandbox, ip(names.pod)).unwrap();
+        }
+    }
+}
+
+/// What a pod has left of which no DEL came goes; a pod that lives stays, and so does one whose ADD is not over. Nobody has
+/// told of any of them: the API server is away.
+#[test]
+fn what_a_former_pod_has_left_goes_and_living_pods_stay() {
+    if !has_vlan() {
+        return;
+    }
+    for (names, mode) in
+        [&V4, &V6].into_iter().flat_map(|names| [(names, EnforcingMode::Strict), (names, EnforcingMode::Standard)])
+    {
+        let world = World::new(names);
+        let strict = mode == EnforcingMode::Strict;
+        let unknown = world.intent(strict, &[]);
+        world.host(&unknown);
+        let before = world.state();
+        let (pod, first) = (world.pod("sample-pod", names.pod, mode), sandbox());
+        world.add(&pod, &first).unwrap();
+        let (whole, seen) = (world.state(), world.to_world(&first).unwrap());
+        let kept = |what: &str| {
+            assert_eq!(world.host(&unknown), Vec::<String>::new(), "{what}");
+            assert_eq!(world.state(), whole, "{what}");
+        };
+        kept("a living pod");
+        assert_eq!(world.check(&pod, &first), Vec::<String>::new());
+        assert_eq!(world.to_world(&first).unwrap(), seen);
+
+        // Its routes and rules are flushed, as networkd does: the veth alone is left.
+        let mut socket = world.node.route();
+        let device = world.link("vlan.eth.7").unwrap();
+        let table = 100 + u32::from(VLAN);
+        let ours = |rule: &Rule| rule.table == table || rule.dst == Some(IpNet::from(ip(names.pod)));
+        let rules = rule::list(&mut socket, names.family).unwrap();
+        for rule in rules.iter().filter(|rule| ours(rule)) {
+            socket.run(&[rule::delete(rule)]).unwrap();
+        }
+        for route in route::list(&mut socket, names.family, None).unwrap() {
+            if route.table == table || route.dst == IpNet::from(ip(names.pod)) {
+                socket.run(&[route::delete(&route)]).unwrap();
+            }
+        }
+        assert!(!world.host(&unknown).iter().any(|step| step.starts_with("delete VLAN")), "a pod that was flushed");
+        assert_eq!(world.link("vlan.eth.7").map(|link| link.index), Some(device.index));
+        world.add(&pod, &first).unwrap();
+        kept("it is whole again");
+
+        // An ADD that has come as far as the device.
+        drop(first);
+        wait_for(|| world.link(&pod.interfaces[0].host_veth).is_none());
+        let other = world.pod("other", names.next_pod, mode);
+        let end = |name, mac, netns| link::End { name, mac, netns };
+        let half = sandbox();
+        let peer = end("eth0", None, Some(half.handle().as_fd()));
+        let veth = link::Veth { end: end(&other.interfaces[0].host_veth, None, None), peer, mtu: 1500, up: false };
+        socket.run(&[link::create_veth(&veth)]).unwrap();
+        let half_way = world.state();
+        world.host(&unknown);
+        assert_eq!(world.state(), half_way, "an ADD is under way");
+        drop(half);
+        wait_for(|| world.link(&other.interfaces[0].host_veth).is_none());
+
+        let done = world.host(&unknown);
+        assert!(done[0].starts_with("delete VLAN device vlan.eth.7 (index "), "{done:?}");
+        assert!(world.link("vlan.eth.7").is_none());
+        let gone: Vec<_> = world.state().into_iter().filter(|line| !before.contains(line)).collect();
+        // The way in to an address that nobody has leads nowhere; the doctor tells of it.
+        let left = if strict { Vec::new() } else { vec![format!("512: from all to {} lookup main", names.pod)] };
+        assert_eq!(gone, left);
+        assert_eq!(world.host(&unknown), Vec::<String>::new());
+    }
+}
+
+/// What a strict pod has left does not divert the pod that gets its VLAN in standard mode.
+#[test]
+fn a_standard_pod_takes_the_vlan_of_a_strict_one_over() {
+    if !has_vlan() {
+        return;
+    }
+    for names in [&V4, &V6] {
+        let world = World::new(names);
+        world.host(&world.intent(false, &[]));
+        let (first, second) = (sandbox(), sandbox());
+        let strict = world.pod("sample-pod", names.pod, EnforcingMode::Strict);
+        world.add(&strict, &first).unwrap();
+        drop(first);
+        wait_for(|| world.link(&strict.interfaces[0].host_veth).is_none());
+        let pod = world.pod("other", names.next_pod, EnforcingMode::Standard);
+        world.add(&pod, &second).unwrap();
+        let rules = rule::list(&mut world.node.route(), names.family).unwrap();
+        assert!(!rules.iter().any(|rule| rule.priority == 10), "{rules:?}");
+        assert_eq!(world.host(&world.intent(false, &[("other", names.next_pod)])), Vec::<String>::new());
+        tcp(&world.router, &second, ip(names.next_pod)).unwrap();
+    }
 }
 
 #[test]

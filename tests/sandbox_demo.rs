@@ -69,15 +69,90 @@ fn without_snat_a_pod_is_seen_as_itself() {
 
 #[test]
 fn a_wrong_network_is_found_out() {
-    // Without node-port support the answer of a pod on a secondary ENI leaves by that ENI, with an address that is not
-    // the ENI's: the router drops it.
-    let args = ["--nodes", "1", "--pods", "10", "--json", "--set", "AWS_VPC_CNI_NODE_PORT_SUPPORT=false"];
-    let output = sandbox(&args).output().unwrap();
+    let output = broken(&["--nodes", "1", "--pods", "3", "--json"]);
     let report = json(&output);
     assert_eq!((output.status.code(), &report["ok"]), (Some(1), &Value::Bool(false)));
     let failed = failed(&report);
-    assert!(!failed.is_empty());
-    assert!(failed.iter().all(|flow| flow["to"].as_str().unwrap().contains("pod-10")), "{failed:?}");
+    let to = |word: &str, flow: &Value| flow[word].as_str().unwrap().contains("internet");
+    assert_eq!(failed.iter().filter(|flow| to("to", flow)).count(), 6, "three pods, tcp and udp: {failed:?}");
+    assert!(failed.iter().all(|flow| to("to", flow) || to("from", flow)), "{failed:?}");
+}
+
+#[test]
+fn failed_flows_are_shown_and_counted() {
+    let output = broken(&["--nodes", "1", "--pods", "5"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    // Five pods to the internet, and the internet to two node ports; each over tcp and udp.
+    assert_eq!(
+        text.lines().filter(|line| line.starts_with("FAILED  ") && line.contains(" over ")).count(),
+        10,
+        "{text}"
+    );
+    assert!(text.contains("\nFAILED  4 more; --json has them all\n"), "{text}");
+    let verdict = text.lines().last().unwrap();
+    assert!(verdict.starts_with("NOT as it should be: ") && verdict.contains("14 of "), "{verdict}");
+    assert!(String::from_utf8(output.stderr).unwrap().contains("a VPC with 1 node of type m5.large"));
+}
+
+// A run whose first node has a rule of somebody's that lets nothing through to the internet. The daemon does not touch it.
+fn broken(args: &[&str]) -> Output {
+    let mut child = sandbox(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let pid = child.id();
+    let mut reader = BufReader::new(child.stderr.take().unwrap());
+    let mut told = String::new();
+    while !told.contains("starting the daemon") {
+        assert!(reader.read_line(&mut told).unwrap() > 0, "{told}");
+    }
+    // It waits meanwhile, so that every flow comes after it.
+    enibox::sys::signal(pid, 19).unwrap();
+    let rule = Command::new("nsenter")
+        .arg(format!("--net=/run/enibox-sandbox/{pid}/netns/node-1"))
+        .args(["ip", "rule", "add", "to", "203.0.113.10", "blackhole", "pref", "5"])
+        .status();
+    enibox::sys::signal(pid, 18).unwrap();
+    assert!(rule.unwrap().success());
+    let mut output = child.wait_with_output().unwrap();
+    std::io::Read::read_to_string(&mut reader, &mut told).unwrap();
+    output.stderr = told.into_bytes();
+    output
+}
+
+#[test]
+fn a_refused_setting_is_told_by_its_reason_alone() {
+    let output = sandbox(&["--nodes", "1", "--pods", "1", "--set", "AWS_VPC_K8S_CNI_VETHPREFIX=eth"]).output().unwrap();
+    let told = String::from_utf8(output.stderr).unwrap();
+    let reason = "settings: AWS_VPC_K8S_CNI_VETHPREFIX=\"eth\" must have at most 4 bytes and not be eth, lo or vlan";
+    let last = told.lines().last().unwrap();
+    assert_eq!(last, format!("enibox sandbox: the daemon on node-1 ended: {reason}"), "{told}");
+    assert!(!told.contains("exit status") && !told.contains("\"level\""), "{told}");
+}
+
+#[test]
+fn a_setting_that_there_is_not_is_refused_with_those_near_it() {
+    for (setting, expected) in [
+        ("NOSUCH=1", "there is no setting NOSUCH\n"),
+        ("WARM_IP_TARGETS=1", "there is no setting WARM_IP_TARGETS; near it: WARM_IP_TARGET\n"),
+    ] {
+        let output = sandbox(&["--set", setting]).output().unwrap();
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.code() == Some(2) && told.contains(expected), "{setting}: {told}");
+    }
+}
+
+#[test]
+fn help_is_a_subcommand_too() {
+    let help = |args: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_enibox")).args(args).output().unwrap();
+        assert!(output.status.success(), "{args:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let whole = help(&["help"]);
+    assert_eq!(whole, help(&["--help"]));
+    assert!(whole.contains("  sandbox ") && whole.contains("  aws-k8s-agent "), "{whole}");
+    for words in [&["help", "sandbox"][..], &["sandbox", "help"]] {
+        assert_eq!(help(words), help(&["sandbox", "--help"]), "{words:?}");
+    }
+    assert!(help(&["help", "doctor"]).contains("--fix"));
 }
 
 #[test]

@@ -45,6 +45,87 @@ impl Run {
     }
 }
 
+// Flows that must have no answer.
+fn silent(run: &Run) -> Vec<&Value> {
+    let flows = run.report["flows"].as_array().unwrap();
+    flows.iter().filter(|flow| flow["expect"] == "no answer").collect()
+}
+
+// The pods of an m5.large from the tenth on, which are on its second ENI.
+fn beyond_the_first_eni(text: &Value) -> bool {
+    ["pod-10", "pod-11", "pod-12"].iter().any(|pod| text.as_str().unwrap().ends_with(pod))
+}
+
+#[test]
+fn without_node_port_support_a_secondary_eni_answers_no_node_port() {
+    let off = "AWS_VPC_CNI_NODE_PORT_SUPPORT=false";
+    for more in ["AWS_VPC_K8S_CNI_EXTERNALSNAT=false", "AWS_VPC_K8S_CNI_EXTERNALSNAT=true"] {
+        let run = run(&["--nodes", "1", "--pods", "10"], &[off, more]);
+        let silent = silent(&run);
+        // From the internet and from the VPC, over tcp and udp.
+        assert_eq!(silent.len(), 4, "{silent:?}");
+        assert!(silent.iter().all(|flow| flow["to"] == "node-1:30081 -> node-1/pod-10" && flow["seen"] == "no answer"));
+    }
+}
+
+#[test]
+fn services_outside_are_reached_by_the_primary_eni_alone() {
+    let services = "AWS_EXTERNAL_SERVICE_CIDRS=198.18.0.0/15,10.20.30.0/24";
+    // With SNAT what goes outside has the primary address; what goes to a service inside the VPC has not.
+    for (more, to_peered) in [("false", 0), ("true", 6)] {
+        let settings = [services, &format!("AWS_VPC_K8S_CNI_EXTERNALSNAT={more}")];
+        let run = run(&["--nodes", "1", "--pods", "12"], &settings);
+        let silent = silent(&run);
+        let is = |text: &Value, end: &str| if end == "pod" { beyond_the_first_eni(text) } else { text == end };
+        let ends = |from, to| silent.iter().filter(|flow| is(&flow["from"], from) && is(&flow["to"], to)).count();
+        let counts =
+            [("pod", "peered"), ("pod", "vpc-host"), ("peered", "pod"), ("vpc-host", "pod")].map(|(a, b)| ends(a, b));
+        assert_eq!(counts, [to_peered, 6, 6, 6], "three pods, tcp and udp: {silent:?}");
+        assert_eq!(silent.len(), counts.iter().sum::<usize>());
+    }
+    // Without support for node ports, a rule for their clients does the same for them.
+    let all = ["AWS_EXTERNAL_SERVICE_CIDRS=203.0.113.0/24", "AWS_VPC_CNI_NODE_PORT_SUPPORT=false"];
+    let run = run(&["--nodes", "1", "--pods", "10"], &all);
+    let silent = silent(&run);
+    assert!(silent.len() == 2 && silent.iter().all(|flow| flow["from"] == "vpc-host"), "{silent:?}");
+}
+
+#[test]
+fn the_egress_chain_follows_the_setting() {
+    let run = run(&["--nodes", "1", "--pods", "2"], &["ENABLE_V6_EGRESS=true"]);
+    let flows = run.report["flows"].as_array().unwrap();
+    assert_eq!(flows.iter().filter(|flow| flow["proto"] == "icmp").count(), 2, "a ping of every pod");
+    assert_eq!(run.report["skipped"], json!([]));
+}
+
+#[test]
+fn what_is_not_tried_is_told() {
+    let t3 = ["--nodes", "1", "--pods", "1", "--instance-type", "t3.small"];
+    for (setting, expected) in [
+        ("ENABLE_POD_ENI=true", "ENABLE_POD_ENI: t3.small takes no trunk ENI, so no pod gets a branch ENI"),
+        ("ENABLE_BANDWIDTH_PLUGIN=true", "ENABLE_BANDWIDTH_PLUGIN: it is for the installer"),
+        ("ENABLE_NFTABLES=true", "setting ENABLE_NFTABLES=\"true\": has no effect"),
+        ("WARM_IP_TARGET=three", "setting WARM_IP_TARGET=\"three\": "),
+    ] {
+        let run = run(&t3, &[setting]);
+        let skipped = run.report["skipped"].as_array().unwrap();
+        assert!(skipped.len() == 1 && skipped[0].as_str().unwrap().starts_with(expected), "{setting}: {skipped:?}");
+    }
+}
+
+#[test]
+fn flows_of_many_pods_are_a_sample() {
+    let words = ["--nodes", "1", "--pods", "110", "--instance-type", "m5.xlarge"];
+    let run = run(&words, &["ENABLE_PREFIX_DELEGATION=true", "WARM_PREFIX_TARGET=1"]);
+    let flows = run.report["flows"].as_array().unwrap();
+    let from = flows.iter().filter_map(|flow| flow["from"].as_str()).filter(|from| from.contains('/'));
+    let from = from.collect::<BTreeSet<_>>();
+    assert_eq!((run.pods().len(), from.len()), (110, 100));
+    assert!(from.contains("node-1/pod-1") && from.contains("node-1/pod-110"));
+    let told = "flows: between 100 of the 110 pods of each node, spread evenly among them";
+    assert_eq!(run.report["skipped"], json!([told]));
+}
+
 #[test]
 fn custom_networking_gives_pods_another_subnet() {
     let run = run(&["--nodes", "2", "--pods", "11"], &["AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG=true"]);
@@ -125,6 +206,16 @@ fn pods_reach_the_other_family_through_their_node() {
         };
         assert_eq!(of("icmp", ""), 24, "a ping of every pod");
         assert_eq!((of("tcp", "refused"), of("udp", "refused")), (4, 4));
+    }
+}
+
+#[test]
+fn what_needs_the_api_server_is_refused_without_one() {
+    for state in ["none", "silent"] {
+        let words = ["--api-server", state, "--set", "ENABLE_POD_ENI=true"];
+        let output = Command::new(env!("CARGO_BIN_EXE_enibox")).arg("sandbox").args(words).output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && told.ends_with("need an API server that answers\n"), "{state}: {told}");
     }
 }
 

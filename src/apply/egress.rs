@@ -74,10 +74,20 @@ impl Host {
             forwarding.context("could not enable IP forwarding")?;
         }
         self.inside(|| host_sysctls(&outer.name, v6))??;
-        let gateway = egress.host_address(outer.index);
+        let end = egress.host_end(&outer.name);
+        let gateway = end.address(outer.index);
         let gateway = if v6 { addr::add(&gateway) } else { addr::add_for_link(&gateway) };
-        // An address has one owner at a time: what leads elsewhere is the route of an earlier one, whose veth is dying.
-        let requests = [gateway, link::set_up(outer.index), route::replace(&egress.host_route(outer.index))];
+        // Somebody who keeps the end as its note says may have been faster.
+        let gateway = gateway.or_exists();
+        let requests = [
+            // The daemon keeps the end as this says. Before the link is up: then it would count as a change, for which the
+            // kernel looks at every IPv6 route there is.
+            link::set_alias(outer.index, &end.alias()),
+            gateway,
+            link::set_up(outer.index),
+            // An address has one owner at a time: what leads elsewhere is the route of an earlier one, whose veth is dying.
+            route::replace(&end.route(outer.index)),
+        ];
         self.route.run(&requests).context("failed to add route on host")?;
         if v6 {
             netns.run(pod_sysctls)??;
@@ -106,7 +116,7 @@ impl Host {
         for removal in removals {
             for address in &removal.addresses {
                 errors.note(self.remove_outer(*address));
-                errors.note(self.forget_connections(*address));
+                self.forget_connections(*address);
             }
             errors.note(self.remove_chain(removal));
         }
@@ -117,9 +127,7 @@ impl Host {
     fn remove_outer(&mut self, address: IpAddr) -> Result<()> {
         let Some(route) = route::lookup(&mut self.route, address, None, 0, 0)? else { return Ok(()) };
         match link::by_index(&mut self.route, route.dev)? {
-            Some(outer) if egress::is_host_veth(&outer.name, outer.kind.as_deref()) => {
-                self.route.run(&[link::delete(outer.index).or_not_found()])
-            }
+            Some(outer) if egress::is_host_end(&outer) => self.route.run(&[link::delete(outer.index).or_not_found()]),
             _ => Ok(()),
         }
     }

@@ -4,7 +4,8 @@
 use super::{Host, netfilter};
 use crate::error::{Context, Result};
 use crate::model::net::Family;
-use crate::netlink::{nft_outline, xtables};
+use crate::netlink::nft_outline;
+use crate::netlink::xtables::{self, Forward};
 use crate::plan::former::{self, TABLES};
 
 /// How often leftovers are looked for until none is found.
@@ -34,12 +35,17 @@ impl Host {
     /// Chains of a former installation in `iptables-legacy`, where nobody can remove them safely but an operator
     /// ([`former::legacy_commands`]).
     pub fn legacy_chains(&self) -> Result<Vec<String>> {
-        // What /proc shows, and what a socket asks, is that of the thread's namespace.
-        self.namespace.run(|| xtables::chains(Family::V4, "nat"))?.map(former::legacy_chains)
+        self.chains_of_legacy().map(former::legacy_chains)
     }
 
-    /// Whether `iptables-legacy` or `ip6tables-legacy` drops what is forwarded.
-    pub fn legacy_drops(&self, family: Family) -> Result<bool> {
-        self.namespace.run(|| xtables::forward_drops(family))?
+    /// All chains of users in table `nat` of `iptables-legacy`.
+    pub fn chains_of_legacy(&self) -> Result<Vec<String>> {
+        // What /proc shows, and what a socket asks, is that of the thread's namespace.
+        self.namespace.run(|| xtables::chains(Family::V4, "nat"))?
+    }
+
+    /// What `iptables-legacy` or `ip6tables-legacy` does to what is forwarded.
+    pub fn legacy_forward(&self, family: Family) -> Result<Forward> {
+        self.namespace.run(|| xtables::forward(family))?
     }
 }

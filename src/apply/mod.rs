@@ -10,17 +10,19 @@ mod former;
 mod host;
 mod mend;
 mod pod;
+mod rules;
 
 pub use host::{Censor, HostReport};
 pub use mend::{mend, side};
 
 use crate::error::{Error, Result};
+use crate::model::map::Map;
 use crate::model::naming::NFT_TABLE;
-use crate::model::net::{Family, Link, Route, Rule};
+use crate::model::net::{Barrier, Family, Link, Route, Rule};
 use crate::model::nft::Table;
 use crate::netlink::netns::Namespace;
 use crate::netlink::sysctl;
-use crate::netlink::{KernelError, Request, Socket, addr, link, nft, route, rule};
+use crate::netlink::{KernelError, Request, Socket, addr, link, neigh, nft, route, rule};
 use crate::plan::host::{Intent, Observation, link_of, sysctls};
 use std::thread::ThreadId;
 use std::time::Instant;
@@ -50,22 +52,35 @@ impl Host {
         Ok(Host { namespace, thread, route, netfilter: None, known: None, looks: former::LOOKS_MAX, stuck: None })
     }
 
-    /// What the namespace holds: six dumps, and our nf_tables tables unless the kernel says that no table has changed. The
+    /// What the namespace holds: seven dumps, and our nf_tables tables unless the kernel says that no table has changed. The
     /// sysctls are left out; see [`Host::observe_for`].
     pub fn observe(&mut self) -> Result<Observation> {
         // In this order, because plugins are at work: an ADD sets the veth up, makes the route and then the rules; a DEL
         // takes the rules away and then the route. So none of them looks like a pod that has lost only a part.
         let links = link::list(&mut self.route)?;
         let addresses = addr::list(&mut self.route, None)?;
-        let (routes, rules) = routes_and_rules(&mut self.route)?;
-        Ok(Observation { links, addresses, routes, rules, tables: self.tables()?, ..Observation::default() })
+        let (routes, rules, barriers) = routes_and_rules(&mut self.route)?;
+        let neighbours = neigh::list_static(&mut self.route)?;
+        let mut peers = Map::new();
+        for entry in &neighbours {
+            let is_veth = |link: &Link| link.index == entry.dev && link.kind.as_deref() == Some("veth");
+            if links.iter().any(is_veth)
+                && !peers.contains_key(&entry.dev)
+                && let Some(mac) = link::mac_of_peer(&mut self.route, entry.dev)?
+            {
+                peers.insert(entry.dev, mac);
+            }
+        }
+        let tables = self.tables()?;
+        let sysctls = Map::new();
+        Ok(Observation { links, addresses, routes, barriers, neighbours, peers, rules, tables, sysctls })
     }
 
     /// The same with the sysctls that `intent` wants.
     pub fn observe_for(&mut self, intent: &Intent) -> Result<Observation> {
         let mut seen = self.observe()?;
         if let Some(primary) = link_of(&seen.links, intent.primary_mac) {
-            let wanted = sysctls(intent, &primary.name);
+            let wanted = sysctls(intent, &primary.name, &seen.links);
             // One that cannot be read is as good as missing: nothing can be said of it.
             let read = || wanted.into_iter().filter_map(|(path, _)| Some((sysctl::read(&path).ok()?, path)));
             let values = self.inside(|| read().collect::<Vec<_>>())?;
@@ -124,12 +139,14 @@ fn v6_switch(socket: &mut Socket, dev: u32) -> Result<Option<String>> {
     Ok(name.map(|name| format!("net/ipv6/conf/{name}/disable_ipv6")))
 }
 
-/// Unicast routes of all tables, and all rules, of both families.
-fn routes_and_rules(socket: &mut Socket) -> Result<(Vec<Route>, Vec<Rule>)> {
-    let (mut routes, mut rules) = (Vec::new(), Vec::new());
+/// Unicast routes of all tables, all rules, and the routes that let nothing through, of both families.
+fn routes_and_rules(socket: &mut Socket) -> Result<(Vec<Route>, Vec<Rule>, Vec<Barrier>)> {
+    let (mut routes, mut rules, mut barriers) = (Vec::new(), Vec::new(), Vec::new());
     for family in [Family::V4, Family::V6] {
         rules.extend(rule::list(socket, family)?);
-        routes.extend(route::list(socket, family, None)?);
+        let (open, closed) = route::list_all(socket, family, None)?;
+        routes.extend(open);
+        barriers.extend(closed);
     }
-    Ok((routes, rules))
+    Ok((routes, rules, barriers))
 }

@@ -12,7 +12,7 @@ use crate::error::{Context, Error, List, Result};
 use crate::model::naming::{self, priority};
 use crate::model::net::{Link, Rule, TABLE_MAIN};
 use crate::netlink::netns::Namespace;
-use crate::netlink::{KernelError, Request, Socket, addr, conntrack, link, neigh, route, rule, sysctl};
+use crate::netlink::{KernelError, Outcome, Request, Socket, addr, conntrack, link, neigh, route, rule, sysctl};
 use crate::plan::doctor::pods::check;
 use crate::plan::pod::{Pod, PodInterface, Removal, RemovedAddress, link_route, pair};
 use ipnet::IpNet;
@@ -135,9 +135,10 @@ impl Host {
     /// Route and rules of the host. Rules of an earlier owner of the address that lead to another table go first: the older
     /// of two wins.
     fn host_side(&mut self, interface: &PodInterface, outer: &Link, made: &mut Made) -> Result<()> {
-        let stale = rule::delete(&Rule::from(interface.host_net(), priority::FROM_POD, 0));
+        let earlier = Rule::from(interface.host_net(), priority::FROM_POD, 0);
+        let stale = rule::delete_told(&earlier);
         let wanted = interface.host_rules();
-        let alias = naming::veth_alias(interface.host_mac, interface.mtu);
+        let alias = naming::veth_alias(interface.host_mac, interface.mtu, &interface.host_veth);
         // The host asks for an IPv6 pod's MAC from its link's own address: given before, it is there when the link is.
         let mut requests = interface.host_link_local(outer.index).iter().map(addr::add).collect::<Vec<_>>();
         // A link that is up and gets an alias counts as changed, and for that the kernel looks at every IPv6 route there is: a
@@ -152,44 +153,43 @@ impl Host {
         requests.extend([link::set_up(outer.index), route, stale.clone()]);
         requests.extend(wanted.iter().map(rule::add));
         let mut outcomes = self.route.batch(&requests)?;
+        // What was made is noted before anything is judged, so that all of it can be undone.
+        let refused = added(&mut self.route, &wanted, outcomes.split_off(requests.len() - wanted.len()), made);
         for outcome in outcomes.drain(..before) {
-            outcome?;
+            match outcome {
+                // Somebody has set the link up, and with that it has its own address.
+                Err(error) if !error.exists() => return Err(error.into()),
+                _ => {}
+            }
         }
         if quiet {
             outcomes.remove(0).ok(); // refused where there is no IPv6
-        }
-        let added = outcomes.split_off(3);
-        let mut first = None;
-        for (rule, outcome) in wanted.iter().zip(added) {
-            match outcome {
-                Ok(_) => made.rules.push(rule.clone()),
-                Err(error) if error.exists() => {}
-                Err(error) => drop(first.get_or_insert(error)),
-            }
         }
         let [up, route, deleted] =
             <[_; 3]>::try_from(outcomes).map_err(|_| Error::new("an answer for each request"))?;
         up?;
         route?;
-        if let Some(error) = first {
-            return Err(error.into());
-        }
+        refused?;
         match deleted {
             Err(error) if error.not_found() => Ok(()),
             Err(error) => Err(error.into()),
-            Ok(_) => {
-                // There may be more of them, and ours may go with them.
-                rule::delete_all(&mut self.route, &Rule::from(interface.host_net(), priority::FROM_POD, 0))?;
-                self.route.run(&wanted.iter().map(|rule| rule::add(rule).or_exists()).collect::<Vec<_>>())
+            Ok(told) => {
+                // There may be more of them, and ours may go with them; so it comes behind what is not ours, as ever.
+                rule::delete_rest(&mut self.route, &earlier, &|there| from(&earlier, there), told)?;
+                let again = self.route.batch(&wanted.iter().map(rule::add).collect::<Vec<_>>())?;
+                added(&mut self.route, &wanted, again, made)
             }
         }
     }
 
     fn undo(&mut self, made: &Made) -> Result<()> {
-        let mut requests = made.rules.iter().rev().map(|rule| rule::delete(rule).or_not_found()).collect::<Vec<_>>();
-        // The pod's side and the host's routes go with the links.
-        requests.extend(made.links.iter().rev().map(|index| link::delete(*index).or_not_found()));
         let mut errors = List::new();
+        for rule in made.rules.iter().rev() {
+            errors.note(rule::delete_all(&mut self.route, rule, &|there| there == rule));
+        }
+        // The pod's side and the host's routes go with the links.
+        let links = made.links.iter().rev();
+        let requests = links.map(|index| link::delete(*index).or_not_found()).collect::<Vec<_>>();
         for (request, outcome) in requests.iter().zip(self.route.batch(&requests)?) {
             if !outcome.as_ref().is_err_and(KernelError::not_found) {
                 errors.note(outcome.map_err(|error| Error::from(error).context(request.what.clone())));
@@ -202,12 +202,17 @@ impl Host {
     /// failure. `netns` is the pod's namespace if it still can be opened.
     pub fn del_pod(&mut self, removal: &Removal, netns: Option<&Namespace>) -> Result<()> {
         let mut errors = List::new();
+        // Rules and device of a branch pod go in one stroke: the daemon, which may look some milliseconds after the first, takes
+        // what still has a part of both for a living pod's and puts back the rest.
+        let branch = removal.branch.as_ref().and_then(|branch| errors.note(self.look_at_branch(branch)).flatten());
         for removed in &removal.addresses {
             errors.note(self.remove_address(removed));
-            errors.note(self.forget_connections(removed.address));
         }
-        if let Some(branch) = &removal.branch {
+        if let Some(branch) = &branch {
             errors.note(self.remove_branch(branch));
+        }
+        for removed in &removal.addresses {
+            self.forget_connections(removed.address);
         }
         if let Some(netns) = netns {
             errors.note(self.remove_veths(&removal.veths, netns));
@@ -221,7 +226,7 @@ impl Host {
         if removed.table != TABLE_MAIN {
             selectors.push(Rule::from(host, priority::FROM_POD, removed.table));
         }
-        let mut requests = selectors.iter().map(rule::delete).collect::<Vec<_>>();
+        let mut requests = selectors.iter().map(rule::delete_told).collect::<Vec<_>>();
         // Whatever link it leads over: the veth's index is not known here.
         let any_link = 0;
         requests.push(route::delete(&link_route(TABLE_MAIN, removed.address, any_link)));
@@ -230,7 +235,10 @@ impl Host {
         let selectors = selectors.iter().map(Some).chain([None]);
         for (outcome, selector) in outcomes.into_iter().zip(selectors) {
             match (outcome, selector) {
-                (Ok(_), Some(selector)) => drop(errors.note(rule::delete_all(&mut self.route, selector))),
+                (Ok(told), Some(selector)) => {
+                    let ours = |there: &Rule| there == selector || (selector.src.is_some() && from(selector, there));
+                    errors.note(rule::delete_rest(&mut self.route, selector, &ours, told));
+                }
                 (Ok(_), None) => {}
                 (Err(error), _) if error.not_found() => {}
                 (Err(error), _) => drop(errors.note::<()>(Err(error.into()))),
@@ -239,9 +247,13 @@ impl Host {
         errors.into_result()
     }
 
-    /// The address's next owner must not get answers to this one's questions.
-    pub(super) fn forget_connections(&mut self, address: IpAddr) -> Result<()> {
-        conntrack::delete_all(super::netfilter(&mut self.netfilter, &self.namespace)?, address).map(drop)
+    /// The address's next owner must not get answers to this one's questions. A kernel that does not list its connections fails
+    /// no DEL, which would fail again at each repetition: the pod would never be gone (`spec/plugin.md` 13.5: optional).
+    pub(super) fn forget_connections(&mut self, address: IpAddr) {
+        let socket = super::netfilter(&mut self.netfilter, &self.namespace);
+        if let Err(error) = socket.and_then(|socket| conntrack::delete_all(socket, address)) {
+            log::warn!("connections of {address} stay until they time out: {error}");
+        }
     }
 
     fn remove_veths(&mut self, veths: &[(String, String)], netns: &Namespace) -> Result<()> {
@@ -273,6 +285,27 @@ impl Host {
         let inside = side(&mut inside).with_context(|| format!("look at {}", netns.path().display()))?;
         Ok(check(pod, &host, &inside))
     }
+}
+
+/// Whether a rule is a pod's `from` rule: that of `selector`, whichever table it leads to. Old versions of the original made one
+/// for each CIDR of the VPC.
+fn from(selector: &Rule, there: &Rule) -> bool {
+    *there == Rule { table: there.table, dst: there.dst, ..selector.clone() }
+}
+
+/// Notes the rules that were added; the first refusal but that of one that was there.
+fn added(socket: &mut Socket, rules: &[Rule], mut outcomes: Vec<Outcome>, made: &mut Made) -> Result<()> {
+    let looked = super::rules::confirm(socket, &rules.iter().map(Some).collect::<Vec<_>>(), &mut outcomes);
+    let mut refused = Ok(());
+    for (rule, outcome) in rules.iter().zip(outcomes) {
+        match outcome {
+            Ok(_) => made.rules.push(rule.clone()),
+            Err(error) if error.exists() => {}
+            Err(error) => refused = refused.and(Err(error)),
+        }
+    }
+    refused?;
+    looked
 }
 
 /// The pod's side in order: link, way to the gateway, default route, address, gateway's MAC.
@@ -322,4 +355,32 @@ pub(super) fn settled(inside: &mut Socket, own: IpAddr, ifname: &str) -> Result<
         pause = (pause * 2).min(longest);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::net::Family;
+
+    #[test]
+    fn a_kernel_that_lists_no_connections_fails_no_del() {
+        let body = || {
+            crate::sys::unshare_netns().unwrap();
+            let mut host = Host::open().unwrap();
+            let address = IpAddr::from([10, 20, 12, 60]);
+            let rule = Rule::to(address.into(), priority::TO_POD, TABLE_MAIN);
+            host.route.run(&[rule::add(&rule)]).unwrap();
+            // It refuses the list with EOPNOTSUPP, as nfnetlink does without nf_conntrack_netlink.
+            host.netfilter = Some(Socket::route().unwrap());
+            let socket = host.netfilter.as_mut().unwrap();
+            let error = conntrack::delete_all(socket, address).unwrap_err();
+            assert!(error.to_string().contains("not supported"), "{error}");
+            let addresses = vec![RemovedAddress { address, table: 2 }];
+            let removal = Removal { addresses, ..Removal::default() };
+            host.del_pod(&removal, None).unwrap();
+            assert!(!rule::list(&mut host.route, Family::V4).unwrap().contains(&rule), "the rest is done");
+        };
+        // A thread of its own takes its namespace with it when it ends.
+        std::thread::spawn(body).join().unwrap();
+    }
 }

@@ -197,6 +197,7 @@ pub(super) fn look_at_host() -> Result<Seen> {
     let v6 = look_at_family(Family::V6)?;
     seen.routed.extend(v6.routed);
     seen.linked.extend(v6.linked);
+    seen.ruled.extend(v6.ruled);
     Ok(seen)
 }
 

@@ -14,7 +14,7 @@ use crate::model::order::Gather as _;
 use crate::model::time::Mono;
 use crate::netlink::monitor::{Monitor, Notice};
 use crate::plan::core::{Applied, Event, OpId};
-use crate::plan::host::{Action, Intent, Observation, Plan, Step, What, diff};
+use crate::plan::host::{Action, Fresh, Idle, Intent, Observation, Plan, Step, What, diff};
 use crate::plan::repair::{Pace, Quarrels, Verdict, Watch};
 use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::net::IpAddr;
@@ -28,6 +28,10 @@ const SLEEP_MAX: Duration = Duration::from_hours(1);
 const NOTICES_MAX: usize = 4096;
 /// How long the links of a pod with a branch ENI that is being deleted are left alone, if they do not go earlier.
 const DEPARTURE_MAX: Duration = Duration::from_mins(1);
+/// Until a look that failed is made again.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// Repairs of one kind are told to the core at most so often: what it makes of them is an event, and those are folded.
+const TELL_EVERY: Duration = Duration::from_mins(5);
 /// Repairs of one round that are logged one by one.
 const LINES_MAX: usize = 32;
 
@@ -80,22 +84,7 @@ impl Queue {
 
 /// Runs until the queue is closed.
 pub(super) fn run(inbox: &Inbox, events: &SyncSender<Event>, metrics: &Metrics) -> Result<()> {
-    // Subscribed before the first look, so that nothing is missed between.
-    let monitor = Monitor::open(true).context("watch the host's network")?;
-    let host = apply::Host::open().context("open the host's netlink sockets")?;
-    let mut keeper = Keeper {
-        host,
-        monitor,
-        metrics,
-        watch: None,
-        pace: Pace::default(),
-        quarrels: Quarrels::default(),
-        mended: Set::new(),
-        leaving: Set::new(),
-        departing: Map::new(),
-        warned: String::new(),
-        former: former::Watch::default(),
-    };
+    let mut keeper = Keeper::open(metrics)?;
     loop {
         let now = clock::now().mono;
         let sleep = keeper.pace.due().map_or(SLEEP_MAX, |due| due.since(now));
@@ -107,7 +96,7 @@ pub(super) fn run(inbox: &Inbox, events: &SyncSender<Event>, metrics: &Metrics) 
             match inbox.work.try_recv() {
                 Ok(work) => {
                     metrics.pulse.begin(Lane::Kernel, work.name());
-                    keeper.work(work, events)?;
+                    keeper.work(clock::now().mono, work, events)?;
                     metrics.pulse.done(Lane::Kernel);
                 }
                 Err(TryRecvError::Empty) => break,
@@ -118,8 +107,12 @@ pub(super) fn run(inbox: &Inbox, events: &SyncSender<Event>, metrics: &Metrics) 
         if keeper.pace.due().is_some_and(|due| due <= clock::now().mono) {
             metrics.pulse.handed(Lane::Kernel);
             metrics.pulse.begin(Lane::Kernel, "look at what others have changed");
-            keeper.look();
+            keeper.look(clock::now().mono);
             metrics.pulse.done(Lane::Kernel);
+        }
+        for (what, text) in keeper.news.drain(..) {
+            // Best effort: a core with a full queue has other things to do.
+            events.try_send(Event::Repaired(what.name(), text)).ok();
         }
     }
 }
@@ -138,33 +131,73 @@ struct Keeper<'a> {
     /// Pods with a branch ENI that are being deleted: index of the veth, and since when. The core has them in its intent until
     /// the API server tells otherwise.
     departing: Map<IpAddr, (u32, Mono)>,
-    /// The last warning, so that it is told once.
+    /// VLAN devices that show no pod.
+    idle: Idle,
+    /// Host ends of ways out in the other family that are new.
+    fresh: Fresh,
+    /// The last error, so that it is told once.
     warned: String,
+    /// Warnings of the last round.
+    warnings: Set<String>,
     former: former::Watch,
+    /// When a repair of this kind was last told to the core.
+    told: Map<What, Mono>,
+    /// Repairs that the core is to be told of.
+    news: Vec<(What, String)>,
 }
 
-impl Keeper<'_> {
-    fn work(&mut self, work: Work, events: &SyncSender<Event>) -> Result<()> {
+impl<'a> Keeper<'a> {
+    /// For the namespace of the calling thread.
+    fn open(metrics: &'a Metrics) -> Result<Keeper<'a>> {
+        // Subscribed before the first look, so that nothing is missed between.
+        let monitor = Monitor::open(true).context("watch the host's network")?;
+        let host = apply::Host::open().context("open the host's netlink sockets")?;
+        Ok(Keeper {
+            host,
+            monitor,
+            metrics,
+            watch: None,
+            pace: Pace::default(),
+            quarrels: Quarrels::default(),
+            mended: Set::new(),
+            leaving: Set::new(),
+            departing: Map::new(),
+            idle: Idle::default(),
+            fresh: Fresh::default(),
+            warned: String::new(),
+            warnings: Set::new(),
+            former: former::Watch::default(),
+            told: Map::new(),
+            news: Vec::new(),
+        })
+    }
+
+    /// Does what it is asked for at `now`.
+    fn work(&mut self, now: Mono, work: Work, events: &SyncSender<Event>) -> Result<()> {
         let event = match work {
             Work::Apply(op, mut intent) => {
-                let now = clock::now().mono;
                 self.departing.retain(|_, (_, since)| now.since(*since) < DEPARTURE_MAX);
                 intent.branches.retain(|pod| !self.departing.contains_key(&pod.address));
+                // The look that was asked for because of them does not come after this one.
+                intent.gone.extend(&self.leaving);
                 let mut primary = String::new();
-                let result = self.round(&intent, true).and_then(|mut report| {
+                let result = self.round(now, &intent, true).and_then(|mut report| {
                     primary = std::mem::take(&mut report.primary);
                     applied(report)
                 });
                 if result.is_ok() {
+                    self.leaving.clear();
                     self.former.look(&mut self.host, &intent, &primary, self.metrics);
                 }
                 let result = result.map_err(|error| error.to_string());
-                self.metrics.rules(result.as_ref().err().map(String::as_str));
+                if let Err(error) = &result {
+                    self.metrics.host_failed(error.clone());
+                }
                 Event::Kernel(op, result)
             }
             Work::List => Event::Seen(files::look_at_host().map_err(|error| error.to_string())),
             Work::Released(addresses) => {
-                self.release(&addresses);
+                self.release(now, &addresses);
                 return Ok(());
             }
         };
@@ -173,15 +206,15 @@ impl Keeper<'_> {
 
     // The plugin removes what these pods have, as soon as it has its answer. A round that saw it do so, and did not know,
     // has put rules back: this message was in the queue then, and they go again.
-    fn release(&mut self, addresses: &[IpAddr]) {
+    fn release(&mut self, now: Mono, addresses: &[IpAddr]) {
         let Some(watch) = &mut self.watch else { return };
         for address in addresses {
             if let Some(veth) = watch.release(*address) {
-                self.departing.insert(*address, (veth, clock::now().mono));
+                self.departing.insert(*address, (veth, now));
             }
             if self.mended.remove(address) {
                 self.leaving.insert(*address);
-                self.pace.ask(clock::now().mono);
+                self.pace.ask(now);
             }
         }
     }
@@ -193,72 +226,128 @@ impl Keeper<'_> {
             if let Notice::LinkGone(link) = &notice {
                 self.departing.retain(|_, (veth, _)| *veth != link.index);
             }
-            if self.watch.as_ref().is_some_and(|watch| watch.concerns(&notice)) {
-                self.pace.ask(clock::now().mono);
+            if let Some(watch) = &mut self.watch {
+                let now = clock::now().mono;
+                if watch.hear(&notice) {
+                    self.pace.ask(now);
+                }
+                self.pace.doubt(now, watch.doubts());
             }
         }
         Ok(())
     }
 
     /// A look because of what the kernel told.
-    fn look(&mut self) {
+    fn look(&mut self, now: Mono) {
         let Some(watch) = &self.watch else { return };
         let mut intent = watch.intent().clone();
         intent.gone = self.leaving.iter().copied().collect();
-        let report = self.round(&intent, false);
-        self.leaving.clear();
-        if let Err(error) = report.and_then(applied) {
-            self.warn(&error);
-            self.metrics.rules(Some(&error.to_string()));
+        let report = self.round(now, &intent, false);
+        if report.is_ok() {
+            self.leaving.clear();
+        }
+        match report.and_then(applied) {
+            Ok(_) => self.warned.clear(),
+            Err(error) => {
+                self.warn(&error);
+                self.metrics.host_failed(error.to_string());
+            }
         }
     }
 
     /// One look at the host and the steps that follow. `regular`: the core has asked for it, maybe with a new intent.
-    fn round(&mut self, intent: &Intent, regular: bool) -> Result<HostReport> {
-        let begin = clock::now().mono;
+    fn round(&mut self, now: Mono, intent: &Intent, regular: bool) -> Result<HostReport> {
+        let begin = clock::instant();
         self.mended.clear();
-        self.quarrels.forget(begin);
+        self.quarrels.forget(now);
         self.metrics.host_look(regular);
         let last = self.watch.as_ref().map(Watch::intent);
-        let (quarrels, metrics) = (&mut self.quarrels, self.metrics);
-        let (mut repairs, mut left) = (Set::new(), Vec::new());
+        let (quarrels, idle, metrics) = (&mut self.quarrels, &mut self.idle, self.metrics);
+        let fresh = &mut self.fresh;
+        let start = last.is_none();
+        let (mut repairs, mut left, mut tried) = (Set::new(), Vec::new(), Vec::new());
+        let (mut held, mut first) = (Set::new(), true);
         let report = self.host.host_with(intent, &mut |seen, plan| {
+            idle.look(now, intent, seen, plan);
+            left.extend(fresh.look(now, seen, plan));
             mark(&mut repairs, last, intent, seen, plan);
+            // What comes up in a second pass our own steps have undone: nobody is to wait for that.
+            let own = !std::mem::take(&mut first);
             plan.steps.retain(|step| {
-                let wait = match repairs.contains(&step.text).then(|| quarrels.judge(begin, step, regular)) {
-                    None | Some(Verdict::Mend) => return true,
-                    Some(Verdict::GiveWay(until)) => {
+                if !repairs.contains(&step.text) {
+                    return true;
+                }
+                if held.contains(&step.text) {
+                    return false;
+                }
+                let wait = match quarrels.judge(now, step, regular || own) {
+                    Verdict::Mend => {
+                        tried.push(step.clone());
+                        return true;
+                    }
+                    Verdict::GiveWay(until) => {
                         log::warn!("{}: undone again and again; from now on it is made less often", step.text);
                         until
                     }
-                    Some(Verdict::Hold(until)) => until,
+                    Verdict::Hold(until) => until,
                 };
                 metrics.repair_held(step.what);
+                held.insert(step.text.clone());
                 left.push(wait);
                 false
             });
         });
-        let end = clock::now().mono;
-        self.pace.looked(end, end.since(begin));
+        let took = begin.elapsed();
+        let end = now.plus(took);
+        self.pace.looked(end, took);
         for until in left {
             self.pace.leave(until);
         }
+        // What the notice told is not seen to yet. The core repeats the first look of all itself.
+        if report.is_err() && self.watch.is_some() {
+            self.pace.leave(end.plus(LOOK_AGAIN));
+        }
+        let ruleset = match &report {
+            Ok(report) => report.ruleset.or(start.then_some(true)),
+            Err(_) => start.then_some(false),
+        };
+        if let Some(success) = ruleset {
+            metrics.rules(success);
+        }
         let mut report = report?;
+        let done = report.steps.iter().map(|step| &step.text).gather::<Set<_>>();
+        // Tables that were set and are other ones at once somebody fights for.
+        let fought = |step: &Step| step.what == What::Ruleset && report.ruleset == Some(false);
+        for step in tried.iter().filter(|step| !done.contains(&step.text) && !fought(step)) {
+            self.quarrels.not_made(step);
+        }
         self.watch = Some(Watch::new(intent, &report.seen));
-        self.tell(&report, &repairs);
+        self.tell(now, &report, &repairs);
         report.seen = Observation::default(); // a node has thousands of entries
         Ok(report)
     }
 
-    fn tell(&mut self, report: &HostReport, repairs: &Set<String>) {
-        for warning in &report.warnings {
-            self.warn(warning);
+    fn tell(&mut self, now: Mono, report: &HostReport, repairs: &Set<String>) {
+        // A warning is told when it is new.
+        let before = std::mem::take(&mut self.warnings);
+        for (what, warning) in &report.warnings {
+            let text = warning.to_string();
+            self.metrics.repair_failed(*what);
+            if !before.contains(&text) && self.warnings.len() < LINES_MAX {
+                log::warn!("host network: {text}");
+            }
+            self.warnings.insert(text);
         }
         for (number, step) in report.steps.iter().enumerate() {
             self.mended.extend(address_of(&step.action));
-            let repair = repairs.contains(&step.text) && step.what != What::GonePod;
+            let former = matches!(step.what, What::GonePod | What::BranchLeftover);
+            let repair = repairs.contains(&step.text) && !former;
             if repair {
                 self.metrics.repaired(step.what, &step.text);
+                if self.told.get(&step.what).is_none_or(|at| now.since(*at) >= TELL_EVERY) {
+                    self.told.insert(step.what, now);
+                    self.news.push((step.what, step.text.clone()));
+                }
             }
             match number {
                 0..LINES_MAX if repair => log::warn!("repair {}: {}", step.what.name(), step.text),
@@ -300,7 +389,7 @@ fn address_of(action: &Action) -> Option<IpAddr> {
 
 fn applied(report: HostReport) -> Result<Applied> {
     let mut errors = List::new();
-    for error in report.errors {
+    for (_, error) in report.errors {
         errors.note::<()>(Err(error));
     }
     errors.into_result()?;
@@ -308,3 +397,7 @@ fn applied(report: HostReport) -> Result<Applied> {
     let failed = failed.filter_map(|(id, result)| result.err().map(|error| (id, error.to_string()))).gather();
     Ok(Applied { failed, trunks: report.trunks })
 }
+
+#[cfg(test)]
+#[path = "kernel_tests.rs"]
+mod tests;

@@ -406,7 +406,8 @@ mod tests {
     fn features_wait_for_the_api_server() {
         use crate::sandbox::{kube, serve::kube::Kube};
         use std::net::TcpListener;
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        // At an address where no other test listens, so that the port stays free.
+        let listener = TcpListener::bind("127.0.0.5:0").unwrap();
         let address = listener.local_addr().unwrap();
         drop(listener);
         let endpoint = format!("http://{address}");

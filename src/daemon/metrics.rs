@@ -44,6 +44,11 @@ const COUNTERS: &[(&str, &str, Start)] = &[
     ("awscni_repairs_total", "what others had changed of the host's network and was put back", Start::Absent),
     ("enibox_add_refused_total", "requests that found no address by cause", Start::Absent),
     ("enibox_host_looks_total", "looks at the host's whole network by cause", Start::Absent),
+    (
+        "enibox_repairs_failed_total",
+        "changes of the host's network that could not be made, or must not be",
+        Start::Absent,
+    ),
     ("enibox_repairs_held_total", "repairs left to the next regular look because others undo them", Start::Absent),
 ];
 
@@ -190,13 +195,15 @@ impl Metrics {
         self.measure("enibox_add_wait_seconds", vec![("success", success.to_string())], took);
     }
 
-    /// The rules of the host were brought up to date, or could not be.
-    pub(super) fn rules(&self, error: Option<&str>) {
-        let result = if error.is_some() { "error" } else { "success" };
+    /// The tables of the packet filter were set, or could not be.
+    pub(super) fn rules(&self, success: bool) {
+        let result = if success { "success" } else { "error" };
         self.add("awscni_connmark_reconcile_total", vec![("result", result.to_owned())], 1);
-        if let Some(error) = error {
-            self.trouble("host network".into(), error.to_owned());
-        }
+    }
+
+    /// The host's network could not be made what it should be.
+    pub(super) fn host_failed(&self, error: String) {
+        self.trouble("host network".into(), error);
     }
 
     /// Whether rules of a former installation are in `iptables-legacy`.
@@ -223,6 +230,11 @@ impl Metrics {
     /// Something was not put back, because others undo it again and again.
     pub(super) fn repair_held(&self, what: What) {
         self.add("enibox_repairs_held_total", vec![("what", what.name().to_owned())], 1);
+    }
+
+    /// A change for one pod failed, or would have met what is not ours.
+    pub(super) fn repair_failed(&self, what: What) {
+        self.add("enibox_repairs_failed_total", vec![("what", what.name().to_owned())], 1);
     }
 
     /// The last repairs, the oldest first.

@@ -17,6 +17,7 @@ mod rpc_server;
 mod status;
 mod tuning;
 
+use crate::apply;
 use crate::aws::{creds, ec2, imds};
 use crate::clock;
 use crate::error::{Context, Error, Result, exit};
@@ -29,6 +30,7 @@ use crate::model::settings::layers::{ENVIRONMENT, environment_to_text};
 use crate::model::settings::{Mode, Settings, Valid};
 use crate::model::time::Mono;
 use crate::model::wire::NetworkPolicyAgentConfig;
+use crate::netlink::{Socket, link, sysctl};
 use crate::plan::configure;
 use crate::plan::core::{Answer, CallId, Config, Core, Effect, Event, Level};
 use crate::rpc::stop::Stop;
@@ -121,8 +123,18 @@ pub fn run_then(ready: Ready) -> u8 {
     }
 }
 
+// Who has flushed all rules while no daemon ran has cut us off from all that a start asks, and nobody else would mend it.
+fn find_a_way(settings: &Settings) {
+    let host = apply::Host::open().and_then(|mut host| host.restore_main(settings.enable_ipv6 || settings.v6_egress));
+    match host.context("look for the way to the main route table") {
+        Ok(steps) => steps.iter().for_each(|step| log::warn!("repair {}: {}", step.what.name(), step.text)),
+        Err(error) => log::warn!("{error}"),
+    }
+}
+
 // The settings to start with, told in the log.
 fn settle(tuner: &mut Tuner) -> Result<Settings> {
+    find_a_way(&tuner.known().layered.settings);
     if tuner.is_first()
         && let Some(node) = kube::look(&tuner.known().layered.settings)
     {
@@ -240,6 +252,9 @@ fn start(
         log::warn!("{warning}");
     }
     let config = configure(settings, &valid, &limits, &identity)?;
+    if !config.v6 {
+        warn_of_forwarding();
+    }
     let policy = policy(settings, &config, &identity);
 
     let api = kube::reach(settings)?;
@@ -279,6 +294,17 @@ fn imds_client(settings: &Settings, store: &Path, metrics: &Arc<Metrics>) -> Res
     Ok(imds.observed_by(move |seen| counted.imds(seen)))
 }
 
+// The system's image sets it; neither our init container nor the daemon does (`spec/dataplane.md` 4). In IPv6 mode forwarding is
+// part of what the daemon keeps.
+fn warn_of_forwarding() {
+    if sysctl::read("net/ipv4/ip_forward").is_ok_and(|value| value == "0") {
+        log::warn!(
+            "net.ipv4.ip_forward is 0: this node passes on no packet, so pods reach nothing but the node itself; set it \
+             (sysctl -w net.ipv4.ip_forward=1, and in /etc/sysctl.d to last) or run `enibox doctor --fix`"
+        );
+    }
+}
+
 // What the network policy agent asks for.
 fn policy(settings: &Settings, config: &Config, identity: &Identity) -> NetworkPolicyAgentConfig {
     NetworkPolicyAgentConfig {
@@ -293,9 +319,9 @@ fn policy(settings: &Settings, config: &Config, identity: &Identity) -> NetworkP
 
 // Who we are; with the node's IPv6 address where it is used.
 fn identify(settings: &Settings, imds: &imds::Client) -> Result<Identity> {
-    let wants_v6 = settings.enable_ipv6 || settings.v6_egress;
-    let identity = imds.identity(wants_v6).context("read the instance's identity")?;
-    if wants_v6 && identity.local_ipv6.is_none() {
+    let links = Socket::route().and_then(|mut socket| link::list(&mut socket))?;
+    let identity = imds.identity(configure::needs_v6(settings, &links)).context("read the instance's identity")?;
+    if (settings.enable_ipv6 || settings.v6_egress) && identity.local_ipv6.is_none() {
         let missing = "the primary ENI has no IPv6 address";
         if settings.enable_ipv6 {
             return Err(Error::new(missing).context("ENABLE_IPv6"));

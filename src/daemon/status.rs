@@ -7,6 +7,15 @@ use crate::model::time::{Mono, Now};
 use crate::plan::core::Status;
 use crate::plan::pool::{Kind, Stats};
 use serde_json::{Map, Value, json};
+use std::time::Duration;
+
+/// An address that has rested for less before its next pod was taken early: the default of `IP_COOLDOWN_PERIOD`.
+const REST: Duration = Duration::from_secs(30);
+/// That matters as long as somebody may still take the address for the last pod's: connections that are being opened end
+/// after two minutes.
+const LATELY: Duration = Duration::from_mins(10);
+/// Of these so many are shown.
+const REUSED_MAX: usize = 8;
 
 /// `/v1/enibox/status`.
 pub(super) fn document(shown: &Shown, metrics: &Metrics, now: Now) -> Value {
@@ -65,7 +74,24 @@ fn pool(view: &View, now: Now) -> Value {
     let mut value = figures(&view.pool.stats_of(now.mono, |_, _| true));
     value["enis"] = Value::Array(enis);
     value["eni_limit"] = json!(view.eni_limit);
+    value["reused"] = json!(reused(view));
     value
+}
+
+// Addresses that pods have got lately, within [`REST`] after their last pod, and how long they rested, in seconds.
+fn reused(view: &View) -> Map<String, Value> {
+    let mut reused = Map::new();
+    let slots = view.pool.enis().flat_map(|(_, eni)| eni.cidrs().flat_map(|(_, cidr)| cidr.slots()));
+    for (address, slot) in slots {
+        let (Some(owner), Some(freed)) = (&slot.owner, slot.freed) else { continue };
+        let age = view.at.wall.since(owner.since);
+        // With a wall clock that was set meanwhile there is no telling.
+        let rest = view.at.mono.since(freed).checked_sub(age).filter(|rest| *rest < REST && age < LATELY);
+        if let Some(rest) = rest.filter(|_| reused.len() < REUSED_MAX) {
+            reused.insert(address.to_string(), json!(rest.as_secs()));
+        }
+    }
+    reused
 }
 
 fn doing(status: &Status, now: Mono) -> Value {
@@ -88,6 +114,7 @@ fn doing(status: &Status, now: Mono) -> Value {
         "waiting": status.waiting, "growing": status.growing, "freeing": status.freeing,
         "paused_s": status.paused_until.map(left), "exhausted_subnets_s": exhausted,
         "cordoned": status.cordoned, "max_pods": status.max_pods, "subnets": subnets,
+        "node_seen": status.node_seen, "kubelet_pods": status.kubelet_pods,
         "last_failure": status.last_failure, "throttled_s": throttled, "if_short": {"cause": cause, "text": why},
         "targets": {
             "warm_eni": targets.warm_eni, "warm_ip": targets.warm_ip, "minimum_ip": targets.minimum_ip,

@@ -1,13 +1,16 @@
 //! `enibox cleanup`: lists what this program has made on the node, and with `--apply` removes it (`spec/operations.md` 11).
 //! The only subcommand here that changes anything.
 //!
-//! Files stay unless asked for; secondary ENIs stay, which EC2 deletes with the instance.
+//! Files and secondary ENIs, which EC2 deletes with the instance, stay unless asked for.
+
+mod enis;
 
 use super::{complain, environment, print};
 use crate::apply::Host;
 use crate::error::{Context, Error, Result, exit};
 use crate::model::naming::DAEMON_SOCKET;
 use crate::model::settings::Settings;
+use crate::plan::cleanup::enis::{Enis, of_living_pods, sort};
 use crate::plan::cleanup::{Cleanup, cleanup};
 use serde_json::json;
 use std::io::ErrorKind;
@@ -33,6 +36,9 @@ pub struct Args {
     /// Files too: the CNI configuration, first of all, and the checkpoints
     #[arg(long, conflicts_with = "packet_filter")]
     files: bool,
+    /// Secondary ENIs too: detach and delete those that were made for this node and serve no pod
+    #[arg(long, conflicts_with = "packet_filter")]
+    enis: bool,
     /// Where the CNI configuration is
     #[arg(long, value_name = "DIRECTORY", default_value = "/etc/cni/net.d")]
     conf_dir: PathBuf,
@@ -55,11 +61,24 @@ pub fn run(args: &Args) -> u8 {
 fn work(args: &Args) -> Result<u8> {
     let settings = environment();
     let mut host = Host::open()?;
-    let found = cleanup(&host.observe()?, &settings.veth_prefix, args.packet_filter);
+    let seen = host.observe()?;
+    let found = cleanup(&seen, &settings.veth_prefix, args.packet_filter);
     if found.needed {
         complain("pods have addresses of egress-cni: the table that translates them stays as long as they live");
     }
     let files = if args.files { files(&args.conf_dir, &settings) } else { Vec::new() };
+    let ec2 = args.enis.then(|| enis::Ec2::open(&settings)).transpose()?;
+    let enis = match &ec2 {
+        Some(ec2) => {
+            let pods = of_living_pods(&seen);
+            sort(&ec2.list()?, &ec2.identity.instance, &ec2.identity.primary_eni, &pods)
+        }
+        None => Enis::default(),
+    };
+    enis.kept.iter().for_each(|line| complain(line));
+    if !args.json {
+        found.stays.iter().for_each(|line| complain(line));
+    }
     if args.apply && !args.force {
         refuse(&found)?;
     }
@@ -68,9 +87,11 @@ fn work(args: &Args) -> Result<u8> {
         // Without its configuration the runtime calls the plugin for no new pod.
         errors.extend(files.iter().filter_map(|file| remove(file).err()));
         errors.extend(host.clean_up(&found)?);
+        errors.extend(ec2.iter().flat_map(|ec2| enis.spare.iter().filter_map(|spare| ec2.give_back(spare).err())));
     }
     let mut texts = files.iter().map(|file| format!("delete {}", file.display())).collect::<Vec<_>>();
     texts.extend(found.texts());
+    texts.extend(enis.spare.iter().map(|spare| spare.text.clone()));
     let code = match (texts.is_empty(), args.apply) {
         (true, _) => exit::OK,
         (false, false) => exit::DIFFERS,
@@ -79,7 +100,8 @@ fn work(args: &Args) -> Result<u8> {
     };
     let errors = errors.iter().map(ToString::to_string).collect::<Vec<_>>();
     let printed = if args.json {
-        let document = json!({"applied": args.apply, "steps": texts, "errors": errors, "live_pods": found.pods});
+        let document = json!({"applied": args.apply, "steps": texts, "errors": errors,
+            "live_pods": found.pods, "stays": found.stays});
         print(&format!("{document:#}\n"))
     } else {
         for error in &errors {

@@ -21,6 +21,9 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
 
+// Where the daemon's metrics are.
+const METRICS: &str = "127.0.0.1:61678";
+
 /// Where the daemon answers, for every subcommand that asks it.
 #[derive(clap::Args, Debug)]
 pub struct Asking {

@@ -5,7 +5,7 @@
 //! costs its own part only. Archives of this form are read everywhere (POSIX ustar), and writing one is a page.
 
 use super::doctor::gather::{chains, under};
-use super::{ask, complain, environment};
+use super::{METRICS, ask, complain, environment};
 use crate::apply::Host;
 use crate::clock;
 use crate::error::{Context, Error, Result, exit};
@@ -49,7 +49,6 @@ const PAGES: [(&str, &str); 6] = [
     ("/v1/networkutils-env-settings", "networkutils-env-settings.json"),
     ("/v1/ipamd-env-settings", "ipamd-env-settings.json"),
 ];
-const METRICS: &str = "127.0.0.1:61678";
 /// What the kernel and the host tell, besides what the doctor looks at.
 const MORE_FILES: [&str; 12] = [
     "/proc/version",
@@ -431,10 +430,15 @@ mod tests {
 
     /// Members of an archive, as tar(1) reads it.
     fn members(archive: &[u8]) -> String {
-        let path = std::env::temp_dir().join(format!("enibox-support-{}.tar", std::process::id()));
-        fs::write(&path, archive).unwrap();
-        let listed = Command::new("tar").arg("-tvf").arg(&path).env("TZ", "UTC").output().unwrap();
-        fs::remove_file(&path).unwrap();
+        let mut tar = Command::new("tar");
+        tar.args(["-tvf", "-"]).env("TZ", "UTC").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut tar = tar.spawn().unwrap();
+        let mut input = tar.stdin.take().unwrap();
+        // tar stops reading at the end it recognises and prints meanwhile: writing must neither wait for it nor mind.
+        let archive = archive.to_vec();
+        let writer = std::thread::spawn(move || drop(input.write_all(&archive)));
+        let listed = tar.wait_with_output().unwrap();
+        writer.join().unwrap();
         assert!(listed.status.success(), "{}", String::from_utf8_lossy(&listed.stderr));
         String::from_utf8(listed.stdout).unwrap()
     }

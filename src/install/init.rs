@@ -120,12 +120,15 @@ fn wanted(settings: &Settings, primary: &str) -> Vec<Wanted> {
     let must = |family, key, value| Wanted { key, value, optional: false, family };
     // Answers of a pod with a strict branch ENI are forwarded once before they arrive at the node, and what early
     // demultiplexing has given to a socket of the node is not forwarded (`ip_forward` in net/ipv4/ip_forward.c): kubelet's
-    // probes would fail. UDP has a switch of its own, which both families look at.
-    let early = if settings.tcp_early_demux_disabled { "0" } else { "1" };
+    // probes would fail. UDP has a switch of its own, which both families look at; the original never writes it, so that an
+    // operator's 0 stays where nothing is to be disabled.
+    let disabled = settings.tcp_early_demux_disabled;
+    let early = if disabled { "0" } else { "1" };
     let early_demux = |name: &str| Wanted { optional: true, ..must("IPv4", format!("net/ipv4/{name}"), early) };
     // Loose: answers to NodePort connections leave through the primary ENI for pods of others.
     let mut wanted = vec![must("IPv4", own("ipv4", "rp_filter"), "2")];
-    wanted.extend([early_demux("tcp_early_demux"), early_demux("udp_early_demux")]);
+    wanted.push(early_demux("tcp_early_demux"));
+    wanted.extend(disabled.then(|| early_demux("udp_early_demux")));
     if settings.enable_ipv6 {
         wanted.push(must("IPv6", "net/ipv6/conf/all/disable_ipv6".into(), "0"));
     }
@@ -163,22 +166,24 @@ mod tests {
         let got: Vec<_> = wanted.iter().map(|wanted| (wanted.key.as_str(), wanted.value)).collect();
         assert_eq!(got, keys, "{variables:?}");
         let optional: Vec<_> = wanted.iter().filter(|one| one.optional).map(|one| one.key.as_str()).collect();
-        assert_eq!(optional, ["net/ipv4/tcp_early_demux", "net/ipv4/udp_early_demux"]);
+        let early = ["net/ipv4/tcp_early_demux", "net/ipv4/udp_early_demux"];
+        assert_eq!(optional, early[..if settings.tcp_early_demux_disabled { 2 } else { 1 }]);
     }
 
     #[test]
     fn sysctls_by_settings_in_order() {
         const LOOSE: (&str, &str) = ("net/ipv4/conf/ens5/rp_filter", "2");
         const TCP: [(&str, &str); 2] = [("net/ipv4/tcp_early_demux", "1"), ("net/ipv4/tcp_early_demux", "0")];
-        const UDP: [(&str, &str); 2] = [("net/ipv4/udp_early_demux", "1"), ("net/ipv4/udp_early_demux", "0")];
+        // Only switched off: another value of it is the operator's.
+        const UDP: (&str, &str) = ("net/ipv4/udp_early_demux", "0");
         const ENABLED: (&str, &str) = ("net/ipv6/conf/all/disable_ipv6", "0");
         const FORWARDING: (&str, &str) = ("net/ipv6/conf/all/forwarding", "1");
         const LISTEN: (&str, &str) = ("net/ipv6/conf/ens5/accept_ra", "2");
-        check(&[], &[LOOSE, TCP[0], UDP[0]]);
-        check(&[("DISABLE_TCP_EARLY_DEMUX", "true")], &[LOOSE, TCP[1], UDP[1]]);
-        check(&[("ENABLE_IPv6", "true")], &[LOOSE, TCP[0], UDP[0], ENABLED, FORWARDING, LISTEN]);
-        check(&[("ENABLE_V6_EGRESS", "true")], &[LOOSE, TCP[0], UDP[0], FORWARDING, LISTEN]);
+        check(&[], &[LOOSE, TCP[0]]);
+        check(&[("DISABLE_TCP_EARLY_DEMUX", "true")], &[LOOSE, TCP[1], UDP]);
+        check(&[("ENABLE_IPv6", "true")], &[LOOSE, TCP[0], ENABLED, FORWARDING, LISTEN]);
+        check(&[("ENABLE_V6_EGRESS", "true")], &[LOOSE, TCP[0], FORWARDING, LISTEN]);
         let both = [("ENABLE_IPv6", "true"), ("DISABLE_TCP_EARLY_DEMUX", "1")];
-        check(&both, &[LOOSE, TCP[1], UDP[1], ENABLED, FORWARDING, LISTEN]);
+        check(&both, &[LOOSE, TCP[1], UDP, ENABLED, FORWARDING, LISTEN]);
     }
 }

@@ -13,6 +13,8 @@ pub const NAME_MAX: usize = 15;
 pub const SUFFIX_LEN: usize = 11;
 /// Longest prefix of a host veth's name, in bytes: with the eleven digits it fills an interface name.
 pub const VETH_PREFIX_MAX: usize = 4;
+/// What no prefix of host veths may be: the names of links that are no pod's begin with it, or SNAT passes by it.
+pub const VETH_PREFIXES_TAKEN: [&str; 3] = ["eth", "lo", VLAN_PREFIX];
 /// Prefix of host veths when none is configured.
 pub const DEFAULT_VETH_PREFIX: &str = "eni";
 /// Prefix of the host veth of a branch-ENI pod in strict mode, and of VLAN devices; opts out of SNAT.
@@ -48,6 +50,8 @@ pub mod priority {
     pub const FROM_POD: u32 = 1536;
     /// `from <own address of an ENI> lookup <its table>`.
     pub const FROM_ENI: u32 = 32765;
+    /// `lookup main` as the kernel makes it.
+    pub const MAIN: u32 = 32766;
 }
 
 /// The first eleven hex digits of SHA-1 of `namespace.pod`, or of `namespace.pod.index` for the second interface and on.
@@ -68,16 +72,40 @@ pub fn host_veth(prefix: &str, namespace: &str, pod: &str, index: usize) -> Resu
     Ok(format!("{prefix}{}", suffix(namespace, pod, index)))
 }
 
+const NAME: &str = " name ";
+
 /// Alias of a host veth: what it was made with. The pod's neighbour entry for its gateway names this MAC, and nothing else
-/// on the host knows it once somebody has changed the link's own.
-pub fn veth_alias(mac: Mac, mtu: u32) -> String {
-    format!("aws-cni mac {mac} mtu {mtu}")
+/// on the host knows it once somebody has changed the link's own. The name tells whose veth it is when it has been renamed.
+pub fn veth_alias(mac: Mac, mtu: u32, name: &str) -> String {
+    format!("aws-cni mac {mac} mtu {mtu} name {name}")
 }
 
-/// MAC and MTU of an alias that [`veth_alias`] has made.
+/// MAC and MTU of an alias that [`veth_alias`] has made; earlier versions gave it no name.
 pub fn of_veth_alias(alias: &str) -> Option<(Mac, u32)> {
     let (mac, mtu) = alias.strip_prefix("aws-cni mac ")?.split_once(" mtu ")?;
+    let mtu = mtu.split_once(NAME).map_or(mtu, |(mtu, _)| mtu);
     Some((mac.parse().ok()?, mtu.parse().ok()?))
+}
+
+/// Alias of the host's end of a pod's way out in the other family: what a veth's says, and the addresses of the pod and of the
+/// end itself, which nothing else on the node knows together. As a plain veth's it is none.
+pub fn egress_alias(mac: Mac, mtu: u32, pod: IpAddr, gateway: IpAddr, name: Option<&str>) -> String {
+    let (word, name) = name.map_or(("", ""), |name| (NAME, name));
+    format!("aws-cni mac {mac} mtu {mtu} pod {pod} gateway {gateway}{word}{name}")
+}
+
+/// MAC, MTU, the pod's address, the end's own and its name, of an alias that [`egress_alias`] has made; earlier versions gave it
+/// no name.
+pub fn of_egress_alias(alias: &str) -> Option<(Mac, u32, IpAddr, IpAddr, Option<&str>)> {
+    let (veth, rest) = alias.split_once(" pod ")?;
+    let ((mac, mtu), (pod, gateway)) = (of_veth_alias(veth)?, rest.split_once(" gateway ")?);
+    let (gateway, name) = gateway.split_once(NAME).map_or((gateway, None), |(gateway, name)| (gateway, Some(name)));
+    Some((mac, mtu, pod.parse().ok()?, gateway.parse().ok()?, name))
+}
+
+/// The name in an alias that [`veth_alias`] has made: that which the link had first.
+pub fn name_of_veth_alias(alias: &str) -> Option<&str> {
+    of_veth_alias(alias).and_then(|_| Some(alias.split_once(NAME)?.1))
 }
 
 /// Name of the pod's end: `CNI_IFNAME` for the first interface, `mNicIf<index>` for the others.
@@ -139,6 +167,12 @@ pub fn vlan_of_table(table: u32) -> Option<u32> {
     table.checked_sub(100).filter(|vlan| vlan_table(*vlan).is_ok())
 }
 
+/// The VLAN of a device whose name [`vlan_device`] has made, if it can have a table.
+pub fn vlan_of_device(name: &str) -> Option<u32> {
+    let vlan = name.rsplit('.').next()?.parse().ok()?;
+    Some(vlan).filter(|vlan| vlan_device(*vlan) == name && vlan_table(*vlan).is_ok())
+}
+
 /// Whether a table number of a message or a cached result means an ENI's own table; 0, 1 and 254 stand for main
 /// (`spec/plugin.md` 13.2, 13.5).
 pub fn normal_table(number: i32) -> u32 {
@@ -185,10 +219,32 @@ mod tests {
     #[test]
     fn an_alias_tells_what_a_veth_was_made_with() {
         let mac = Mac([2, 0, 0, 0, 0, 0x1f]);
-        assert_eq!(veth_alias(mac, 9001), "aws-cni mac 02:00:00:00:00:1f mtu 9001");
-        assert_eq!(of_veth_alias(&veth_alias(mac, 1500)), Some((mac, 1500)));
+        let alias = veth_alias(mac, 9001, "enicc21c2d7785");
+        assert_eq!(alias, "aws-cni mac 02:00:00:00:00:1f mtu 9001 name enicc21c2d7785");
+        assert_eq!((of_veth_alias(&alias), name_of_veth_alias(&alias)), (Some((mac, 9001)), Some("enicc21c2d7785")));
+        let earlier = "aws-cni mac 02:00:00:00:00:1f mtu 1500";
+        assert_eq!((of_veth_alias(earlier), name_of_veth_alias(earlier)), (Some((mac, 1500)), None));
+        assert_eq!(name_of_veth_alias("uplink name enicc21c2d7785"), None);
         for other in ["", "uplink", "aws-cni mac 02:00 mtu 9001", "aws-cni mac 02:00:00:00:00:1f mtu -1"] {
             assert_eq!(of_veth_alias(other), None, "{other}");
+        }
+        for (pod, gateway) in [("169.254.172.7", "169.254.172.1"), ("fd00::ac:7", "fe80::1")] {
+            let (pod, gateway) = (pod.parse().unwrap(), gateway.parse().unwrap());
+            for (name, end) in [(None, ""), (Some("veth000000a1"), " name veth000000a1")] {
+                let alias = egress_alias(mac, 9001, pod, gateway, name);
+                let text = format!("aws-cni mac 02:00:00:00:00:1f mtu 9001 pod {pod} gateway {gateway}{end}");
+                assert_eq!(alias, text);
+                assert_eq!(of_egress_alias(&alias), Some((mac, 9001, pod, gateway, name)));
+                assert_eq!(of_veth_alias(&alias), None, "not a plain veth's");
+            }
+        }
+        for other in [
+            "",
+            "uplink",
+            &veth_alias(mac, 1500, "enicc21c2d7785"),
+            "aws-cni mac 02:00:00:00:00:1f mtu 9001 pod x gateway fe80::1",
+        ] {
+            assert_eq!(of_egress_alias(other), None, "{other}");
         }
     }
 

@@ -115,6 +115,39 @@ pub struct Link {
     pub master: Option<u32>,
     /// IFLA_IFALIAS: a text for people and programs, empty if there is none.
     pub alias: String,
+    /// `net/ipv4/conf/<name>/forwarding`, if the kernel tells: whether IPv4 packets that come in here may go on.
+    pub forwards: Option<bool>,
+    /// What it does with IPv6, if the kernel tells.
+    pub conf6: Option<Conf6>,
+    /// IFLA_TXQLEN: packets that wait for a queueing discipline that names no number. 0 on what the original has made.
+    pub queue: u32,
+    /// It is up, and what it is plugged into is not there (IFF_UP without IFF_LOWER_UP).
+    pub no_carrier: bool,
+    /// IFF_NOARP: the kernel asks nobody on it for a MAC and answers nobody.
+    pub no_arp: bool,
+}
+
+impl Link {
+    /// Whether it is up and finds its neighbours.
+    pub fn works(&self) -> bool {
+        self.up && !self.no_arp
+    }
+
+    /// Why it does not, and what `ip link set` is to be told.
+    pub fn fault(&self) -> (&'static str, &'static str) {
+        if self.up { ("has arp off", "arp on") } else { ("is down", "up") }
+    }
+}
+
+/// Settings below `net/ipv6/conf/<name>`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Conf6 {
+    /// `forwarding`.
+    pub forwarding: u32,
+    /// `accept_ra`.
+    pub accept_ra: u32,
+    /// `accept_redirects`.
+    pub accept_redirects: u32,
 }
 
 /// An address on a link.
@@ -175,13 +208,7 @@ pub struct Route {
 
 impl fmt::Display for Route {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.dst.prefix_len() == 0 {
-            f.write_str("default")?;
-        } else if self.dst.prefix_len() == self.dst.max_prefix_len() {
-            write!(f, "{}", self.dst.addr())?;
-        } else {
-            write!(f, "{}", self.dst)?;
-        }
+        f.write_str(&destination(self.dst))?;
         if let Some(gateway) = self.gateway {
             write!(f, " via {gateway}")?;
         }
@@ -196,6 +223,51 @@ impl fmt::Display for Route {
         }
         if let Some(source) = self.prefsrc {
             write!(f, " src {source}")?;
+        }
+        if self.metric != 0 {
+            write!(f, " metric {}", self.metric)?;
+        }
+        Ok(())
+    }
+}
+
+/// A route that lets nothing through: of type `blackhole`, `unreachable`, `prohibit` or `throw`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Barrier {
+    /// RTN_BLACKHOLE (6) to RTN_THROW (9) of `linux/rtnetlink.h`.
+    pub kind: u8,
+    /// Table number, any 32 bits.
+    pub table: u32,
+    /// Destination.
+    pub dst: IpNet,
+    /// Index of the link that the kernel has noted with it: for IPv6 that of `lo`, for IPv4 0.
+    pub dev: u32,
+    /// RTA_PRIORITY; 0 when absent.
+    pub metric: u32,
+}
+
+impl Barrier {
+    /// Whether it stands where this route is to be.
+    pub fn in_place_of(&self, route: &Route) -> bool {
+        (self.table, self.dst, self.metric) == (route.table, route.dst, route.metric)
+    }
+
+    /// Its type as `ip` has it.
+    pub fn word(&self) -> &'static str {
+        match self.kind {
+            6 => "blackhole",
+            7 => "unreachable",
+            8 => "prohibit",
+            _ => "throw",
+        }
+    }
+}
+
+impl fmt::Display for Barrier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.word(), destination(self.dst))?;
+        if self.table != TABLE_MAIN {
+            write!(f, " table {}", self.table)?;
         }
         if self.metric != 0 {
             write!(f, " metric {}", self.metric)?;
@@ -234,15 +306,23 @@ impl Rule {
         Rule { family, priority, src: None, dst: None, fwmark: None, iif: None, ipproto: None, table, foreign: false }
     }
 
-    /// `from <source> lookup <table>`.
+    /// `from <source> lookup <table>`. The kernel knows no source of length 0: that is a rule for all.
     pub fn from(source: IpNet, priority: u32, table: u32) -> Rule {
-        Rule { src: Some(source), ..Rule::any(Family::of(source.addr()), priority, table) }
+        Rule { src: part(source), ..Rule::any(Family::of(source.addr()), priority, table) }
     }
 
-    /// `from all to <destination> lookup <table>`.
+    /// `from all to <destination> lookup <table>`; of length 0 as [`Rule::from`].
     pub fn to(destination: IpNet, priority: u32, table: u32) -> Rule {
-        Rule { dst: Some(destination), ..Rule::any(Family::of(destination.addr()), priority, table) }
+        Rule { dst: part(destination), ..Rule::any(Family::of(destination.addr()), priority, table) }
     }
+}
+
+fn part(net: IpNet) -> Option<IpNet> {
+    (net.prefix_len() > 0).then_some(net)
+}
+
+fn destination(net: IpNet) -> String {
+    if net.prefix_len() == 0 { "default".into() } else { host_or_net(net) }
 }
 
 fn host_or_net(net: IpNet) -> String {
@@ -284,6 +364,8 @@ pub struct Neighbour {
     pub mac: Option<Mac>,
     /// NUD_PERMANENT.
     pub permanent: bool,
+    /// NUD_NOARP: the kernel asks nobody, as with a permanent one.
+    pub noarp: bool,
 }
 
 #[cfg(test)]

@@ -75,6 +75,8 @@ pub struct AnyChain {
     pub hook: Option<Hook>,
     /// Its policy is drop.
     pub drops: bool,
+    /// A rule of it drops or rejects whatever has come as far. Told of the hook `forward` alone.
+    pub bars: bool,
 }
 
 /// A rule.
@@ -150,6 +152,10 @@ pub enum Expr {
     Saddr { net: IpNet, negate: bool },
     /// `fib daddr type local`, with `iif`: `fib daddr . iif type local`; `negate`: `!=`.
     FibDaddrLocal { iif: bool, negate: bool },
+    /// `fib saddr type local`; `negate`: `!=`.
+    FibSaddrLocal { negate: bool },
+    /// `meta skuid != 4294967295`, which is no user's number: what a socket on this machine sends.
+    FromSocket,
     /// `ct state new`.
     CtStateNew,
     /// `ct mark & mask == value`.
@@ -261,6 +267,8 @@ impl fmt::Display for Expr {
             Expr::FibDaddrLocal { iif, negate } => {
                 write!(f, "fib daddr {}type {}local", if *iif { ". iif " } else { "" }, op(*negate))
             }
+            Expr::FibSaddrLocal { negate } => write!(f, "fib saddr type {}local", op(*negate)),
+            Expr::FromSocket => f.write_str("meta skuid != 4294967295"),
             Expr::CtStateNew => f.write_str("ct state new"),
             Expr::CtMark { mask, value } => write!(f, "ct mark {}", mark_text(*mask, *value)),
             Expr::MetaMark { mask, value } => write!(f, "meta mark {}", mark_text(*mask, *value)),

@@ -1,6 +1,6 @@
 //! A change in the kernel as it is told to those who subscribed.
 
-use super::net::{Address, Family, Link, Route, Rule};
+use super::net::{Address, Barrier, Family, Link, Neighbour, Route, Rule};
 use crate::model::map::Set;
 
 /// What has changed.
@@ -14,10 +14,14 @@ pub enum Notice {
     Address(Address),
     /// An address has gone.
     AddressGone(Address),
-    /// A route is new or was replaced.
+    /// A route is new or was replaced; one of several ways has 0 for its link.
     Route(Route),
+    /// A route that lets nothing through is new, or was put in the place of another.
+    Barrier(Barrier),
     /// A route has gone. (Those that go with their link are not told.)
     RouteGone(Route),
+    /// A neighbour entry is new, or has become one, for which the kernel asks nobody.
+    Neighbour(Neighbour),
     /// A rule is new.
     Rule(Rule),
     /// A rule has gone.

@@ -12,6 +12,7 @@ mod parse;
 mod table;
 
 use super::limits::Limits;
+use super::naming::{VETH_PREFIX_MAX, VETH_PREFIXES_TAKEN};
 use super::nft::SnatPorts;
 use crate::model::map::Map;
 use ipnet::Ipv4Net;
@@ -55,6 +56,7 @@ pub struct Settings {
     // Routing and SNAT.
     pub external_snat: bool,
     pub snat_ports: SnatPorts,
+    pub keep_host_source: bool,
     pub exclude_snat_cidrs: Vec<Ipv4Net>,
     pub external_service_cidrs: Vec<Ipv4Net>,
     pub node_port: bool,
@@ -301,7 +303,7 @@ impl Settings {
                 mistakes.push(format!("{variable} cannot be stdout: it carries the result of the plugin"));
             }
         }
-        if self.veth_prefix.len() > 4 || matches!(self.veth_prefix.as_str(), "eth" | "lo" | "vlan") {
+        if self.veth_prefix.len() > VETH_PREFIX_MAX || VETH_PREFIXES_TAKEN.contains(&self.veth_prefix.as_str()) {
             mistakes.push(format!(
                 "AWS_VPC_K8S_CNI_VETHPREFIX={:?} must have at most 4 bytes and not be eth, lo or vlan",
                 self.veth_prefix

@@ -59,6 +59,24 @@ pub fn delete(address: &Address) -> Request {
     Request::new(Rtm::Deladdr, 0, body(&plain, false), format!("delete address {plain}"))
 }
 
+/// [`delete`] for an IPv4 address that has a peer, by which the kernel knows it; none if there is no such address.
+pub fn delete_beside_peer(socket: &mut Socket, address: &Address) -> Result<Option<Request>> {
+    let mut header = [0; HEADER];
+    header[0] = family_byte(Family::of(address.addr.addr()));
+    let request = Request::new(Rtm::Getaddr, 0, header.to_vec(), "list addresses".into());
+    let peers = socket.dump(&request, |message: &Message<'_>| {
+        let found = decode(message.body).filter(|found| (found.dev, found.addr) == (address.dev, address.addr));
+        found.and_then(|_| Attrs::after(message.body, HEADER).find(Ifa::Address)?.ip())
+    })?;
+    let peer = peers.into_iter().find(|peer| *peer != address.addr.addr());
+    Ok(peer.map(|peer| {
+        let mut writer = Writer::new(&delete(address).body[..HEADER]);
+        writer.ip(Ifa::Local, address.addr.addr());
+        writer.ip(Ifa::Address, peer);
+        Request::new(Rtm::Deladdr, 0, writer.finish(), format!("delete address {address} peer {peer}"))
+    }))
+}
+
 /// The addresses of the socket's namespace, of one family or of both.
 pub fn list(socket: &mut Socket, family: Option<Family>) -> Result<Vec<Address>> {
     let mut header = [0; HEADER];

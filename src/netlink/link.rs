@@ -6,15 +6,18 @@
 //! the first away again, for which it waits for every processor while it holds the lock of all links (`veth_init_queues`
 //! in drivers/net/veth.c). On a busy machine that took some milliseconds for each end.
 
-use super::attr::{Attrs, Writer};
+use super::attr::{Attr, Attrs, Writer};
 use super::socket::{CREATE_EXCL, KernelError, Message, Request, Socket};
 use crate::error::Result;
-use crate::model::net::{Link, Mac};
+use crate::model::net::{Conf6, Link, Mac};
 use crate::model::order;
 use neli::consts::rtnl::{Ifla, IflaInfo, IflaVlan, Rtm};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 const IFF_UP: u32 = libc::IFF_UP.cast_unsigned();
+const IFF_NOARP: u32 = libc::IFF_NOARP.cast_unsigned();
+/// The driver has a carrier (`linux/if.h`).
+const IFF_LOWER_UP: u32 = 1 << 16;
 /// Length of `struct ifinfomsg`.
 const HEADER: usize = 16;
 /// VETH_INFO_PEER (`linux/veth.h`).
@@ -130,6 +133,12 @@ pub fn set_up(index: u32) -> Request {
     Request::new(Rtm::Newlink, 0, header(index, IFF_UP, IFF_UP).to_vec(), format!("set link if{index} up"))
 }
 
+/// The same, and the kernel asks on it for MACs again.
+pub fn set_working(index: u32) -> Request {
+    let header = header(index, IFF_UP, IFF_UP | IFF_NOARP);
+    Request::new(Rtm::Newlink, 0, header.to_vec(), format!("set link if{index} up"))
+}
+
 /// Gives the link an alias, at most 255 bytes. (A link cannot be created with one.) Best before it is up: then it counts as a
 /// change, which is told to everybody in the kernel who keeps anything by link.
 pub fn set_alias(index: u32, alias: &str) -> Request {
@@ -220,6 +229,32 @@ pub fn by_index(socket: &mut Socket, index: u32) -> Result<Option<Link>> {
     get(socket, &query_index(index))
 }
 
+/// IFLA_LINK_NETNSID: the namespace of a veth's other end, as a number that only means something in the asker's.
+const LINK_NETNSID: u16 = 37;
+/// IFLA_TARGET_NETNSID: the namespace that is asked about. The kernel wants CAP_NET_ADMIN there.
+const TARGET_NETNSID: u16 = 46;
+
+/// The MAC of a veth's other end, in whatever namespace that is; none if the kernel does not tell, as for a link that is no veth
+/// or gone.
+pub fn mac_of_peer(socket: &mut Socket, index: u32) -> Result<Option<Mac>> {
+    let Some(Ok(answers)) = socket.batch(&[query_index(index)])?.pop() else { return Ok(None) };
+    let end = answers.iter().find_map(|body| {
+        let namespace = Attrs::after(body, HEADER).find(LINK_NETNSID).and_then(|attr| attr.u32());
+        Some((decode(body)?.parent?, namespace))
+    });
+    let Some((peer, namespace)) = end else { return Ok(None) };
+    let mut writer = Writer::new(&header(peer, 0, 0));
+    writer.u32(Ifla::ExtMask, SKIP_STATS);
+    if let Some(namespace) = namespace {
+        writer.u32(TARGET_NETNSID, namespace);
+    }
+    let request = Request::new(Rtm::Getlink, 0, writer.finish(), format!("get the other end of if{index}"));
+    let Some(Ok(answers)) = socket.batch(&[request])?.pop() else { return Ok(None) };
+    let peer = answers.iter().find_map(|body| decode(body));
+    // Only if it names this one too: the number alone may be any link's.
+    Ok(peer.filter(|peer| peer.parent == Some(index)).and_then(|peer| peer.mac))
+}
+
 /// All links of the socket's namespace, by index.
 pub fn list(socket: &mut Socket) -> Result<Vec<Link>> {
     let mut writer = Writer::new(&header(0, 0, 0));
@@ -230,10 +265,26 @@ pub fn list(socket: &mut Socket) -> Result<Vec<Link>> {
     Ok(links)
 }
 
+/// IPV4_DEVCONF_FORWARDING is the first of the settings in IFLA_INET_CONF (1), which AF_INET (2) has in IFLA_AF_SPEC (`linux/ip.h`).
+fn forwards(attr: Attr<'_>) -> Option<bool> {
+    let inet = attr.nested().find(2u16)?;
+    Some(inet.nested().find(1u16)?.u32()? != 0)
+}
+
+/// IFLA_INET6_CONF (2), which AF_INET6 (10) has in IFLA_AF_SPEC: the settings by their number, from DEVCONF_FORWARDING, 0, on
+/// (`linux/ipv6.h`). A link without IPv6 has none.
+fn conf6(attr: Attr<'_>) -> Option<Conf6> {
+    let values = attr.nested().find(10u16)?.nested().find(2u16)?.value;
+    let at = |number: usize| Some(u32::from_ne_bytes(values.get(4 * number..4 * number + 4)?.try_into().ok()?));
+    Some(Conf6 { forwarding: at(0)?, accept_ra: at(3)?, accept_redirects: at(4)? })
+}
+
 /// Reads the body of an RTM_NEWLINK or RTM_DELLINK message; none if it is too short.
 pub fn decode(body: &[u8]) -> Option<Link> {
     let word = |at: usize| Some(u32::from_ne_bytes(body.get(at..at + 4)?.try_into().ok()?));
-    let mut link = Link { index: word(4)?, up: word(8)? & IFF_UP != 0, ..Link::default() };
+    let flags = word(8)?;
+    let (up, no_carrier) = (flags & IFF_UP != 0, flags & (IFF_UP | IFF_LOWER_UP) == IFF_UP);
+    let mut link = Link { index: word(4)?, up, no_carrier, no_arp: flags & IFF_NOARP != 0, ..Link::default() };
     word(12)?;
     for attr in Attrs::after(body, HEADER) {
         match Ifla::from(attr.kind) {
@@ -244,6 +295,8 @@ pub fn decode(body: &[u8]) -> Option<Link> {
             Ifla::Link => link.parent = attr.u32().filter(|index| *index != 0),
             Ifla::Master => link.master = attr.u32(),
             Ifla::Ifalias => link.alias = attr.text(),
+            Ifla::Txqlen => link.queue = attr.u32().unwrap_or(0),
+            Ifla::AfSpec => (link.forwards, link.conf6) = (forwards(attr), conf6(attr)),
             Ifla::Linkinfo => link.kind = attr.nested().find(IflaInfo::Kind).map(|kind| kind.text()),
             _ => {}
         }

@@ -3,13 +3,13 @@
 //! One monitor has a route socket and, if asked for, a netfilter socket. The kernel drops notifications when nobody reads
 //! them in time; that is told as [`Notice::Overrun`], after which the caller must read everything anew.
 //!
-//! Neighbours are left out: the kernel tells of every step of every ARP entry, which would wake up an idle node all the
-//! time, and the only entries that are ours stand inside of pods.
+//! Of neighbours only entries are told for which the kernel asks nobody: none of ours on the host is such a one. Every step of every
+//! ARP entry would wake up an idle node all the time; a filter on the socket keeps those from its queue ([`neigh::filter`]).
 
 use super::attr::Attrs;
 use super::netns::Namespace;
 use super::socket::{Message, Socket, messages};
-use super::{addr, link, nft, route, rule};
+use super::{addr, link, neigh, nft, route, rule};
 use crate::error::{Context, Result};
 use crate::model::map::Set;
 use crate::model::net::Family;
@@ -34,8 +34,8 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Subscribes in the calling thread's namespace to links, addresses, routes, rules and settings of interfaces of both
-    /// families, and to nf_tables if `nft` is set. Subscribe first and read the state then: so nothing is missed between.
+    /// Subscribes in the calling thread's namespace to links, addresses, routes, rules, fixed neighbour entries and settings of
+    /// interfaces of both families, and to nf_tables if `nft` is set. Subscribe first and read the state then: so nothing is missed between.
     pub fn open(nft: bool) -> Result<Monitor> {
         let groups = [
             libc::RTNLGRP_LINK,
@@ -54,8 +54,14 @@ impl Monitor {
             Ok::<_, crate::error::Error>(socket)
         };
         let group = libc::NFNLGRP_NFTABLES.cast_unsigned();
+        let route = open(NlFamily::Route, &groups, "links, addresses, routes and rules")?;
+        // The filter first: all that comes before it would be in the queue.
+        sys::set_filter(&route, &neigh::filter()).context("filter notifications of neighbours")?;
+        let neighbours = libc::RTNLGRP_NEIGH.cast_signed();
+        sys::set_int_option(&route, libc::SOL_NETLINK, libc::NETLINK_ADD_MEMBERSHIP, neighbours)
+            .context("subscribe to neighbours")?;
         Ok(Monitor {
-            route: open(NlFamily::Route, &groups, "links, addresses, routes and rules")?,
+            route,
             nft: if nft { Some(open(NlFamily::Netfilter, &[group], "nf_tables")?) } else { None },
             touched: Set::new(),
             ready: VecDeque::new(),
@@ -141,8 +147,11 @@ fn notice(message: &Message<'_>) -> Option<Notice> {
         Rtm::Dellink => link::decode(body).map(Notice::LinkGone),
         Rtm::Newaddr => addr::decode(body).map(Notice::Address),
         Rtm::Deladdr => addr::decode(body).map(Notice::AddressGone),
-        Rtm::Newroute => route::decode(body).map(Notice::Route),
+        Rtm::Newroute => {
+            route::decode_told(body).map(Notice::Route).or_else(|| route::decode_barrier(body).map(Notice::Barrier))
+        }
         Rtm::Delroute => route::decode(body).map(Notice::RouteGone),
+        Rtm::Newneigh => neigh::decode(body).filter(neigh::is_static).map(Notice::Neighbour),
         Rtm::Newrule => rule::decode(body).map(Notice::Rule),
         Rtm::Delrule => rule::decode(body).map(Notice::RuleGone),
         Rtm::Newnetconf => conf(body),

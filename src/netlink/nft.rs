@@ -194,12 +194,14 @@ pub(super) fn transaction_at(socket: &mut Socket, messages: Vec<Request>, genera
 /// Carries out messages as one transaction, repeated when the kernel asks for it; `what` names the whole.
 pub fn transaction(socket: &mut Socket, messages: Vec<Request>, what: &str) -> Result<()> {
     let requests = framed(messages, None, what);
-    for attempt in 1.. {
-        match transact(socket, &requests)? {
+    persist(&mut || transact(socket, &requests))
+}
+
+fn persist(attempt: &mut dyn FnMut() -> Result<Option<KernelError>>) -> Result<()> {
+    for number in 1.. {
+        match attempt()? {
             None => return Ok(()),
-            Some(error)
-                if attempt < COMMIT_ATTEMPTS && matches!(error.errno, libc::EAGAIN | libc::EINTR | ERESTART) =>
-            {
+            Some(error) if number < COMMIT_ATTEMPTS && matches!(error.errno, libc::EAGAIN | libc::EINTR | ERESTART) => {
                 std::thread::sleep(DUMP_PAUSE);
             }
             Some(error) => return Err(explained(error).into()),
@@ -312,13 +314,59 @@ pub fn has_chain(socket: &mut Socket, family: Family, table: &str, chain: &str) 
 /// The chains of all tables of all families.
 pub fn chains(socket: &mut Socket) -> Result<Vec<AnyChain>> {
     let request = Request::new(GET_CHAIN, 0, header(0, 0).to_vec(), "list chains".into());
-    socket.dump(&request, |message: &Message<'_>| any_chain(message.body))
+    let found =
+        socket.dump(&request, |message: &Message<'_>| Some((*message.body.first()?, any_chain(message.body)?)))?;
+    let mut chains = Vec::new();
+    for (family, mut chain) in found {
+        if chain.hook == Some(Hook::Forward) {
+            let mut writer = Writer::new(&header(family, 0));
+            writer.text(1u16, &chain.table);
+            writer.text(2u16, &chain.name);
+            let list = Request::new(GET_RULE, 0, writer.finish(), format!("list rules of chain {}", chain.name));
+            let (table, name) = (chain.table.clone(), chain.name.clone());
+            let ends = |message: &Message<'_>| ends(message.body, &table, &name);
+            chain.bars = socket.dump(&list, ends)?.first() == Some(&true);
+        }
+        chains.push(chain);
+    }
+    Ok(chains)
+}
+
+/// Whether a rule of this chain that asks for nothing, and so has the last word on every packet, lets none through: its verdict is drop,
+/// or it rejects. None if it is not such a rule.
+fn ends(body: &[u8], table: &str, chain: &str) -> Option<bool> {
+    let attrs = Attrs::after(body, HEADER);
+    let text = |attrs: Attrs<'_>, kind: u16| attrs.clone().find(kind).map(|attr| attr.text()).unwrap_or_default();
+    // Kernels that do not filter by chain list all.
+    if text(attrs.clone(), 1) != table || text(attrs.clone(), 2) != chain {
+        return None;
+    }
+    let mut ends = None;
+    for elem in attrs.find(4u16).iter().flat_map(Attr::nested) {
+        let data = elem.nested().find(2u16);
+        let inner = |kind: u16| data.and_then(|data| data.nested().find(kind));
+        match text(elem.nested(), 1).as_str() {
+            "counter" | "log" => {}
+            "match" if inner(1).is_some_and(|name| name.text() == "comment") => {}
+            "reject" => ends = Some(true),
+            "target" if inner(1).is_some_and(|name| name.text() == "REJECT") => ends = Some(true),
+            // NFTA_IMMEDIATE_DATA, NFTA_DATA_VERDICT, NFTA_VERDICT_CODE: NF_DROP is 0, NF_ACCEPT 1.
+            "immediate" => {
+                let verdict = inner(2).and_then(|data| data.nested().find(2u16));
+                let code = verdict.and_then(|verdict| verdict.nested().find(1u16)?.u32_be());
+                ends = code.filter(|code| *code < 2).map(|code| code == 0).or(ends);
+            }
+            _ => return None,
+        }
+    }
+    ends
 }
 
 fn any_chain(body: &[u8]) -> Option<AnyChain> {
     let attrs = Attrs::after(body, HEADER);
     let text = |kind: u16| attrs.clone().find(kind).map(|attr| attr.text());
-    let hook = attrs.clone().find(4u16);
+    // Those of the families arp, netdev and bridge have the same numbers and see no IP packet that is forwarded.
+    let hook = attrs.clone().find(4u16).filter(|_| matches!(body.first(), Some(1 | 2 | 10)));
     let hook = hook.and_then(|hook| hook.nested().find(1u16)?.u32_be()).and_then(hook_of);
     let policy = attrs.clone().find(5u16).and_then(|attr| attr.u32_be());
     Some(AnyChain {
@@ -332,6 +380,7 @@ fn any_chain(body: &[u8]) -> Option<AnyChain> {
         name: text(3)?,
         hook,
         drops: policy.is_some_and(|policy| policy != POLICY_ACCEPT),
+        bars: false,
     })
 }
 
@@ -400,12 +449,56 @@ mod tests {
     }
 
     #[test]
+    fn a_transaction_is_repeated_when_the_kernel_asks_for_it() {
+        let check = |errnos: &[i32], tries: usize, well: bool| {
+            let mut left = errnos.iter();
+            let mut count = 0;
+            let result = persist(&mut || {
+                count += 1;
+                Ok(left.next().map(|errno| KernelError { errno: *errno, text: None, what: "commit".into() }))
+            });
+            assert_eq!((count, result.is_ok()), (tries, well), "{errnos:?}: {result:?}");
+        };
+        check(&[], 1, true);
+        check(&[libc::EAGAIN], 2, true);
+        check(&[libc::EINTR, ERESTART, libc::EAGAIN], 4, true);
+        check(&[libc::EAGAIN; 9], 5, false);
+        check(&[libc::EPERM], 1, false);
+        check(&[ERESTART, libc::ENOENT], 2, false);
+    }
+
+    #[test]
     fn a_refused_rule_names_the_modules() {
         let error = |errno, what: &str| explained(KernelError { errno, text: None, what: what.into() }).to_string();
         let text = error(libc::ENOENT, "add rule ip aws-cni snat fib daddr type local");
         assert!(text.contains("nft_fib") && text.starts_with("add rule ip aws-cni snat fib"), "{text}");
         assert!(!error(libc::EPERM, "add rule x").contains("nft_fib"));
         assert!(!error(libc::ENOENT, "commit table ip aws-cni").contains("nft_fib"));
+    }
+
+    #[test]
+    fn hooks_are_those_of_ip_packets() {
+        let check = |family: u8, number: u32, hook: Option<Hook>| {
+            let mut writer = Writer::new(&header(family, 0));
+            writer.text(1u16, "filter");
+            writer.text(3u16, "FORWARD");
+            writer.nest(4u16, |hook| {
+                hook.bytes(1u16, &number.to_be_bytes());
+                hook.bytes(2u16, &[0; 4]);
+            });
+            writer.bytes(5u16, &[0; 4]);
+            let chain = any_chain(&writer.finish()).unwrap();
+            assert_eq!((chain.hook, chain.drops), (hook, true), "{family} {number}");
+        };
+        for family in [1, 2, 10] {
+            check(family, 2, Some(Hook::Forward));
+            check(family, 0, Some(Hook::Prerouting));
+        }
+        // arp, netdev (ingress is 0 there) and bridge.
+        for family in [3, 5, 7] {
+            check(family, 2, None);
+            check(family, 0, None);
+        }
     }
 
     proptest! {

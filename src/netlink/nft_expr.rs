@@ -25,6 +25,9 @@ const REG_1: u32 = 1;
 const META_MARK: u32 = 3;
 const META_IIFNAME: u32 = 6;
 const META_OIFNAME: u32 = 7;
+const META_SKUID: u32 = 10;
+/// The user that stands for none ((uid_t) -1).
+const NO_USER: u32 = u32::MAX;
 const CT_STATE: u32 = 0;
 const CT_MARK: u32 = 3;
 /// The bit of "new" in the connection's state.
@@ -33,6 +36,7 @@ const CMP_EQ: u32 = 0;
 const CMP_NEQ: u32 = 1;
 const PAYLOAD_NETWORK: u32 = 1;
 const FIB_ADDRTYPE: u32 = 3;
+const FIB_SADDR: u32 = 1;
 const FIB_DADDR: u32 = 2;
 const FIB_IIF: u32 = 8;
 /// RTN_LOCAL.
@@ -143,6 +147,15 @@ fn name_match(writer: &mut Writer, key: u32, name: &str, prefix: bool, negate: b
     Ok(())
 }
 
+fn fib_match(writer: &mut Writer, flags: u32, negate: bool) {
+    elem(writer, "fib", |writer| {
+        writer.u32_be(1u16, REG_1);
+        writer.u32_be(2u16, FIB_ADDRTYPE);
+        writer.u32_be(3u16, flags);
+    });
+    cmp(writer, negate, &TYPE_LOCAL.to_ne_bytes());
+}
+
 fn address_match(writer: &mut Writer, family: Family, source: bool, net: &IpNet, negate: bool) -> Result<()> {
     if Family::of(net.addr()) != family {
         return Err(Error::new(format!("{net} does not belong into a table of the other family")));
@@ -209,12 +222,12 @@ pub fn encode(writer: &mut Writer, family: Family, expr: &Expr) -> Result<()> {
         Expr::Daddr { net, negate } => address_match(writer, family, false, net, *negate)?,
         Expr::Saddr { net, negate } => address_match(writer, family, true, net, *negate)?,
         Expr::FibDaddrLocal { iif, negate } => {
-            elem(writer, "fib", |writer| {
-                writer.u32_be(1u16, REG_1);
-                writer.u32_be(2u16, FIB_ADDRTYPE);
-                writer.u32_be(3u16, if *iif { FIB_DADDR | FIB_IIF } else { FIB_DADDR });
-            });
-            cmp(writer, *negate, &TYPE_LOCAL.to_ne_bytes());
+            fib_match(writer, if *iif { FIB_DADDR | FIB_IIF } else { FIB_DADDR }, *negate);
+        }
+        Expr::FibSaddrLocal { negate } => fib_match(writer, FIB_SADDR, *negate),
+        Expr::FromSocket => {
+            load(writer, "meta", META_SKUID);
+            cmp(writer, true, &NO_USER.to_ne_bytes());
         }
         Expr::CtStateNew => masked_cmp(writer, "ct", CT_STATE, CT_STATE_NEW, true, 0),
         Expr::CtMark { mask, value } => masked_cmp(writer, "ct", CT_MARK, *mask, false, *value),
@@ -381,6 +394,7 @@ fn mark_cmp(name: &str, key: u32, mask: u32, negate: bool, value: u32) -> Option
         ("ct", CT_STATE, true) if mask == CT_STATE_NEW && value == 0 => Some(Expr::CtStateNew),
         ("ct", CT_MARK, false) => Some(Expr::CtMark { mask, value }),
         ("meta", META_MARK, false) => Some(Expr::MetaMark { mask, value }),
+        ("meta", META_SKUID, true) if mask == u32::MAX && value == NO_USER => Some(Expr::FromSocket),
         _ => None,
     }
 }
@@ -424,12 +438,14 @@ fn first(family: Family, raws: &[Raw<'_>]) -> Option<(Expr, usize)> {
             (address(family, *offset, network(family, *length, None, data), *negate)?, 2)
         }
         [Raw::Fib { flags }, Raw::Cmp { negate, data }, ..] if host_word(data) == Some(TYPE_LOCAL) => {
-            let iif = match *flags {
-                FIB_DADDR => false,
-                flags if flags == FIB_DADDR | FIB_IIF => true,
+            let negate = *negate;
+            let expr = match *flags {
+                FIB_SADDR => Expr::FibSaddrLocal { negate },
+                FIB_DADDR => Expr::FibDaddrLocal { iif: false, negate },
+                flags if flags == FIB_DADDR | FIB_IIF => Expr::FibDaddrLocal { iif: true, negate },
                 _ => return None,
             };
-            (Expr::FibDaddrLocal { iif, negate: *negate }, 2)
+            (expr, 2)
         }
         [Raw::Counter { packets, bytes }, ..] => (Expr::Counter { packets: *packets, bytes: *bytes }, 1),
         [Raw::Verdict { code: RETURN, .. }, ..] => (Expr::Return, 1),
@@ -511,6 +527,8 @@ mod tests {
             (net(family), flag()).prop_map(|(net, negate)| Expr::Daddr { net, negate }),
             (net(family), flag()).prop_map(|(net, negate)| Expr::Saddr { net, negate }),
             (flag(), flag()).prop_map(|(iif, negate)| Expr::FibDaddrLocal { iif, negate }),
+            flag().prop_map(|negate| Expr::FibSaddrLocal { negate }),
+            Just(Expr::FromSocket),
             Just(Expr::CtStateNew),
             (any::<u32>(), any::<u32>()).prop_map(|(mask, value)| Expr::CtMark { mask, value }),
             (any::<u32>(), any::<u32>()).prop_map(|(mask, value)| Expr::MetaMark { mask, value }),

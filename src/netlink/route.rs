@@ -1,13 +1,14 @@
 //! Unicast routes: `ip route`. Encodings and wildcards are those of `spec/dataplane.md` 3 and `spec/plugin.md` 13.6.
 //!
-//! Routes of other types (local, broadcast, blackhole, …), cached ones and those with several next hops are not listed:
-//! they are never ours.
+//! Those that let nothing through are listed beside them, because they can stand in place of ours. Routes of other types
+//! (local, broadcast, …), cached ones and those with several next hops, or one that [`Route`] cannot say, are not listed: they are
+//! never ours.
 
 use super::attr::{Attr, Attrs, Writer};
 use super::socket::{CREATE_EXCL, CREATE_REPLACE, KernelError, Message, Request, Socket};
 use super::{family_byte, family_of};
 use crate::error::Result;
-use crate::model::net::{Family, Route, Scope, TABLE_MAIN};
+use crate::model::net::{Barrier, Family, Route, Scope, TABLE_MAIN};
 use ipnet::IpNet;
 use neli::consts::rtnl::{Rta, Rtm, Rtn, Rtprot};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -16,6 +17,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 const HEADER: usize = 12;
 /// RTM_F_CLONED: a cached copy.
 const CLONED: u32 = 0x200;
+/// RTA_VIA: a gateway of another family. A next hop that is an object of its own (RTA_NH_ID) comes with what it is made of.
+const VIA: u16 = 18;
+/// RTA_ENCAP_TYPE and RTA_ENCAP: packets go inside others.
+const ENCAP_TYPE: u16 = 21;
+const ENCAP: u16 = 22;
 
 fn scope_byte(scope: Scope) -> u8 {
     match scope {
@@ -83,8 +89,28 @@ pub fn delete(route: &Route) -> Request {
     Request::new(Rtm::Delroute, 0, body(route, 0, 0), format!("delete route {route}"))
 }
 
+/// Deletes a route that lets nothing through; ESRCH if there is none.
+pub fn delete_barrier(barrier: &Barrier) -> Request {
+    let Barrier { kind, table, dst, dev, metric } = *barrier;
+    let route = Route { table, dst, gateway: None, dev, scope: Scope::Universe, prefsrc: None, metric };
+    let mut body = body(&route, 0, kind);
+    // RT_SCOPE_NOWHERE stands for any.
+    body[6] = 255;
+    Request::new(Rtm::Delroute, 0, body, format!("delete route {barrier}"))
+}
+
 /// The unicast routes of one family, of one table or of all, in the order of the kernel's lookup as far as it tells.
 pub fn list(socket: &mut Socket, family: Family, table: Option<u32>) -> Result<Vec<Route>> {
+    Ok(list_all(socket, family, table)?.0)
+}
+
+enum Entry {
+    Route(Route),
+    Barrier(Barrier),
+}
+
+/// The same, and those that let nothing through.
+pub fn list_all(socket: &mut Socket, family: Family, table: Option<u32>) -> Result<(Vec<Route>, Vec<Barrier>)> {
     let mut header = [0; HEADER];
     header[0] = family_byte(family);
     let mut writer = Writer::new(&header);
@@ -93,19 +119,47 @@ pub fn list(socket: &mut Socket, family: Family, table: Option<u32>) -> Result<V
     }
     let what = table.map_or_else(|| "list routes".to_owned(), |table| format!("list routes of table {table}"));
     let request = Request::new(Rtm::Getroute, 0, writer.finish(), what);
-    let listed =
-        |route: &Route| Family::of(route.dst.addr()) == family && table.is_none_or(|table| table == route.table);
-    match socket.dump(&request, |message: &Message<'_>| decode(message.body).filter(listed)) {
+    let listed = |dst: IpNet, of: u32| Family::of(dst.addr()) == family && table.is_none_or(|table| table == of);
+    // A list that is interrupted begins anew, so nothing of it may be kept here.
+    let found = socket.dump(&request, |message: &Message<'_>| match decode_barrier(message.body) {
+        Some(barrier) => listed(barrier.dst, barrier.table).then_some(Entry::Barrier(barrier)),
+        None => decode(message.body).filter(|route| listed(route.dst, route.table)).map(Entry::Route),
+    });
+    let found = match found {
         // The kernel says ENOENT for a table that never had a route.
-        Err(error) if table.is_some() && error.find::<KernelError>().is_some_and(KernelError::not_found) => {
-            Ok(Vec::new())
+        Err(error) if table.is_some() && error.find::<KernelError>().is_some_and(KernelError::not_found) => Vec::new(),
+        other => other?,
+    };
+    let (mut routes, mut barriers) = (Vec::with_capacity(found.len()), Vec::new());
+    for entry in found {
+        match entry {
+            Entry::Route(route) => routes.push(route),
+            Entry::Barrier(barrier) => barriers.push(barrier),
         }
-        other => other,
     }
+    Ok((routes, barriers))
 }
 
 /// Reads the body of an RTM_NEWROUTE or RTM_DELROUTE message; none if it is malformed or not a plain unicast route.
 pub fn decode(body: &[u8]) -> Option<Route> {
+    decode_told(body).filter(|route| route.dev != 0)
+}
+
+/// The same, and a route of several ways, or by a next hop of another family or in another packet, with 0 for its link: it may
+/// have taken the place of a plain one.
+pub fn decode_told(body: &[u8]) -> Option<Route> {
+    decode_as(body, |kind| kind == u8::from(Rtn::Unicast))
+}
+
+/// The same of a route that lets nothing through.
+pub fn decode_barrier(body: &[u8]) -> Option<Barrier> {
+    let kind = *body.get(7)?;
+    let Route { table, dst, dev, metric, .. } = decode_as(body, |kind| matches!(kind, 6..=9))?;
+    Some(Barrier { kind, table, dst, dev, metric })
+}
+
+// A link of index 0 where the message names none.
+fn decode_as(body: &[u8], wanted: fn(u8) -> bool) -> Option<Route> {
     let header: [u8; HEADER] = body.get(..HEADER)?.try_into().ok()?;
     let family = family_of(header[0])?;
     let flags = u32::from_ne_bytes([header[8], header[9], header[10], header[11]]);
@@ -116,30 +170,34 @@ pub fn decode(body: &[u8]) -> Option<Route> {
         _ => return None,
     };
     // A source prefix (header[2]) or a type of service (header[3]) makes it something that this type cannot say.
-    if header[7] != u8::from(Rtn::Unicast) || flags & CLONED != 0 || header[2] != 0 || header[3] != 0 {
+    if !wanted(header[7]) || flags & CLONED != 0 || header[2] != 0 || header[3] != 0 {
         return None;
     }
     let any = match family {
         Family::V4 => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         Family::V6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     };
-    let (mut dst, mut dev, mut table) = (any, None, u32::from(header[4]));
-    let (mut gateway, mut prefsrc, mut metric) = (None, None, 0);
+    let (mut dst, mut dev, mut table) = (any, 0, u32::from(header[4]));
+    let (mut gateway, mut prefsrc, mut metric, mut odd) = (None, None, 0, false);
     for attr in Attrs::after(body, HEADER) {
         match Rta::from(attr.kind) {
             Rta::Dst => dst = attr.ip()?,
-            Rta::Oif => dev = attr.u32(),
+            Rta::Oif => dev = attr.u32()?,
             Rta::Gateway => gateway = attr.ip(),
             Rta::Table => table = attr.u32()?,
             Rta::Prefsrc => prefsrc = attr.ip(),
             Rta::Priority => metric = attr.u32()?,
-            _ => {}
+            _ => odd |= matches!(attr.kind, VIA | ENCAP_TYPE | ENCAP),
         }
+    }
+    // It leads elsewhere than its link says.
+    if odd {
+        dev = 0;
     }
     if Family::of(dst) != family {
         return None;
     }
-    let (dst, dev) = (IpNet::new(dst, header[1]).ok()?, dev?);
+    let dst = IpNet::new(dst, header[1]).ok()?;
     Some(Route { table, dst, gateway, dev, scope, prefsrc, metric })
 }
 

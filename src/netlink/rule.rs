@@ -2,7 +2,7 @@
 //! `linux/fib_rules.h`.
 
 use super::attr::{Attr, Attrs, Writer};
-use super::socket::{CREATE_EXCL, KernelError, Message, Request, Socket};
+use super::socket::{CREATE, CREATE_EXCL, KernelError, Message, Request, Socket};
 use super::{family_byte, family_of};
 use crate::error::{Error, Result};
 use crate::model::net::{Family, Rule};
@@ -16,6 +16,10 @@ const HEADER: usize = 12;
 /// Header flags that say nothing about what the rule matches: FIB_RULE_PERMANENT, FIB_RULE_IIF_DETACHED (the interface is
 /// away), FIB_RULE_OIF_DETACHED.
 const HARMLESS_FLAGS: u32 = 0x1 | 0x8 | 0x10;
+/// Those and FIB_RULE_UNRESOLVED: what the kernel alone says of a rule.
+const STATE_FLAGS: u32 = HARMLESS_FLAGS | 0x4;
+/// NLM_F_ECHO: whoever asks for a change is told of it like those who listen.
+const ECHO: u16 = 0x8;
 /// Times that [`delete_all`] deletes at most; more rules of one selector than this are somebody's mistake.
 const DELETE_LIMIT: usize = 1000;
 
@@ -67,26 +71,92 @@ fn words(rule: &Rule) -> String {
     text
 }
 
-/// Adds the rule; EEXIST if the same one is there. (The same selector with another table is another rule: both stay, the
-/// first added wins.)
+/// Adds the rule; EEXIST if one is there that differs at most in addresses or a TOS that this one does not ask for
+/// (`rule_exists` in net/core/fib_rules.c). (The same selector with another table is another rule: both stay, the first added
+/// wins.)
 pub fn add(rule: &Rule) -> Request {
     Request::new(Rtm::Newrule, CREATE_EXCL, body(rule, FrAct::FrActToTbl.into()), format!("add {}", words(rule)))
 }
 
-/// Deletes the first rule that matches; ENOENT if none does. Absent selectors and table 0 are wildcards.
-pub fn delete(rule: &Rule) -> Request {
-    Request::new(Rtm::Delrule, 0, body(rule, 0), format!("delete {}", words(rule)))
+/// Adds the rule behind all others of its priority, even if the same one is there.
+pub fn add_beside(rule: &Rule) -> Request {
+    let mut request = add(rule);
+    request.flags = CREATE;
+    request
 }
 
-/// Deletes every rule that matches, with the wildcards of [`delete`]; how many there were.
-pub fn delete_all(socket: &mut Socket, rule: &Rule) -> Result<usize> {
-    let request = delete(rule);
-    for count in 0..DELETE_LIMIT {
-        match socket.ask(&request) {
-            Ok(_) => {}
-            Err(error) if error.find::<KernelError>().is_some_and(KernelError::not_found) => return Ok(count),
-            Err(error) => return Err(error),
+/// Deletes the first rule that [`matches`]; ENOENT if none does.
+pub fn delete(rule: &Rule) -> Request {
+    Request::new(Rtm::Delrule, 0, body(rule, FrAct::FrActToTbl.into()), format!("delete {}", words(rule)))
+}
+
+/// Whether [`delete`] of `rule` would take `there`: absent selectors and table 0 are wildcards, and so is all that [`Rule`]
+/// cannot say (`rule_find` in net/core/fib_rules.c). An explicit address of length 0 is a wildcard as well.
+pub fn matches(rule: &Rule, there: &Rule) -> bool {
+    let net = |asked: Option<IpNet>, there: Option<IpNet>| asked.is_none_or(|net| there == Some(net.trunc()));
+    let number = |asked: u32, there: u32| asked == 0 || asked == there;
+    let bits = |fwmark: Option<(u32, u32)>| fwmark.unwrap_or((0, 0));
+    let (asked, found) = (bits(rule.fwmark), bits(there.fwmark));
+    rule.family == there.family
+        && rule.priority == there.priority
+        && number(rule.table, there.table)
+        && net(rule.src, there.src)
+        && net(rule.dst, there.dst)
+        && number(asked.0, found.0)
+        && number(asked.1, found.1)
+        && (rule.iif.is_none() || rule.iif == there.iif)
+        && (rule.ipproto.is_none() || rule.ipproto == there.ipproto)
+}
+
+/// The same; the answer is the body of the message that tells of it.
+pub fn delete_told(rule: &Rule) -> Request {
+    let mut request = delete(rule);
+    request.flags = ECHO;
+    request
+}
+
+/// Adds a rule that the kernel has told of, behind all others of its priority and as it was, whatever [`Rule`] can say of it.
+fn restore(told: &[u8]) -> Request {
+    let mut body = told.to_vec();
+    if let Some(flags) = body.get_mut(8..HEADER) {
+        let kept = u32::from_ne_bytes([flags[0], flags[1], flags[2], flags[3]]) & !STATE_FLAGS;
+        flags.copy_from_slice(&kept.to_ne_bytes());
+    }
+    Request::new(Rtm::Newrule, CREATE, body, "put back a rule of somebody else".into())
+}
+
+/// Deletes every rule that matches, with the wildcards of [`delete`], and that is `ours`. One that the kernel takes in its place
+/// is put back within the same moment, behind the others of its priority: looking first would be a list of all rules.
+pub fn delete_all(socket: &mut Socket, rule: &Rule, ours: Ours<'_>) -> Result<()> {
+    let told = match socket.ask(&delete_told(rule)) {
+        Ok(told) => told,
+        Err(error) if error.find::<KernelError>().is_some_and(KernelError::not_found) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    delete_rest(socket, rule, ours, told)
+}
+
+/// Which rules [`delete_all`] is to delete.
+pub type Ours<'a> = &'a dyn Fn(&Rule) -> bool;
+
+/// Goes on after the answer to [`delete_told`] of `rule` as [`delete_all`] does.
+pub fn delete_rest(socket: &mut Socket, rule: &Rule, ours: Ours<'_>, told: Vec<Vec<u8>>) -> Result<()> {
+    let (request, mut told) = (delete_told(rule), told);
+    for _ in 0..DELETE_LIMIT {
+        let wrong = told.iter().filter(|body| !decode(body).is_some_and(|gone| ours(&gone)));
+        let wrong = wrong.map(|body| restore(body)).collect::<Vec<_>>();
+        if !wrong.is_empty() {
+            socket.run(&wrong)?;
+            let there = list(socket, rule.family)?;
+            if !there.iter().any(|there| matches(rule, there) && ours(there)) {
+                return Ok(());
+            }
         }
+        told = match socket.ask(&request) {
+            Ok(told) => told,
+            Err(error) if error.find::<KernelError>().is_some_and(KernelError::not_found) => return Ok(()),
+            Err(error) => return Err(error),
+        };
     }
     Err(Error::new(format!("{}: still there after {DELETE_LIMIT} times", request.what)))
 }

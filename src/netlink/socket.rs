@@ -24,6 +24,8 @@ const BUFFER: usize = 64 * 1024;
 const MAX_BATCH: usize = 100;
 /// Bytes of one send, below the default send buffer of 208 KiB.
 const MAX_SEND: usize = 128 * 1024;
+/// Receive queue of a dump that is watched for changes: a thousand pods that come or go at once tell some 300 KiB.
+const WATCHED_QUEUE: usize = 1 << 20;
 /// How often a dump is made in all when the kernel flags it as interrupted (`spec/plugin.md` 13.6).
 pub(super) const DUMP_ATTEMPTS: u32 = 5;
 /// Pause before a dump is repeated, from the second repeat on.
@@ -33,6 +35,8 @@ const HEADER: usize = 16;
 
 /// Request flags of "add": the thing must not be there (`spec/dataplane.md` 3).
 pub(super) const CREATE_EXCL: u16 = NlmF::CREATE.union(NlmF::EXCL).bits();
+/// Request flags of "add beside".
+pub(super) const CREATE: u16 = NlmF::CREATE.bits();
 /// Request flags of "replace".
 pub(super) const CREATE_REPLACE: u16 = NlmF::CREATE.union(NlmF::REPLACE).bits();
 
@@ -174,6 +178,8 @@ pub struct Socket {
     sequence: u32,
     buffer: Vec<u8>,
     read: usize,
+    /// A list was begun and its end has not been read.
+    unfinished: bool,
 }
 
 impl fmt::Debug for Socket {
@@ -221,7 +227,7 @@ impl Socket {
             socket.enable_strict_checking(true).ok();
         }
         let port = socket.pid()?;
-        Ok(Socket { inner: socket, port, sequence: 0, buffer: vec![0; BUFFER], read: 0 })
+        Ok(Socket { inner: socket, port, sequence: 0, buffer: vec![0; BUFFER], read: 0, unfinished: false })
     }
 
     /// Sends the requests together and reads all answers. The kernel carries every one out, also those behind a refused
@@ -301,6 +307,9 @@ impl Socket {
 
     /// Sends requests in one go, the one at index `acknowledged` with NLM_F_ACK; returns the sequence number of the first.
     pub(super) fn send(&mut self, requests: &[Request], acknowledged: usize) -> Result<u32> {
+        if std::mem::take(&mut self.unfinished) {
+            self.drain()?;
+        }
         let first = self.sequence.wrapping_add(1);
         let mut bytes = Vec::with_capacity(requests.iter().map(|request| HEADER + request.body.len() + 3).sum());
         for (index, request) in requests.iter().enumerate() {
@@ -317,6 +326,20 @@ impl Socket {
         }
         let sent = self.inner.send(&bytes, Msg::empty()).context("send")?;
         if sent == bytes.len() { Ok(first) } else { Err(Error::new(format!("sent {sent} of {} bytes", bytes.len()))) }
+    }
+
+    /// Reads away what is left in the queue: the notices of a watched list, and a dump that was given up. The kernel takes no
+    /// other dump before that one is at its end, and drops the answers for which the queue has no room.
+    fn drain(&mut self) -> Result<()> {
+        let end = clock::instant() + RECEIVE_TIMEOUT;
+        while clock::instant() < end {
+            match self.inner.recv(&mut self.buffer, Msg::DONTWAIT) {
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+                other => drop(other.context("read the rest of a list")?),
+            }
+        }
+        Err(Error::new("the rest of a list did not end within 5 s"))
     }
 
     /// Reads one datagram into the buffer; its length.
@@ -379,40 +402,65 @@ impl Socket {
 
     /// Like [`Socket::dump`], for lists whose dump the kernel does not flag as interrupted and whose place it keeps as a
     /// number: what is deleted between two parts of the answer makes it skip an entry. The socket joins the list's
-    /// notification group meanwhile; a change told between two parts is an interruption.
-    pub(super) fn dump_watched<T>(
+    /// notification group meanwhile; a change told between two parts is an interruption. Since 6.15 the kernel may tell of a
+    /// change only after the list that it has spoilt: a list counts if the next one is the same, with no change told in
+    /// between.
+    pub(super) fn dump_watched<T: PartialEq>(
         &mut self,
         group: u32,
         request: &Request,
         decode: impl FnMut(&Message<'_>) -> Option<T>,
     ) -> Result<Vec<T>> {
         let groups = || Groups::new_groups(&[group]);
+        self.allow_receive(WATCHED_QUEUE).ok(); // without it a storm of changes means more attempts
         self.inner.add_mcast_membership(groups()).with_context(|| request.what.clone())?;
-        let list = self.dump(request, decode);
-        // What was told until here is skipped by every later reader: it is not for this socket's port.
+        let list = self.dump_alike(request, decode);
         self.inner.drop_mcast_membership(groups()).with_context(|| request.what.clone())?;
+        // What was told until here would take the room of the answers to come.
+        self.drain()?;
         list
+    }
+
+    fn dump_alike<T: PartialEq>(
+        &mut self,
+        request: &Request,
+        mut decode: impl FnMut(&Message<'_>) -> Option<T>,
+    ) -> Result<Vec<T>> {
+        let request = dump_of(request);
+        for attempt in 0..DUMP_ATTEMPTS {
+            if attempt > 1 {
+                std::thread::sleep(DUMP_PAUSE);
+            }
+            let Some(first) = self.dump_once(&request, &mut false, &mut decode)? else { continue };
+            let mut told = false;
+            let second = self.dump_once(&request, &mut told, &mut decode)?;
+            if !told && second.as_ref() == Some(&first) {
+                return Ok(first);
+            }
+        }
+        Err(changed(&request))
     }
 
     /// Asks for a list and decodes each message of it; what `decode` returns none for is left out. A dump during which the
     /// kernel's list changed is made again, at most five times in all.
     pub fn dump<T>(&mut self, request: &Request, mut decode: impl FnMut(&Message<'_>) -> Option<T>) -> Result<Vec<T>> {
-        let request = Request { flags: request.flags | NlmF::DUMP.bits(), ..request.clone() };
+        let request = dump_of(request);
         for attempt in 0..DUMP_ATTEMPTS {
             if attempt > 1 {
                 std::thread::sleep(DUMP_PAUSE);
             }
-            if let Some(list) = self.dump_once(&request, &mut decode)? {
+            if let Some(list) = self.dump_once(&request, &mut false, &mut decode)? {
                 return Ok(list);
             }
         }
-        Err(Error::new(format!("{}: the list changed during each of {DUMP_ATTEMPTS} attempts", request.what)))
+        Err(changed(&request))
     }
 
-    /// One dump: the list, or none if it changed meanwhile.
+    /// One dump: the list, or none if it changed meanwhile. `told` is set when a change was told before its first part.
     fn dump_once<T>(
         &mut self,
         request: &Request,
+        told: &mut bool,
         decode: &mut impl FnMut(&Message<'_>) -> Option<T>,
     ) -> Result<Option<Vec<T>>> {
         let what = || request.what.clone();
@@ -420,24 +468,40 @@ impl Socket {
         let (mut list, mut interrupted) = (Vec::new(), false);
         let (mut begun, mut changed) = (false, false);
         let end = clock::instant() + RECEIVE_TIMEOUT * 4;
+        self.unfinished = true;
         loop {
-            let length = self.receive().with_context(what)?;
-            for message in messages(&self.buffer[..length]) {
-                if message.port != self.port || message.sequence != sequence {
-                    changed |= begun; // a notification, if this socket asked for them
+            let length = match self.receive() {
+                // So many changes were told that the queue had no room for all of them; the dump itself goes on.
+                Err(error) if error.errno() == Some(libc::ENOBUFS) => {
+                    interrupted = true;
                     continue;
                 }
-                interrupted |= message.flags & NlmF::DUMP_INTR.bits() != 0;
+                other => other.with_context(what)?,
+            };
+            for message in messages(&self.buffer[..length]) {
+                if message.port != self.port || message.sequence != sequence {
+                    // A notification, if this socket asked for them.
+                    *told |= !begun;
+                    changed |= begun;
+                    continue;
+                }
+                // The kernel makes a part when the one before was read: a change told between two parts, or before the end,
+                // may have spoilt what came after it.
+                interrupted |= changed || message.flags & NlmF::DUMP_INTR.bits() != 0;
                 if matches!(Nlmsg::from(message.kind), Nlmsg::Error | Nlmsg::Done) {
+                    self.unfinished = false;
                     let (errno, text) = verdict(&message);
+                    if errno == libc::ENOBUFS {
+                        // The notices before it had left no room for a first part (`netlink_dump` in net/netlink/af_netlink.c).
+                        // The kernel counts the dump as begun and goes on with it when the queue is read.
+                        self.unfinished = true;
+                        return Ok(None);
+                    }
                     if errno != 0 {
                         return Err(KernelError { errno, text, what: what() }.into());
                     }
                     return Ok((!interrupted).then_some(list));
                 }
-                // The kernel makes a part when the one before was read, so a change stands in the queue before the parts
-                // that it may have spoilt.
-                interrupted |= changed;
                 begun = true;
                 list.extend(decode(&message));
             }
@@ -446,6 +510,14 @@ impl Socket {
             }
         }
     }
+}
+
+fn dump_of(request: &Request) -> Request {
+    Request { flags: request.flags | NlmF::DUMP.bits(), ..request.clone() }
+}
+
+fn changed(request: &Request) -> Error {
+    Error::new(format!("{}: the list changed during each of {DUMP_ATTEMPTS} attempts", request.what))
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Tables of `iptables-legacy`: which chains a table has, and whether it drops what is forwarded. Read only: such a table can be replaced but as a whole, racing with
+//! Tables of `iptables-legacy`: which chains a table has, and what becomes of what is forwarded. Read only: such a table can be replaced but as a whole, racing with
 //! everybody else who does (`spec/dataplane.md` 25.2; structures from `linux/netfilter_ipv4/ip_tables.h`).
 
 use crate::error::{Context, Error, Result};
@@ -11,13 +11,17 @@ const GET_ENTRIES: i32 = 65;
 /// Size of `struct ipt_getinfo`, and where the size of all entries stands in it.
 const INFO: usize = 84;
 const INFO_SIZE: usize = 80;
-/// Where it has the hooks that the table is called at, a bit each, and for each hook where the entry of its policy begins.
+/// Where it has the hooks that the table is called at, a bit each, and for each hook where its chain begins and where the entry of its
+/// policy.
 const INFO_HOOKS: usize = 32;
+const INFO_CHAINS: usize = 36;
 const INFO_POLICIES: usize = 56;
 /// NF_INET_FORWARD.
 const FORWARD: usize = 2;
-/// The verdict of a policy that drops: NF_DROP, turned negative as all of them are.
+/// Verdicts of the standard target: NF_DROP and NF_ACCEPT, turned negative as all of them are, and XT_RETURN.
 const DROP: i32 = -1;
+const ACCEPT: i32 = -2;
+const RETURN: i32 = -5;
 /// Where the entries begin in `struct ipt_get_entries`.
 const ENTRIES: usize = 40;
 /// XT_TABLE_MAXNAMELEN.
@@ -26,6 +30,13 @@ const NAME: usize = 32;
 /// (`linux/netfilter_ipv6/ip6_tables.h`) the selectors before it are longer.
 const OFFSETS: usize = 88;
 const OFFSETS_V6: usize = 140;
+/// Bytes of the selectors, without a mark of netfilter's caches behind them and what fills up; and of an entry without its matches.
+const SELECTORS: usize = 84;
+const SELECTORS_V6: usize = 136;
+const HEAD: usize = 112;
+const HEAD_V6: usize = 168;
+/// Bytes of the head of a match, as of a target: its length, its name, its revision.
+const MATCH: usize = 32;
 /// A larger table is not looked at: the kernel gives it out only in one piece.
 const BYTES_MAX: usize = 32 << 20;
 
@@ -35,9 +46,19 @@ pub fn chains(family: Family, table: &str) -> Result<Vec<String>> {
     Ok(table.map(|table| chain_names(&table.entries, table.offsets)).unwrap_or_default())
 }
 
-/// Whether the policy of chain FORWARD of table `filter` drops, in the calling thread's namespace.
-pub fn forward_drops(family: Family) -> Result<bool> {
-    Ok(read(family, "filter")?.is_some_and(|table| drops(&table)))
+/// What chain FORWARD of a table `filter` does to packets that nothing in it is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Forward {
+    /// Its policy drops.
+    pub drops: bool,
+    /// A rule of it drops or rejects whatever has come as far, and none accepts that before.
+    pub bars: bool,
+}
+
+/// Chain FORWARD of table `filter`, in the calling thread's namespace.
+pub fn forward(family: Family) -> Result<Forward> {
+    let table = read(family, "filter")?;
+    Ok(table.map(|table| Forward { drops: drops(&table), bars: bars(&table).unwrap_or(false) }).unwrap_or_default())
 }
 
 /// A table as the kernel gives it out.
@@ -74,15 +95,62 @@ fn read(family: Family, table: &str) -> Result<Option<Raw>> {
     Ok(Some(Raw { info, entries: buffer.get(ENTRIES..length).unwrap_or_default().to_vec(), offsets }))
 }
 
+/// Where a part of chain FORWARD begins among the entries.
+fn place(table: &Raw, parts: usize) -> Option<usize> {
+    let hooks = word(&table.info, INFO_HOOKS)?;
+    let at = word(&table.info, parts + 4 * FORWARD).filter(|_| hooks >> FORWARD & 1 == 1)?;
+    usize::try_from(at).ok()
+}
+
+// The standard target has no name, and its verdict behind its head.
+fn verdict(target: &[u8]) -> Option<i32> {
+    word(target, MATCH).map(u32::cast_signed)
+}
+
 fn drops(table: &Raw) -> bool {
     let policy = || {
-        let hooks = word(&table.info, INFO_HOOKS)?;
-        let at = word(&table.info, INFO_POLICIES + 4 * FORWARD).filter(|_| hooks >> FORWARD & 1 == 1)?;
-        let entry = table.entries.get(usize::try_from(at).ok()?..)?;
-        // Behind the target's head, which names none: the standard target.
-        word(entry, half(entry, table.offsets)? + 32).map(u32::cast_signed)
+        let entry = table.entries.get(place(table, INFO_POLICIES)?..)?;
+        verdict(entry.get(half(entry, table.offsets)?..)?)
     };
     policy() == Some(DROP)
+}
+
+/// Whether the first rule of chain FORWARD that is for every packet and has the last word on it, before the policy, lets none through. None
+/// if there is no such rule. Chains that rules lead to are not followed.
+fn bars(table: &Raw) -> Option<bool> {
+    let (begin, end) = (place(table, INFO_CHAINS)?, place(table, INFO_POLICIES)?);
+    let mut entries = table.entries.get(begin..end)?;
+    loop {
+        let target = half(entries, table.offsets)?;
+        let next = half(entries, table.offsets + 2)?;
+        let entry = entries.get(..next)?;
+        let ends = match (text(entry, target + 2, 29)?, verdict(entry.get(target..)?)) {
+            (b"REJECT", _) | (b"", Some(DROP)) => Some(true),
+            (b"", Some(ACCEPT | RETURN)) => Some(false),
+            _ => None,
+        };
+        if ends.is_some() && asks_nothing(entry, target, table.offsets) {
+            return ends;
+        }
+        // It leads on: an entry is longer than its own head.
+        entries = entries.get(next..).filter(|_| next > table.offsets)?;
+    }
+}
+
+/// Whether an entry is for every packet: no selector is set, and none of its matches is more than a comment.
+fn asks_nothing(entry: &[u8], target: usize, offsets: usize) -> bool {
+    let (selectors, mut at) = if offsets == OFFSETS_V6 { (SELECTORS_V6, HEAD_V6) } else { (SELECTORS, HEAD) };
+    if !entry.get(..selectors).is_some_and(|selectors| selectors.iter().all(|byte| *byte == 0)) {
+        return false;
+    }
+    while at < target {
+        let length = half(entry, at).filter(|length| *length >= MATCH);
+        match (length, text(entry, at + 2, 29)) {
+            (Some(length), Some(b"comment")) => at += length,
+            _ => return false,
+        }
+    }
+    at == target
 }
 
 fn name_field(table: &str, length: usize) -> Vec<u8> {
@@ -146,22 +214,75 @@ mod tests {
         assert_eq!(chain_names(&[0; 200], OFFSETS), Vec::<String>::new(), "an entry that leads to itself");
     }
 
+    /// A table whose chain FORWARD begins behind one entry and has these, the last one as its policy.
+    fn table(rules: &[Vec<u8>]) -> Raw {
+        let before = entry("", "");
+        let mut info = vec![0; INFO];
+        let policy = before.len() + rules.iter().rev().skip(1).map(Vec::len).sum::<usize>();
+        let mut set = |at: usize, value: usize| {
+            info[at..at + 4].copy_from_slice(&u32::try_from(value).unwrap().to_ne_bytes());
+        };
+        set(INFO_HOOKS, 0b1110);
+        set(INFO_CHAINS + 8, before.len());
+        set(INFO_POLICIES + 8, policy);
+        Raw { info, entries: [before, rules.concat()].concat(), offsets: OFFSETS }
+    }
+
+    fn standard(verdict: i32) -> Vec<u8> {
+        let mut rule = entry("", "");
+        rule[144..148].copy_from_slice(&verdict.to_ne_bytes());
+        rule
+    }
+
+    /// With a match before the target.
+    fn matching(mut rule: Vec<u8>, name: &str) -> Vec<u8> {
+        let mut found = vec![0; 40];
+        found[..2].copy_from_slice(&40u16.to_ne_bytes());
+        found[2..2 + name.len()].copy_from_slice(name.as_bytes());
+        rule.splice(112..112, found);
+        rule[88..92].copy_from_slice(&[152u16.to_ne_bytes(), 216u16.to_ne_bytes()].concat());
+        rule
+    }
+
     #[test]
     fn the_policy_of_forward_is_read() {
-        let mut info = vec![0; INFO];
-        info[INFO_HOOKS..INFO_HOOKS + 4].copy_from_slice(&0b1110u32.to_ne_bytes());
-        info[INFO_POLICIES + 8..INFO_POLICIES + 12].copy_from_slice(&176u32.to_ne_bytes());
-        for (verdict, expected) in [(-1i32, true), (-2, false)] {
-            let mut policy = entry("", "");
-            policy[144..148].copy_from_slice(&verdict.to_ne_bytes());
-            let entries = [entry("", ""), policy].concat();
-            let mut table = Raw { info: info.clone(), entries, offsets: OFFSETS };
+        for (verdict, expected) in [(DROP, true), (ACCEPT, false)] {
+            let mut table = table(&[standard(verdict)]);
             assert_eq!(drops(&table), expected);
+            assert_eq!(bars(&table), None, "the policy is no rule");
             table.entries.truncate(200);
             assert!(!drops(&table), "cut off");
             table.info[INFO_HOOKS] = 0;
             assert!(!drops(&table), "not called when packets are forwarded");
         }
+    }
+
+    #[test]
+    fn a_rule_against_everything_is_found() {
+        let selecting = |at: usize, mut rule: Vec<u8>| {
+            rule[at] = 1;
+            rule
+        };
+        let (reject, drop, accept) = (|| entry("REJECT", ""), || standard(DROP), || standard(ACCEPT));
+        let check = |rules: &[Vec<u8>], expected: Option<bool>| {
+            let found = table(&[rules, &[standard(ACCEPT)]].concat());
+            assert_eq!(bars(&found), expected, "{rules:?}");
+            for length in 0..found.entries.len() {
+                let entries = found.entries[..length].to_vec();
+                bars(&Raw { info: found.info.clone(), entries, offsets: OFFSETS });
+            }
+        };
+        check(&[], None);
+        check(&[reject()], Some(true));
+        check(&[drop()], Some(true));
+        check(&[entry("LOG", ""), standard(7), drop()], Some(true)); // one that only notes, and a chain of users
+        check(&[matching(reject(), "comment")], Some(true));
+        check(&[matching(reject(), "conntrack")], None);
+        check(&[selecting(0, drop()), selecting(83, reject())], None); // an address, an inverted flag
+        check(&[selecting(0, accept()), drop()], Some(true));
+        check(&[accept(), drop()], Some(false));
+        check(&[standard(RETURN), drop()], Some(false));
+        check(&[matching(accept(), "conntrack"), drop()], Some(true));
     }
 
     proptest! {
@@ -173,7 +294,34 @@ mod tests {
             }
             chain_names(&bytes, OFFSETS);
             chain_names(&bytes, OFFSETS_V6);
-            drops(&Raw { info: bytes.clone(), entries: bytes, offsets: OFFSETS });
+            for offsets in [OFFSETS, OFFSETS_V6] {
+                let hostile = Raw { info: bytes.clone(), entries: bytes.clone(), offsets };
+                drops(&hostile);
+                bars(&hostile);
+            }
+        }
+
+        // Places, lengths and names that fit together so far that what stands behind them is read.
+        #[test]
+        fn almost_whole_tables_never_panic(
+            rules in proptest::collection::vec((0u16..400, 0u16..400, 0usize..4, 0u16..60), 0..6),
+            begin in 0u32..800,
+            end in 0u32..1200,
+        ) {
+            let entries = rules.iter().flat_map(|(target, next, name, length)| {
+                let mut rule = matching(entry(["", "REJECT", "DNAT", "ERROR"][*name], ""), "comment");
+                rule[88..92].copy_from_slice(&[target.to_ne_bytes(), next.to_ne_bytes()].concat());
+                rule[112..114].copy_from_slice(&length.to_ne_bytes());
+                rule
+            });
+            let mut hostile = table(&[standard(DROP)]);
+            hostile.entries = entries.collect();
+            hostile.info[INFO_CHAINS + 8..INFO_CHAINS + 12].copy_from_slice(&begin.to_ne_bytes());
+            hostile.info[INFO_POLICIES + 8..INFO_POLICIES + 12].copy_from_slice(&end.to_ne_bytes());
+            bars(&hostile);
+            drops(&hostile);
+            hostile.offsets = OFFSETS_V6;
+            bars(&hostile);
         }
     }
 }

@@ -37,12 +37,7 @@ impl Branch {
 
     /// The gateway on the device with this index, then the default route through it.
     pub fn routes(&self, device: u32) -> [Route; 2] {
-        let gateway = link_route(self.table, self.gateway, device);
-        let dst = match self.gateway {
-            IpAddr::V4(_) => IpNet::V4(Ipv4Net::default()),
-            IpAddr::V6(_) => IpNet::V6(Ipv6Net::default()),
-        };
-        [gateway, Route { dst, gateway: Some(self.gateway), scope: Scope::Universe, ..gateway }]
+        way_out(self.table, self.gateway, device)
     }
 
     /// Strict mode: the way to the pod, over its veth.
@@ -60,6 +55,16 @@ impl Branch {
     pub fn earlier_rules(family: Family, veth: &str) -> Rule {
         Rule { iif: Some(veth.to_owned()), ..Rule::any(family, priority::BRANCH, 0) }
     }
+}
+
+/// What the table of an ENI with this link leads out by: the gateway on the link, then the default route through it.
+pub fn way_out(table: u32, gateway: IpAddr, dev: u32) -> [Route; 2] {
+    let way = link_route(table, gateway, dev);
+    let dst = match gateway {
+        IpAddr::V4(_) => IpNet::V4(Ipv4Net::default()),
+        IpAddr::V6(_) => IpNet::V6(Ipv6Net::default()),
+    };
+    [way, Route { dst, gateway: Some(gateway), scope: Scope::Universe, ..way }]
 }
 
 /// `<address> dev <link> scope link` in `table`, as the kernel reports it: IPv6 routes have no scope, and a metric.

@@ -2,10 +2,12 @@
 //! the planner, so that what is simulated is what will run.
 
 use super::core::{Config, Tunables};
+use super::egress::lives;
 use super::host::{Egress, Intent};
 use super::sizing::Targets;
 use crate::model::imds::Identity;
 use crate::model::limits::{self, Limits};
+use crate::model::net::{Family, Link};
 use crate::model::order::Gather as _;
 use crate::model::settings::{Mode, Settings, Valid};
 use ipnet::IpNet;
@@ -75,6 +77,7 @@ pub fn tunables(settings: &Settings, identity: &Identity) -> Tunables {
             external_snat: settings.external_snat,
             node_port: settings.node_port,
             snat_ports: settings.snat_ports,
+            keep_host_source: settings.keep_host_source,
             mark: settings.connmark,
             veth_prefix: settings.veth_prefix.clone(),
             strict_branches: settings.pod_eni && settings.pod_security_groups_strict(),
@@ -86,15 +89,22 @@ pub fn tunables(settings: &Settings, identity: &Identity) -> Tunables {
     }
 }
 
-/// The way out of the other family. In IPv6 mode the guard is always there, as upstream has it: egress addresses of pods from
-/// before the setting was changed live on (`spec/dataplane.md` 11.1, 21).
+/// Whether the node's IPv6 address is to be known: for IPv6 pods, and for the way out over IPv6, which pods from before keep when it
+/// is switched off. `links` are the node's.
+pub fn needs_v6(settings: &Settings, links: &[Link]) -> bool {
+    settings.enable_ipv6 || settings.v6_egress || lives(Family::V6, links)
+}
+
+/// The way out of the other family. Switched off, it is kept for pods from before, as the original's chains for single pods are.
+/// The node's IPv6 address is known if IPv6 is wanted or such pods are there.
 fn egress(settings: &Settings, identity: &Identity, v6: bool) -> Egress {
     match (v6, identity.local_ipv6) {
         (true, _) if settings.v4_egress => Egress::Snat(identity.local_ipv4.into()),
-        (true, _) => Egress::Guard,
+        (true, _) => Egress::Ending(identity.local_ipv4.into()),
         (false, Some(own)) if settings.v6_egress => Egress::Snat(own.into()),
         (false, None) if settings.v6_egress => Egress::Guard,
-        (false, _) => Egress::Off,
+        (false, Some(own)) => Egress::Ending(own.into()),
+        (false, None) => Egress::Off,
     }
 }
 
@@ -129,13 +139,15 @@ mod tests {
             assert_eq!((host.egress, host.node_ip.is_ipv6()), (expected, host.v6), "{pairs:?}");
         };
         let snat = |text: &str| Egress::Snat(text.parse().unwrap());
+        let ending = |text: &str| Egress::Ending(text.parse().unwrap());
         let v6 = ("ENABLE_IPv6", "true");
         check(&[], None, Egress::Off);
         check(&[v6], Some(V6), snat("10.0.0.5"));
-        check(&[v6, ("ENABLE_V4_EGRESS", "false")], Some(V6), Egress::Guard);
+        check(&[v6, ("ENABLE_V4_EGRESS", "false")], Some(V6), ending("10.0.0.5"));
         check(&[("ENABLE_V4_EGRESS", "true")], None, Egress::Off);
         check(&[("ENABLE_V6_EGRESS", "true")], Some(V6), snat(V6));
         check(&[("ENABLE_V6_EGRESS", "true")], None, Egress::Guard);
-        check(&[v6, ("ENABLE_V6_EGRESS", "true"), ("ENABLE_V4_EGRESS", "false")], Some(V6), Egress::Guard);
+        check(&[("ENABLE_V6_EGRESS", "false")], Some(V6), ending(V6));
+        check(&[v6, ("ENABLE_V6_EGRESS", "true"), ("ENABLE_V4_EGRESS", "false")], Some(V6), ending("10.0.0.5"));
     }
 }

@@ -254,6 +254,8 @@ pub struct Core {
     // Cooldowns from the checkpoint, until the CIDR of the address is known.
     cooling: Map<IpAddr, Mono>,
     missing_veth: Set<PodKey>,
+    // Addresses that rules lead to or from, and nobody has: from when on they are swept if they still are there.
+    strays: Map<IpAddr, Mono>,
 
     // What IMDS and EC2 told.
     attached: Map<EniId, imds::Eni>,
@@ -341,6 +343,7 @@ impl Core {
             reserved: Map::new(),
             cooling: Map::new(),
             missing_veth: Set::new(),
+            strays: Map::new(),
             attached: Map::new(),
             scanned: false,
             facts: Map::new(),
@@ -400,6 +403,7 @@ impl Core {
             Event::Imds(op, result) => self.imds_done(op, result),
             Event::Ec2(op, result) => self.ec2_done(op, result),
             Event::Kernel(op, result) => self.kernel_done(op, result),
+            Event::Repaired(what, text) => self.notice(kube::Regarding::Node, "HostNetworkRepaired", what, &text),
             Event::PodsSeen(bound) => self.bound = bound,
             Event::BranchesSeen(pods) => self.branches_seen(&pods),
             Event::Retuned(tunables) => self.retune(*tunables),

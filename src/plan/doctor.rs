@@ -6,11 +6,15 @@
 
 pub mod cloud;
 pub mod environment;
+mod managers;
 pub mod pods;
 pub mod reasons;
+pub mod room;
+mod rules;
 mod texts;
+mod ways;
 
-use super::host::{Action, HostBranch, HostPod, Intent, Observation, Step, What, diff, link_of};
+use super::host::{Action, HostBranch, HostPod, Intent, Observation, Step, What, diff, link_of, source};
 use super::ruleset;
 use crate::model::map::{Map, Set};
 use crate::model::naming::priority;
@@ -95,7 +99,17 @@ pub fn host(intent: &Intent, seen: &Observation) -> Vec<Finding> {
     if !rules.is_empty() {
         findings.extend(rules_of(intent, seen, &plan.primary.1));
     }
-    findings.extend(plan.failed.iter().map(|(eni, why)| Finding::new("eni-unplugged", eni.as_str(), why.as_str())));
+    findings.extend(ways::findings(intent, seen));
+    findings.extend(carriers(intent, seen));
+    for (eni, why) in &plan.failed {
+        let finding = Finding::new("eni-unplugged", eni.as_str(), why.as_str());
+        let mac = intent.enis.iter().find(|known| known.id == *eni).map(|known| known.mac);
+        let taken = |link: &&Link| link.mac == mac && link.master.is_some() && link.kind.as_deref() != Some("bridge");
+        findings.push(match seen.links.iter().find(taken) {
+            Some(link) => finding.mended_by(format!("ip link set {} nomaster", link.name)),
+            None => finding,
+        });
+    }
     let twins = seen.links.iter().filter(|link| link.mac == Some(intent.primary_mac));
     let twins = twins.filter(|link| link_of(std::slice::from_ref(link), intent.primary_mac).is_some());
     let twins = twins.map(|link| link.name.as_str()).collect::<Vec<_>>();
@@ -105,24 +119,50 @@ pub fn host(intent: &Intent, seen: &Observation) -> Vec<Finding> {
     findings
 }
 
+// ENIs whose link is up and has nothing at its other end.
+fn carriers(intent: &Intent, seen: &Observation) -> Vec<Finding> {
+    let enis = intent.enis.iter().map(|eni| (eni.id.as_str(), eni.mac));
+    let dark = |(subject, mac)| {
+        let link = link_of(&seen.links, mac).filter(|link| link.no_carrier)?;
+        Some(Finding::new("no-carrier", subject, format!("{} is up and has no carrier", link.name)))
+    };
+    enis.chain([("", intent.primary_mac)]).filter_map(dark).collect()
+}
+
 /// What steps of the host's plan are for, all but those for the rule set.
 fn told(intent: &Intent, seen: &Observation, steps: &[Step]) -> Vec<Finding> {
     let names = pod_names(intent);
     let seats = pods::Seats::new(seen, &[]);
     let seat = |pod: &HostPod| Some((seats.of(&pod.veth, pod.address).outer?.index, pod.address));
     let at = intent.pods.iter().filter_map(seat).gather::<Map<_, _>>();
+    // `net/ipv4/conf/<link>/forwarding`.
+    let link_of_setting = |path: &str| {
+        let name = path.split('/').nth(3)?;
+        seen.links.iter().find(|link| link.name == name).map(|link| link.index)
+    };
     let finding = |step: &Step| {
         let address = match &step.action {
             Action::AddRule(rule) | Action::DeleteRule(rule) => address_of(rule),
             Action::ReplaceRoute(route) | Action::DeleteRoute(route) => single(route.dst),
-            Action::SetUp(index) | Action::SetMtu(index, _) | Action::SetMac(index, _) => at.get(index).copied(),
+            Action::SetUp(index) | Action::SetMtu(index, _) | Action::SetMac(index, _) | Action::Rename(index, _) => {
+                at.get(index).copied()
+            }
             Action::AddAddress(address) => at.get(&address.dev).copied(),
+            Action::DeleteBarrier(barrier) => single(barrier.dst),
+            Action::DeleteNeighbour(_, address) => Some(*address),
+            Action::SetSysctl(path, _) => link_of_setting(path).and_then(|index| at.get(&index).copied()),
             _ => None,
         };
         let pod = address.and_then(|address| names.get(&address).copied());
         let pod = pod.or_else(|| of_branch(intent, seen, &step.action));
         let subject = step.eni.as_ref().map_or(pod.unwrap_or_default(), |eni| eni.as_str());
-        Finding::new(step.what.name(), subject, evidence(&step.text))
+        let mut seen_as = evidence(&step.text);
+        if let Action::ReplaceRoute(route) = &step.action
+            && let Some(barrier) = seen.barriers.iter().find(|barrier| barrier.in_place_of(route))
+        {
+            seen_as = format!("{seen_as}; in its place is {barrier}");
+        }
+        Finding::new(step.what.name(), subject, seen_as)
     };
     steps.iter().filter(|step| !notes(step)).map(finding).collect()
 }
@@ -138,6 +178,7 @@ fn of_branch<'a>(intent: &'a Intent, seen: &Observation, action: &Action) -> Opt
     let (table, link) = match action {
         Action::AddRule(rule) | Action::DeleteRule(rule) => (rule.table, 0),
         Action::ReplaceRoute(route) | Action::DeleteRoute(route) => (route.table, 0),
+        Action::DeleteBarrier(barrier) => (barrier.table, 0),
         Action::AddVlan(eni, _) => (eni.table, 0),
         Action::SetUp(index) | Action::SetMtu(index, _) | Action::SetMac(index, _) => (0, *index),
         Action::AddAddress(address) => (0, address.dev),
@@ -163,7 +204,7 @@ fn evidence(text: &str) -> String {
 }
 
 fn rules_of(intent: &Intent, seen: &Observation, primary: &str) -> Vec<Finding> {
-    let lines = ruleset::tables(intent, primary).map(|tables| ruleset::differences(&tables, &seen.tables));
+    let lines = ruleset::tables(intent, primary, &seen.links).map(|tables| ruleset::differences(&tables, &seen.tables));
     let mut lines = lines.unwrap_or_default();
     let more = lines.len().saturating_sub(RULESET_MAX);
     lines.truncate(RULESET_MAX);
@@ -179,7 +220,7 @@ fn pod_names(intent: &Intent) -> Map<IpAddr, &str> {
 }
 
 fn address_of(rule: &Rule) -> Option<IpAddr> {
-    rule.dst.or(rule.src).and_then(single)
+    rule.dst.and_then(single).or(rule.src.and_then(single))
 }
 
 /// Rules of ours that lead to or from an address which no pod has and no route serves: what a DEL has left behind. The
@@ -190,11 +231,9 @@ pub fn strays(intent: &Intent, seen: &Observation) -> Vec<Rule> {
     let main = seen.routes.iter().filter(|route| route.table == TABLE_MAIN && route.gateway.is_none());
     let linked = main.filter_map(|route| single(route.dst)).gather::<Set<_>>();
     let stray = |rule: &&Rule| {
-        let Some(address) = address_of(rule) else { return false };
-        let host = IpNet::from(address);
-        let ours = **rule == Rule::to(host, priority::TO_POD, TABLE_MAIN)
-            || (rule.table != TABLE_MAIN && **rule == Rule::from(host, priority::FROM_POD, rule.table));
-        ours && !known.contains(&address) && !linked.contains(&address)
+        let to = rule.dst.filter(|dst| **rule == Rule::to(*dst, priority::TO_POD, TABLE_MAIN)).and_then(single);
+        let from = || source(rule).filter(|_| rule.table != TABLE_MAIN);
+        to.or_else(from).is_some_and(|address| !known.contains(&address) && !linked.contains(&address))
     };
     seen.rules.iter().filter(stray).cloned().collect()
 }

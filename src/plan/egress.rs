@@ -7,12 +7,13 @@
 use super::pod::{host_mac, link_route};
 use super::ruleset::{EGRESS_V4, EGRESS_V6};
 use crate::error::{Error, Result};
-use crate::model::net::{Address, Family, Mac, Neighbour, Route, Scope, TABLE_MAIN};
+use crate::model::naming;
+use crate::model::net::{Address, Family, Link, Mac, Neighbour, Route, Scope, TABLE_MAIN};
 use ipnet::IpNet;
 use std::net::{IpAddr, Ipv6Addr};
 
 /// What every pod with an IPv6 egress address sends to.
-const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+pub(super) const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 /// Beginning of the host ends' names.
 const VETH: &str = "veth";
 
@@ -58,6 +59,22 @@ pub fn host_veth(number: u32) -> String {
 pub fn is_host_veth(name: &str, kind: Option<&str>) -> bool {
     let digits = name.strip_prefix(VETH).filter(|digits| digits.len() == 8);
     kind == Some("veth") && digits.is_some_and(|digits| digits.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
+/// Whether a link is a host end, by its name or, if somebody has renamed it, by what is noted on it.
+pub fn is_host_end(link: &Link) -> bool {
+    is_host_veth(&link.name, link.kind.as_deref()) || HostEnd::of(link).is_some()
+}
+
+/// Whether one of these links is the host end of a pod's way out in this family. A link goes with its pod.
+pub fn lives(family: Family, links: &[Link]) -> bool {
+    links.iter().filter_map(HostEnd::of).any(|end| Family::of(end.pod) == family)
+}
+
+/// The number that [`host_veth`] has made this name of.
+pub(super) fn number_of(name: &str) -> Option<u32> {
+    let number = u32::from_str_radix(name.strip_prefix(VETH)?, 16).ok()?;
+    (host_veth(number) == name).then_some(number)
 }
 
 /// Name of the chain that the original made for a container of a network.
@@ -127,18 +144,10 @@ impl Egress {
         Ok(Egress { family, address, gateway, routes, mtu, number, host_mac, pod_mac, main })
     }
 
-    /// Host: the gateway.
-    pub fn host_address(&self, dev: u32) -> Address {
-        let addr = match self.family {
-            Family::V4 => IpNet::from(self.gateway),
-            Family::V6 => IpNet::new(self.gateway, 64).unwrap_or_else(|_| IpNet::from(self.gateway)),
-        };
-        Address { dev, addr, no_prefix_route: false, no_dad: self.family == Family::V6 }
-    }
-
-    /// Host: the way to the pod.
-    pub fn host_route(&self, dev: u32) -> Route {
-        link_route(TABLE_MAIN, self.address.addr(), dev)
+    /// Host: what its end of this name is to keep.
+    pub fn host_end(&self, name: &str) -> HostEnd {
+        let number = number_of(name);
+        HostEnd { mac: self.host_mac, mtu: self.mtu, pod: self.address.addr(), gateway: self.gateway, number }
     }
 
     /// Pod: its address. Its neighbours in the range are other pods behind the gateway, so no route comes with it.
@@ -175,7 +184,56 @@ impl Egress {
 
     /// Pod: the gateway's MAC.
     pub fn pod_neighbour(&self, dev: u32) -> Neighbour {
-        Neighbour { dev, addr: self.gateway, mac: Some(self.host_mac), permanent: true }
+        Neighbour { dev, addr: self.gateway, mac: Some(self.host_mac), permanent: true, noarp: false }
+    }
+}
+
+/// What the host's end of a pod's veth was made with, and is to keep. It stands in the link's alias: nothing else on the node
+/// knows which link belongs to which address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostEnd {
+    /// Its MAC, which the pod has as its gateway's.
+    pub mac: Mac,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// The pod's address.
+    pub pod: IpAddr,
+    /// Its own address.
+    pub gateway: IpAddr,
+    /// What its name was made of ([`host_veth`]); earlier versions did not note it.
+    pub number: Option<u32>,
+}
+
+impl HostEnd {
+    /// What a link's alias tells, whatever the link is called by now; none if the alias is not that of a host end.
+    pub fn of(link: &Link) -> Option<HostEnd> {
+        let (mac, mtu, pod, gateway, name) = naming::of_egress_alias(&link.alias)?;
+        let ours = link.kind.as_deref() == Some("veth")
+            && range(Family::of(pod)).contains(&pod)
+            && Family::of(pod) == Family::of(gateway);
+        ours.then_some(HostEnd { mac, mtu, pod, gateway, number: name.and_then(number_of) })
+    }
+
+    /// The alias that tells it.
+    pub fn alias(&self) -> String {
+        naming::egress_alias(self.mac, self.mtu, self.pod, self.gateway, self.name().as_deref())
+    }
+
+    /// The name that it was made with.
+    pub fn name(&self) -> Option<String> {
+        self.number.map(host_veth)
+    }
+
+    /// The gateway.
+    pub fn address(&self, dev: u32) -> Address {
+        let v6 = self.gateway.is_ipv6();
+        let addr = IpNet::new(self.gateway, if v6 { 64 } else { 32 }).unwrap_or_else(|_| IpNet::from(self.gateway));
+        Address { dev, addr, no_prefix_route: false, no_dad: v6 }
+    }
+
+    /// The way to the pod, as the kernel reports it.
+    pub fn route(&self, dev: u32) -> Route {
+        super::branch::link_route(TABLE_MAIN, self.pod, dev)
     }
 }
 
@@ -238,6 +296,10 @@ mod tests {
     #[test]
     fn host_ends_are_known_by_name() {
         assert_eq!(host_veth(0xa1), "veth000000a1");
+        assert_eq!(number_of("veth000000a1"), Some(0xa1));
+        for other in ["veth000000A1", "vetha1", "veth+00000a1", "eth000000a1", "veth0000000a1"] {
+            assert_eq!(number_of(other), None, "{other}");
+        }
         assert!(is_host_veth("veth000000a1", Some("veth")));
         for (name, kind) in
             [("veth000000a1", None), ("veth0", Some("veth")), ("vethzzzzzzzz", Some("veth")), ("eth0", Some("veth"))]
@@ -266,8 +328,10 @@ mod tests {
                 "default via 169.254.172.1 dev if3",
             ],
         );
-        assert_eq!(v4.host_address(5).to_string(), "169.254.172.1/32 dev if5");
-        assert_eq!(v4.host_route(5).to_string(), "169.254.172.7 dev if5 scope link");
+        let end = v4.host_end("veth000000a1");
+        assert_eq!(end.address(5).to_string(), "169.254.172.1/32 dev if5");
+        assert_eq!(end.route(5).to_string(), "169.254.172.7 dev if5 scope link");
+        assert_eq!(end.name().as_deref(), Some("veth000000a1"));
         assert_eq!(v4.host_mac.to_string(), "06:07:07:07:07:07");
         let v6 = check("fd00::ac:7/118", "fd00::ac:1", &["::/0"], &["default via fe80::1 dev if3"]);
         assert_eq!(v6.pod_address(3).to_string(), "fd00::ac:7/118 dev if3 noprefixroute nodad");

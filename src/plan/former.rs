@@ -93,9 +93,10 @@ pub fn legacy_commands(prefix: &str, mark: u32, primary: &str, chains: &[String]
         commands.push(format!("{nat} -D POSTROUTING -m comment --comment \"AWS SNAT CHAIN\" -j AWS-SNAT-CHAIN-0"));
     }
     if here("AWS-CONNMARK-CHAIN-0") {
-        commands.push(format!(
-            "{nat} -D PREROUTING -i {prefix}+ -m comment --comment \"AWS, outbound connections\" -j AWS-CONNMARK-CHAIN-0"
-        ));
+        // Old versions look at new connections alone.
+        let outbound = format!("{nat} -D PREROUTING -i {prefix}+ -m comment --comment \"AWS, outbound connections\"");
+        let leads = "-j AWS-CONNMARK-CHAIN-0";
+        commands.push(format!("{outbound} -m state --state NEW {leads} 2> /dev/null || {outbound} {leads}"));
         commands.push(format!(
             "{nat} -D PREROUTING -m comment --comment \"AWS, CONNMARK\" -j CONNMARK --restore-mark --mask {mark:#x}"
         ));

@@ -6,23 +6,30 @@
 //! again; only what is provably ours is touched.
 
 mod branches;
+mod egress;
 mod enis;
+mod leftovers;
 mod planner;
 mod pods;
 
-pub(super) use self::branches::gateway_rule;
+pub use self::branches::gateway_rule;
+pub use self::egress::Fresh;
+pub use self::leftovers::{Idle, regrets};
 use self::planner::Planner;
+pub use self::planner::main_rules;
 pub(super) use self::{
-    enis::global,
-    pods::{made_with, veths_of},
+    enis::{global, is_connected},
+    planner::{leads_to_main, serves},
+    pods::{diverted, made_with, source, strange_mac, veths_of},
 };
 use super::branch::Branch;
+use super::egress::{HostEnd, lives};
 use super::ruleset;
 use crate::error::{Error, Result};
 use crate::model::ids::EniId;
 use crate::model::map::Map;
 use crate::model::naming;
-use crate::model::net::{Address, Family, Link, Mac, Route, Rule};
+use crate::model::net::{Address, Barrier, Family, Link, Mac, Neighbour, Route, Rule};
 use crate::model::nft::{SnatPorts, Table};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -47,6 +54,8 @@ pub struct Intent {
     pub node_port: bool,
     /// How SNAT picks ports.
     pub snat_ports: SnatPorts,
+    /// No SNAT for what has the primary address already, nor for what leaves by a secondary ENI (ENIBOX_KEEP_HOST_SOURCE).
+    pub keep_host_source: bool,
     /// Connmark, value and mask in one; not 0.
     pub mark: u32,
     /// Prefix of host veths, 1 to 4 bytes.
@@ -82,6 +91,7 @@ impl Default for Intent {
             external_snat: false,
             node_port: true,
             snat_ports: SnatPorts::FullyRandom,
+            keep_host_source: false,
             mark: naming::DEFAULT_MARK,
             veth_prefix: naming::DEFAULT_VETH_PREFIX.into(),
             vpc_cidrs: Vec::new(),
@@ -107,6 +117,22 @@ pub enum Egress {
     Guard,
     /// As [`Egress::Guard`], and what they send leaves as this address of the node.
     Snat(IpAddr),
+    /// Switched off: no new pod gets such an address. Those of before go on as with [`Egress::Snat`] until the last of them is
+    /// gone; a pod keeps its link and its default route, and without a translation the VPC would drop what it sends.
+    Ending(IpAddr),
+}
+
+impl Intent {
+    /// What of [`Intent::egress`] counts on a node with these links: never [`Egress::Ending`].
+    pub fn egress_beside(&self, links: &[Link]) -> Egress {
+        let Egress::Ending(own) = self.egress else { return self.egress };
+        match lives(Family::of(own), links) {
+            true => Egress::Snat(own),
+            // In IPv6 mode the guard is always there (`spec/dataplane.md` 11.1, 21).
+            false if self.v6 => Egress::Guard,
+            false => Egress::Off,
+        }
+    }
 }
 
 /// A managed secondary ENI.
@@ -166,6 +192,12 @@ pub struct Observation {
     pub addresses: Vec<Address>,
     /// Unicast routes of both families in all tables but local.
     pub routes: Vec<Route>,
+    /// Routes that let nothing through, of both families in all tables.
+    pub barriers: Vec<Barrier>,
+    /// Neighbour entries for which the kernel asks nobody, but those of groups.
+    pub neighbours: Vec<Neighbour>,
+    /// MACs of the other ends of veths that have such an entry, as far as they are known.
+    pub peers: Map<u32, Mac>,
     /// All rules of both families.
     pub rules: Vec<Rule>,
     /// Our nf_tables tables.
@@ -179,14 +211,20 @@ pub struct Observation {
 pub enum Action {
     /// Makes the VLAN device of a branch ENI on the trunk's link with this index, down.
     AddVlan(Branch, u32),
+    /// Deletes the link with this index.
+    DeleteLink(u32),
     /// Sets the MTU (bytes) of the link with this index.
     SetMtu(u32, u32),
-    /// Sets the link with this index up.
+    /// Sets the link with this index up, where neighbours are asked for their MACs.
     SetUp(u32),
     /// Sets the hardware address of the link with this index.
     SetMac(u32, Mac),
-    /// Notes MAC and MTU (bytes) on the veth with this index, as its alias ([`naming::veth_alias`]).
-    NoteVeth(u32, Mac, u32),
+    /// Notes on the veth with this index what it was made with, as its alias.
+    NoteEgress(u32, HostEnd),
+    /// Notes MAC, MTU (bytes) and name on the veth with this index, as its alias ([`naming::veth_alias`]).
+    NoteVeth(u32, Mac, u32, String),
+    /// Gives the link with this index this name, which no other has.
+    Rename(u32, String),
     /// Makes the sysctl of this path hold this value.
     SetSysctl(String, String),
     /// Adds an address.
@@ -197,12 +235,40 @@ pub enum Action {
     ReplaceRoute(Route),
     /// Deletes a route.
     DeleteRoute(Route),
+    /// Deletes a route that lets nothing through.
+    DeleteBarrier(Barrier),
+    /// Deletes the neighbour entry of an address on the link with this index.
+    DeleteNeighbour(u32, IpAddr),
     /// Adds a rule.
     AddRule(Rule),
     /// Deletes this very rule.
     DeleteRule(Rule),
     /// Makes our nf_tables tables exactly these, in one transaction; a family not listed loses its table.
     SetTables(Vec<Table>),
+}
+
+impl Action {
+    /// Whether it takes something away that rules, routes or addresses may stand in for.
+    pub fn deletes(&self) -> bool {
+        matches!(
+            self,
+            Action::DeleteAddress(_)
+                | Action::DeleteRoute(_)
+                | Action::DeleteBarrier(_)
+                | Action::DeleteNeighbour(..)
+                | Action::DeleteRule(_)
+                | Action::DeleteLink(_)
+        )
+    }
+
+    /// The single address that a rule or route to be added or deleted is about.
+    pub fn address(&self) -> Option<IpAddr> {
+        match self {
+            Action::AddRule(rule) | Action::DeleteRule(rule) => single(rule.src.or(rule.dst)?),
+            Action::ReplaceRoute(route) | Action::DeleteRoute(route) => single(route.dst),
+            _ => None,
+        }
+    }
 }
 
 /// What a step mends: the label `what` of the counter of repairs, and the name of a finding.
@@ -214,6 +280,8 @@ pub enum What {
     MarkRule,
     /// The rule `lookup local`, at 0 or moved to 20.
     LocalRule,
+    /// The rule `lookup main` at 32766.
+    MainRule,
     /// A rule for an external service CIDR at 1535.
     ServiceRule,
     /// MTU of a secondary ENI's link.
@@ -236,22 +304,38 @@ pub enum What {
     BranchRoute,
     /// A rule to the table of a branch ENI, at 10, or one that a former pod has left.
     BranchRule,
+    /// A branch ENI's VLAN device that a former pod has left.
+    BranchLeftover,
     /// The rule for the VPC's IPv6 router at 0.
     GatewayRule,
     /// The route to a pod in main.
     PodRoute,
     /// The host's end of a pod's veth that is down.
     PodLink,
+    /// Name of the host's end of a pod's veth, which rules for traffic of pods go by.
+    PodName,
     /// MAC of the host's end of a pod's veth, which the pod has as its gateway's.
     PodMac,
     /// MTU of the host's end of a pod's veth.
     PodMtu,
+    /// A neighbour entry that names another MAC for a pod than it has, and for which the kernel asks nobody.
+    PodNeighbour,
     /// What a pod's veth of the original's was made with is noted nowhere.
     PodNote,
+    /// Name, state, MAC or MTU of the host's end of a pod's way out in the other family.
+    EgressLink,
+    /// That end's own address, which the pod has as its gateway.
+    EgressAddress,
+    /// The route to a pod's address of the other family.
+    EgressRoute,
     /// Rules of a pod that is gone.
     GonePod,
     /// A sysctl.
     Sysctl,
+    /// Forwarding of what comes in by a link of ours.
+    LinkForwarding,
+    /// An IPv6 setting of a pod's veth or VLAN device.
+    LinkSysctl,
     /// Our nf_tables tables.
     Ruleset,
 }
@@ -263,6 +347,7 @@ impl What {
             What::PrimaryMtu => "primary-mtu",
             What::MarkRule => "mark-rule",
             What::LocalRule => "local-rule",
+            What::MainRule => "main-rule",
             What::ServiceRule => "service-rule",
             What::EniMtu => "eni-mtu",
             What::EniLink => "eni-link",
@@ -274,14 +359,22 @@ impl What {
             What::BranchLink => "branch-link",
             What::BranchRoute => "branch-route",
             What::BranchRule => "branch-rule",
+            What::BranchLeftover => "branch-leftover",
             What::GatewayRule => "gateway-rule",
             What::PodRoute => "pod-route",
             What::PodLink => "pod-link",
+            What::PodName => "veth-name",
             What::PodMac => "pod-mac",
             What::PodMtu => "pod-mtu",
+            What::PodNeighbour => "host-neighbour",
             What::PodNote => "pod-note",
+            What::EgressLink => "egress-link",
+            What::EgressAddress => "egress-address",
+            What::EgressRoute => "egress-route",
             What::GonePod => "gone-pod",
             What::Sysctl => "sysctl",
+            What::LinkForwarding => "link-forwarding",
+            What::LinkSysctl => "link-sysctl",
             What::Ruleset => "ruleset",
         }
     }
@@ -322,19 +415,19 @@ pub fn link_of(links: &[Link], mac: Mac) -> Option<&Link> {
     links.iter().find(|link| link.mac == Some(mac) && !stacked(link))
 }
 
-/// The sysctls that the data plane needs on a node whose primary ENI's link has this name (`spec/dataplane.md` 4): path
-/// below `/proc/sys`, and value. The init container writes them; others change them back.
-pub fn sysctls(intent: &Intent, primary: &str) -> Vec<(String, &'static str)> {
+/// The sysctls that the data plane needs on a node with these links, of which the primary ENI's has this name
+/// (`spec/dataplane.md` 4): path below `/proc/sys`, and value. The init container writes them; others change them back.
+pub fn sysctls(intent: &Intent, primary: &str, links: &[Link]) -> Vec<(String, &'static str)> {
+    let egress = intent.egress_beside(links);
+    let forwarding = |family| forwarding(intent.v6, egress, family);
     // Loose: answers to NodePort connections leave through the primary ENI for pods of others.
     let mut wanted = vec![(format!("net/ipv4/conf/{primary}/rp_filter"), "2")];
     if intent.v6 {
         // For all links first: that one changes those of the single links too.
         wanted.extend(["all", primary].map(|name| (format!("net/ipv6/conf/{name}/disable_ipv6"), "0")));
     }
-    wanted.extend(
-        [Family::V4, Family::V6].into_iter().filter_map(|family| Some((forwarding(intent, family)?.into(), "1"))),
-    );
-    if forwarding(intent, Family::V6).is_some() {
+    wanted.extend([Family::V4, Family::V6].into_iter().filter_map(|family| Some((forwarding(family)?.into(), "1"))));
+    if forwarding(Family::V6).is_some() {
         // With forwarding on, 1 would mean that router advertisements are not listened to.
         wanted.push((format!("net/ipv6/conf/{primary}/accept_ra"), "2"));
     }
@@ -342,11 +435,12 @@ pub fn sysctls(intent: &Intent, primary: &str) -> Vec<(String, &'static str)> {
 }
 
 /// The sysctl that lets packets of the family through, if it is ours. In IPv4 mode IPv4's is the system's own, which the doctor
-/// looks at.
-pub(super) fn forwarding(intent: &Intent, family: Family) -> Option<&'static str> {
+/// looks at. What is ending counts as if pods of before were there.
+pub(super) fn forwarding(v6: bool, egress: Egress, family: Family) -> Option<&'static str> {
+    let translated = matches!(egress, Egress::Snat(_) | Egress::Ending(_));
     match family {
-        Family::V4 => (intent.v6 && matches!(intent.egress, Egress::Snat(_))).then_some("net/ipv4/ip_forward"),
-        Family::V6 => (intent.v6 || intent.egress != Egress::Off).then_some("net/ipv6/conf/all/forwarding"),
+        Family::V4 => (v6 && translated).then_some("net/ipv4/ip_forward"),
+        Family::V6 => (v6 || egress != Egress::Off).then_some("net/ipv6/conf/all/forwarding"),
     }
 }
 
@@ -354,7 +448,7 @@ pub(super) fn forwarding(intent: &Intent, family: Family) -> Option<&'static str
 /// the rule set cannot be made.
 pub fn diff(intent: &Intent, seen: &Observation) -> Result<Plan> {
     let primary = link_of(&seen.links, intent.primary_mac).ok_or_else(|| missing(intent.primary_mac, &seen.links))?;
-    let tables = ruleset::tables(intent, &primary.name)?;
+    let tables = ruleset::tables(intent, &primary.name, &seen.links)?;
     let mut planner = Planner::new(intent, seen);
     if primary.mtu != intent.eni_mtu {
         planner.add(
@@ -364,7 +458,7 @@ pub fn diff(intent: &Intent, seen: &Observation) -> Result<Plan> {
             format!("set mtu {} on {}", intent.eni_mtu, primary.name),
         );
     }
-    for (path, value) in sysctls(intent, &primary.name) {
+    for (path, value) in sysctls(intent, &primary.name, &seen.links) {
         if let Some(there) = seen.sysctls.get(&path).filter(|there| *there != value) {
             let text = format!("set sysctl {path} to {value} instead of {there}");
             planner.add(What::Sysctl, None, Action::SetSysctl(path, value.into()), text);
@@ -372,12 +466,16 @@ pub fn diff(intent: &Intent, seen: &Observation) -> Result<Plan> {
     }
     planner.mark_rule();
     planner.local_rule();
+    planner.add.extend(main_rules(&seen.rules, serves(intent, Family::V6)));
     for eni in &intent.enis {
         planner.eni(eni);
     }
     let branches = planner.branches();
     planner.stale_branch_rules();
+    planner.stale_devices();
     planner.pods(&branches);
+    planner.egress();
+    planner.young();
     planner.gone();
     planner.external_services();
     planner.stale_eni_rules();

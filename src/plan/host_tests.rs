@@ -1,27 +1,16 @@
 //! Tables for the host plan: each fault of a node that is otherwise right, and the steps that repair it.
 
 use super::*;
-use crate::model::net::{Family, Scope, TABLE_LOCAL, TABLE_MAIN};
+use crate::model::net::{Barrier, Conf6, Family, Scope, TABLE_LOCAL, TABLE_MAIN};
+use crate::plan::sample::{eni, ip, link, mac, marked, net, route};
 use proptest::prelude::*;
 
-fn net(text: &str) -> IpNet {
-    text.parse().unwrap()
-}
-
-fn ip(text: &str) -> IpAddr {
-    text.parse().unwrap()
-}
+#[cfg(test)]
+#[path = "host_rules_tests.rs"]
+mod rules;
 
 fn pod(address: &str, table: u32) -> HostPod {
     HostPod { address: ip(address), table, name: String::new(), veth: String::new() }
-}
-
-fn mac(last: u8) -> Mac {
-    Mac([0x02, 0, 0, 0, 0, last])
-}
-
-fn link(index: u32, name: &str, mac: Mac) -> Link {
-    Link { index, name: name.into(), mac: Some(mac), mtu: 9001, up: true, ..Link::default() }
 }
 
 fn intent() -> Intent {
@@ -31,28 +20,10 @@ fn intent() -> Intent {
         vpc_cidrs: vec![net("10.20.0.0/16"), net("100.64.0.0/16")],
         excluded_cidrs: vec![net("172.16.0.0/12")],
         external_service_cidrs: vec![net("192.0.2.0/24")],
-        enis: vec![HostEni {
-            id: "eni-2".into(),
-            mac: mac(2),
-            card: 0,
-            device: 1,
-            own: net("10.20.12.5/24"),
-            gateway: ip("10.20.12.1"),
-            table: 2,
-            trunk: false,
-        }],
+        enis: vec![eni()],
         pods: vec![pod("10.20.11.50", TABLE_MAIN), pod("10.20.12.60", 2)],
         ..Intent::default()
     }
-}
-
-fn route(table: u32, dst: &str, gateway: Option<&str>, dev: u32) -> Route {
-    let scope = if gateway.is_none() { Scope::Link } else { Scope::Universe };
-    Route { table, dst: net(dst), gateway: gateway.map(ip), dev, scope, prefsrc: None, metric: 0 }
-}
-
-fn marked(bits: u32) -> Rule {
-    Rule { fwmark: Some((bits, bits)), ..Rule::any(Family::V4, 1024, TABLE_MAIN) }
 }
 
 /// The node that [`intent`] describes, with nothing missing.
@@ -91,8 +62,9 @@ fn right() -> Observation {
             Rule::any(Family::V4, 32767, 253),
             Rule::any(Family::V6, 0, TABLE_LOCAL),
         ],
-        tables: ruleset::tables(&intent(), "eth0").unwrap(),
+        tables: ruleset::tables(&intent(), "eth0", &[]).unwrap(),
         sysctls: Map::from([("net/ipv4/conf/eth0/rp_filter".into(), "2".into())]),
+        ..Observation::default()
     }
 }
 
@@ -135,6 +107,7 @@ fn links_are_repaired() {
     check(|seen| seen.links[2].mtu = 1500, &["set mtu 9001 on eth0"]);
     check(|seen| seen.links[3].mtu = 1500, &["set mtu 9001 on eth1"]);
     check(|seen| seen.links[3].up = false, &["set eth1 up"]);
+    check(|seen| seen.links[3].no_arp = true, &["set eth1 arp on"]);
 }
 
 #[test]
@@ -175,49 +148,6 @@ fn addresses_and_routes_of_an_eni_are_repaired() {
     );
     // Somebody else's routes over the same link stay.
     check(|seen| seen.routes.push(route(254, "10.99.0.0/16", Some("10.20.12.1"), 4)), &[]);
-}
-
-#[test]
-fn rules_are_compared_and_not_rewritten() {
-    check(without(marked(0x80)), &["add rule 1024: from all fwmark 0x80/0x80 lookup main"]);
-    check(with(marked(0x100)), &["delete rule 1024: from all fwmark 0x100/0x100 lookup main"]);
-    check(with(Rule { fwmark: Some((1, 3)), ..marked(1) }), &[]);
-    check(with(Rule { foreign: true, ..marked(0x100) }), &[]);
-    check(without(Rule::from(net("10.20.12.5/32"), 32765, 2)), &["add rule 32765: from 10.20.12.5 lookup 2"]);
-    check(without(Rule::from(net("10.20.12.60/32"), 1536, 2)), &["add rule 1536: from 10.20.12.60 lookup 2"]);
-    check(
-        |seen| seen.rules.iter_mut().filter(|rule| rule.priority == 1536).for_each(|rule| rule.table = 3),
-        &["add rule 1536: from 10.20.12.60 lookup 2", "delete rule 1536: from 10.20.12.60 lookup 3"],
-    );
-    check(with(Rule::from(net("10.20.11.50/32"), 1536, 3)), &["delete rule 1536: from 10.20.11.50 lookup 3"]);
-    check(
-        without(Rule::to(net("10.20.12.60/32"), 512, TABLE_MAIN)),
-        &["add rule 512: from all to 10.20.12.60 lookup main"],
-    );
-    // An address that is assigned but not wired up: an ADD or a DEL is under way, and sees to it.
-    check(
-        |seen| {
-            seen.routes.remove(3);
-            without(Rule::to(net("10.20.12.60/32"), 512, TABLE_MAIN))(seen);
-            without(Rule::from(net("10.20.12.60/32"), 1536, 2))(seen);
-        },
-        &[],
-    );
-    check(
-        |seen| {
-            seen.routes.remove(3);
-            with(Rule::from(net("10.20.12.60/32"), 1536, 3))(seen);
-        },
-        &["delete rule 1536: from 10.20.12.60 lookup 3"],
-    );
-    check(
-        without(Rule::to(net("192.0.2.0/24"), 1535, TABLE_MAIN)),
-        &["add rule 1535: from all to 192.0.2.0/24 lookup main"],
-    );
-    check(
-        with(Rule::to(net("198.51.100.0/24"), 1535, TABLE_MAIN)),
-        &["delete rule 1535: from all to 198.51.100.0/24 lookup main"],
-    );
 }
 
 #[test]
@@ -275,6 +205,17 @@ fn leftovers_go() {
         },
         &["delete rule 512: from all to 10.20.12.60 lookup main", "delete rule 1536: from 10.20.12.60 lookup 2"],
     );
+    // The address of an ENI that was given back, unless another one has it.
+    for (address, gone) in [("10.20.12.9", true), ("10.20.12.5", false), ("10.20.11.162", false)] {
+        let own = net(&format!("{address}/32"));
+        let mut seen = right();
+        let ours = [Rule::from(own, 1000, 2), Rule { dst: Some(net("10.0.0.0/8")), ..Rule::from(own, 1536, 3) }];
+        let others = [Rule::from(own, 1000, 101), Rule { fwmark: Some((1, 1)), ..Rule::from(own, 1000, 2) }];
+        seen.rules.extend(ours.iter().chain(&others).cloned());
+        let wanted = Intent { gone: vec![ip(address)], ..intent() };
+        let steps = ours.iter().filter(|_| gone).map(|rule| format!("delete rule {rule}")).collect::<Vec<_>>();
+        assert_eq!(texts(&diff(&wanted, &seen).unwrap()), steps, "{address}");
+    }
 }
 
 #[test]
@@ -352,8 +293,10 @@ fn right_v6() -> (Intent, Observation) {
             marked,
             Rule::from(net("2001:db8::2:60/128"), 1536, 2),
             Rule::from(net("2001:db8::5/128"), 32765, 2),
+            Rule::any(Family::V6, 32766, TABLE_MAIN),
+            Rule::any(Family::V4, 32766, TABLE_MAIN),
         ],
-        tables: ruleset::tables(&wanted, "eth0").unwrap(),
+        tables: ruleset::tables(&wanted, "eth0", &[]).unwrap(),
         ..Observation::default()
     };
     (wanted, seen)
@@ -393,6 +336,8 @@ fn an_ipv6_node_is_repaired() {
         &|seen| seen.rules.truncate(1),
         &[
             "add rule 1024: from all fwmark 0x80/0x80 lookup main",
+            "add rule 32766: from all lookup main",
+            "add IPv6 rule 32766: from all lookup main",
             "add rule 32765: from 2001:db8::5 lookup 2",
             "add rule 512: from all to 2001:db8::1:50 lookup main",
             "add rule 1536: from 2001:db8::2:60 lookup 2",
@@ -404,6 +349,33 @@ fn an_ipv6_node_is_repaired() {
         &["delete rule 1536: from 2001:db8::2:60 lookup 3"],
     );
     check(&|seen| seen.tables.clear(), &["set nf_tables rules: table ip aws-cni is missing"]);
+}
+
+#[test]
+fn links_of_enis_whose_source_is_kept_are_followed() {
+    let wanted = Intent { keep_host_source: true, ..intent() };
+    let check = |fault: &dyn Fn(&mut Observation), steps: &[&str]| {
+        let mut seen = right();
+        seen.tables = ruleset::tables(&wanted, "eth0", &seen.links).unwrap();
+        fault(&mut seen);
+        assert_eq!(texts(&diff(&wanted, &seen).unwrap()), steps);
+        seen.tables = ruleset::tables(&wanted, "eth0", &seen.links).unwrap();
+        assert_eq!(
+            ruleset::differences(&ruleset::tables(&intent(), "eth0", &seen.links).unwrap(), &seen.tables).len(),
+            3
+        );
+    };
+    check(&|_| {}, &[]);
+    check(
+        &|seen| seen.links[3].name = "ens6".into(),
+        &["set nf_tables rules: table ip aws-cni chain snat-primary rule 5: oifname \"eth1\" counter return comment \
+           \"secondary ENI\" instead of oifname \"ens6\" counter return comment \"secondary ENI\""],
+    );
+    // The primary ENI's link and those of others are none of these.
+    check(&|seen| seen.links.push(link(20, "eth2", mac(20))), &[]);
+    // Without the setting nothing depends on them.
+    let text = |links: &[Link]| ruleset::tables(&intent(), "eth0", links).unwrap();
+    assert_eq!(text(&right().links), text(&[]));
 }
 
 #[test]
@@ -446,7 +418,7 @@ fn carry_out(seen: &mut Observation, step: &Step) {
         }
         Action::SetUp(index) => {
             let at = by_index(&mut seen.links, *index);
-            seen.links[at].up = true;
+            (seen.links[at].up, seen.links[at].no_arp) = (true, false);
         }
         Action::SetMac(index, mac) => {
             let at = by_index(&mut seen.links, *index);
@@ -459,8 +431,13 @@ fn carry_out(seen: &mut Observation, step: &Step) {
             seen.routes
                 .retain(|there| (there.table, there.dst, there.metric) != (route.table, route.dst, route.metric));
             seen.routes.push(*route);
+            if let Some(at) = seen.barriers.iter().position(|barrier| barrier.in_place_of(route)) {
+                seen.barriers.remove(at);
+            }
         }
         Action::DeleteRoute(route) => seen.routes.retain(|there| there != route),
+        Action::DeleteBarrier(barrier) => seen.barriers.retain(|there| there != barrier),
+        Action::DeleteNeighbour(dev, addr) => seen.neighbours.retain(|there| (there.dev, there.addr) != (*dev, *addr)),
         Action::AddRule(rule) => {
             assert!(!seen.rules.contains(rule), "{rule} is there already");
             seen.rules.push(rule.clone());
@@ -471,11 +448,20 @@ fn carry_out(seen: &mut Observation, step: &Step) {
             seen.rules.remove(at);
         }
         Action::SetTables(tables) => seen.tables.clone_from(tables),
-        Action::NoteVeth(index, mac, mtu) => {
-            let link = seen.links.iter_mut().find(|link| link.index == *index).expect("a link that was seen");
-            link.alias = naming::veth_alias(*mac, *mtu);
+        Action::NoteVeth(index, mac, mtu, name) => {
+            let at = by_index(&mut seen.links, *index);
+            seen.links[at].alias = naming::veth_alias(*mac, *mtu, name);
         }
-        Action::AddVlan(..) => panic!("there are no branch ENIs here"),
+        Action::Rename(index, name) => {
+            assert!(!seen.links.iter().any(|link| link.name == *name), "{name} is taken");
+            let at = by_index(&mut seen.links, *index);
+            seen.links[at].name.clone_from(name);
+        }
+        Action::NoteEgress(index, end) => {
+            let at = by_index(&mut seen.links, *index);
+            seen.links[at].alias = end.alias();
+        }
+        Action::AddVlan(..) | Action::DeleteLink(_) => panic!("there are no branch ENIs here"),
     }
 }
 
@@ -489,7 +475,7 @@ fn what_the_plugin_has_made_of_a_pod_is_put_back() {
         let mut seen = right();
         seen.routes.retain(|route| route.dev != 10 && route.dev != 11);
         seen.routes.push(route(254, "10.20.12.60/32", None, 10));
-        seen.links[4].alias = naming::veth_alias(mac(10), 9001);
+        seen.links[4].alias = naming::veth_alias(mac(10), 9001, "eni0123456789a");
         seen
     };
     let check = |fault: &dyn Fn(&mut Observation), steps: &[&str]| {
@@ -528,6 +514,55 @@ fn what_the_plugin_has_made_of_a_pod_is_put_back() {
     };
     check(&|seen| bare(seen, ""), &["note mac 02:00:00:00:00:4d mtu 1500 on eni0123456789a"]);
     check(&|seen| bare(seen, "uplink of somebody"), &[]);
+    // What an earlier version has noted has no name.
+    let earlier = "aws-cni mac 02:00:00:00:00:0a mtu 9001";
+    let note = "note mac 02:00:00:00:00:0a mtu 9001 on eni0123456789a";
+    check(&|seen| seen.links[4].alias = earlier.into(), &[note]);
+    // One that was renamed is told by the name that is noted on it, else by the route that leads over it.
+    let rename = |seen: &mut Observation| seen.links[4].name = "odd0".into();
+    let back = "set name eni0123456789a on odd0";
+    check(&rename, &[back]);
+    check(
+        &|seen| {
+            rename(seen);
+            lost(seen);
+        },
+        &[back, "replace route 10.20.12.60 dev odd0"],
+    );
+    let told = |fault: &dyn Fn(&mut Observation), steps: &[&str]| {
+        let mut seen = wired();
+        rename(&mut seen);
+        fault(&mut seen);
+        assert_eq!(texts(&diff(&wanted, &seen).unwrap()), steps);
+    };
+    told(&|seen| seen.links[4].alias = earlier.into(), &[back]);
+    told(
+        &|seen| {
+            seen.links[4].alias = earlier.into();
+            lost(seen);
+        },
+        &[],
+    );
+    told(&|seen| seen.links[4].alias.clear(), &[]);
+    told(&|seen| seen.links[4].alias = "uplink of somebody".into(), &[]);
+    // Another link has its name: a later veth of the pod's, or somebody else's.
+    told(
+        &|seen| seen.links[5].name = "eni0123456789a".into(),
+        &["note mac 02:00:00:00:00:0b mtu 9001 on eni0123456789a", "replace route 10.20.12.60 dev eni0123456789a"],
+    );
+    told(
+        &|seen| {
+            seen.links[5].name = "eni0123456789a".into();
+            seen.links[5].kind = None;
+        },
+        &[],
+    );
+    // Of one that is not in the intent yet only the MAC is kept.
+    let young = |seen: &mut Observation| {
+        seen.links[5].alias = naming::veth_alias(mac(12), 9001, "enib123456789a");
+        (seen.links[5].up, seen.links[5].mtu) = (false, 1400);
+    };
+    check(&young, &["set address 02:00:00:00:00:0c on enib123456789a"]);
     // Without its link a pod is on its way in or out.
     check(
         &|seen| {
@@ -548,6 +583,7 @@ fn what_the_plugin_has_made_of_a_pod_is_put_back() {
         &|seen| {
             lost(seen);
             seen.links[4].name = format!("{digits}x");
+            seen.links[4].alias = "uplink of somebody".into();
         },
         &[],
     );
@@ -567,6 +603,95 @@ fn what_the_plugin_has_made_of_a_pod_is_put_back() {
 }
 
 #[test]
+fn nothing_stands_in_the_place_of_our_routes() {
+    let barrier = |table, dst: &str, metric| Barrier { kind: 6, table, dst: net(dst), dev: 0, metric };
+    let with = |barrier: Barrier| move |seen: &mut Observation| seen.barriers.push(barrier);
+    check(with(barrier(2, "0.0.0.0/0", 0)), &["delete route blackhole default table 2"]);
+    check(with(barrier(2, "10.20.12.1/32", 0)), &["delete route blackhole 10.20.12.1 table 2"]);
+    // In its place, not before it.
+    check(
+        |seen| {
+            seen.routes.pop();
+            seen.barriers.push(barrier(2, "0.0.0.0/0", 0));
+        },
+        &["replace route default via 10.20.12.1 dev eth1 table 2"],
+    );
+    // Of others.
+    for other in [barrier(2, "0.0.0.0/0", 9), barrier(2, "192.0.2.0/24", 0), barrier(254, "10.20.200.0/24", 0)] {
+        check(with(other), &[]);
+    }
+}
+
+#[test]
+fn what_comes_in_by_our_links_goes_on() {
+    let set = |passing: Option<bool>| {
+        move |seen: &mut Observation| {
+            seen.links[0].forwards = passing;
+            seen.links[2].forwards = Some(false);
+            seen.links[3].forwards = Some(false);
+        }
+    };
+    check(set(Some(true)), &["set sysctl net/ipv4/conf/eth1/forwarding to 1 instead of 0"]);
+    // Off everywhere, or nobody knows.
+    check(set(Some(false)), &[]);
+    check(set(None), &[]);
+}
+
+#[test]
+fn what_add_has_set_on_links_of_pods_is_kept() {
+    let set = |index: u32, queue, routing, conf: [u32; 3]| {
+        move |seen: &mut Observation| {
+            let [forwarding, accept_ra, accept_redirects] = conf;
+            let link = seen.links.iter_mut().find(|link| link.index == index).unwrap();
+            link.conf6 = Some(Conf6 { forwarding, accept_ra, accept_redirects });
+            link.queue = queue;
+            seen.links[0].conf6 = Some(Conf6 { forwarding: routing, ..Conf6::default() });
+        }
+    };
+    let [forwarding, ra, redirects] = ["forwarding", "accept_ra", "accept_redirects"]
+        .map(|key| format!("set sysctl net/ipv6/conf/enib123456789a/{key} to 0 instead of 1"));
+    check_veths(set(11, 1000, 0, [0, 0, 0]), &[]);
+    check_veths(set(11, 1000, 0, [1, 1, 1]), &[&ra, &redirects, &forwarding]);
+    check_veths(set(11, 1000, 1, [1, 0, 0]), &[]); // somebody has written it for all
+    check_veths(set(11, 0, 0, [0, 1, 1]), &[&ra]); // the original's
+    check_veths(set(10, 1000, 0, [1, 1, 1]), &[]); // no pod's that is known
+}
+
+/// As [`check`], with one pod that is known to have the veth 11.
+fn check_veths(fault: impl Fn(&mut Observation), steps: &[&str]) {
+    let veth = "b123456789a".to_owned();
+    let pods = vec![HostPod { veth, ..pod("10.20.12.60", 2) }, pod("10.20.11.50", TABLE_MAIN)];
+    let mut seen = right();
+    seen.links[5].alias = naming::veth_alias(mac(11), seen.links[5].mtu, "enib123456789a");
+    fault(&mut seen);
+    assert_eq!(texts(&diff(&Intent { pods, ..intent() }, &seen).unwrap()), steps);
+}
+
+#[test]
+fn nobody_tells_the_kernel_for_good_where_a_pod_is() {
+    let fixed = |dev, address: &str, there: Option<Mac>, pod: Option<Mac>| {
+        let address = ip(address);
+        move |seen: &mut Observation| {
+            seen.neighbours.push(Neighbour { dev, addr: address, mac: there, permanent: true, noarp: false });
+            seen.peers.extend(pod.map(|mac| (dev, mac)));
+        }
+    };
+    let wrong = "delete neighbour 10.20.12.60 lladdr 02:00:00:00:00:09 dev enib123456789a";
+    check_veths(fixed(11, "10.20.12.60", Some(mac(9)), Some(mac(7))), &[wrong]);
+    check_veths(fixed(11, "10.20.12.60", Some(mac(9)), None), &[wrong]);
+    check_veths(fixed(11, "10.20.12.60", Some(mac(9)), Some(mac(9))), &[]); // it is true
+    check_veths(fixed(11, "10.20.12.61", Some(mac(9)), Some(mac(7))), &[]); // not the pod's address
+    for link in [4, 10, 77] {
+        check_veths(fixed(link, "10.20.12.60", Some(mac(9)), Some(mac(7))), &[]); // not its link
+    }
+    let learned = |seen: &mut Observation| {
+        fixed(11, "10.20.12.60", Some(mac(9)), Some(mac(7)))(seen);
+        seen.neighbours[0].permanent = false;
+    };
+    check_veths(learned, &[]);
+}
+
+#[test]
 fn sysctls_are_kept() {
     let path = "net/ipv4/conf/eth0/rp_filter";
     check(
@@ -574,7 +699,7 @@ fn sysctls_are_kept() {
         &["set sysctl net/ipv4/conf/eth0/rp_filter to 2 instead of 1"],
     );
     check(|seen| seen.sysctls.clear(), &[]); // this kernel has none, or nobody looked
-    let of = |intent: &Intent| sysctls(intent, "ens5").into_iter().map(|(path, _)| path).collect::<Vec<_>>();
+    let of = |intent: &Intent| sysctls(intent, "ens5", &[]).into_iter().map(|(path, _)| path).collect::<Vec<_>>();
     assert_eq!(of(&intent()), ["net/ipv4/conf/ens5/rp_filter"]);
     let six = ["net/ipv4/conf/ens5/rp_filter", "net/ipv6/conf/all/forwarding", "net/ipv6/conf/ens5/accept_ra"];
     assert_eq!(of(&Intent { egress: Egress::Guard, ..intent() }), six);

@@ -14,4 +14,6 @@ pub mod pod;
 pub mod pool;
 pub mod repair;
 pub mod ruleset;
+#[cfg(test)]
+mod sample;
 pub mod sizing;

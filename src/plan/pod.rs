@@ -267,7 +267,7 @@ impl PodInterface {
 
     /// Pod: the gateway's hardware address is the host end's.
     pub fn pod_neighbour(&self, pod_dev: u32, host_mac: Mac) -> Neighbour {
-        Neighbour { dev: pod_dev, addr: self.gateway, mac: Some(host_mac), permanent: true }
+        Neighbour { dev: pod_dev, addr: self.gateway, mac: Some(host_mac), permanent: true, noarp: false }
     }
 }
 

@@ -262,6 +262,8 @@ pub struct Pool {
     // Addresses of living pods whose CIDR has not been seen since the restart: kept, so that they are neither forgotten
     // nor handed out when their CIDR turns up (B6).
     orphans: Map<At, (IpAddr, Arc<Owner>)>,
+    // Nobody gets these, however long they have rested.
+    held_back: Set<IpAddr>,
     // What changed since the last check.
     touched: Touched,
     memo: Memo,
@@ -316,6 +318,7 @@ impl Pool {
             enis: Map::new(),
             index: Map::new(),
             orphans: Map::new(),
+            held_back: Set::new(),
             touched: Touched::default(),
             memo: Memo::default(),
         }
@@ -394,6 +397,11 @@ impl Pool {
                 Ok(())
             }
         }
+    }
+
+    /// Gives none of these addresses away, instead of those that were named before.
+    pub fn hold_back(&mut self, addresses: Set<IpAddr>) {
+        self.held_back = addresses;
     }
 
     /// Marks whether the host cannot be set up for an ENI.
@@ -552,6 +560,7 @@ impl Pool {
     fn choose_single(&self, eni: &Eni, now: Mono) -> Option<(IpNet, IpAddr)> {
         let singles = eni.cidrs.iter().filter(|(_, cidr)| !cidr.prefix && !cidr.barred);
         let free = singles.filter_map(|(net, cidr)| match cidr.slots.get(&net.addr()) {
+            _ if self.held_back.contains(&net.addr()) => None,
             None => Some((None, net)),
             Some(slot) if slot.owner.is_some() || slot.cooling(now, self.cooldown) => None,
             Some(slot) => Some((slot.freed, net)),
@@ -560,13 +569,16 @@ impl Pool {
     }
 
     fn choose_in_prefix(&self, net: &IpNet, cidr: &Cidr, now: Mono) -> Option<IpAddr> {
+        let free = |address: &IpAddr| !self.held_back.contains(address);
         let rested = cidr.slots.iter().filter(|(_, slot)| slot.owner.is_none() && !slot.cooling(now, self.cooldown));
+        let rested = rested.filter(|(address, _)| free(address));
         if let Some((address, _)) = rested.min_by_key(|(address, slot)| (slot.freed, **address)) {
             return Some(*address);
         }
         // Known addresses are at most a few more than the pods ever were, so the first gap is near.
-        let limit = size_of_cidr(net).min(cidr.slots.len() + 1);
-        (0..limit as u128).map(|n| nth_address(net, n)).find(|address| !cidr.slots.contains_key(address))
+        let limit = size_of_cidr(net).min(cidr.slots.len() + self.held_back.len() + 1);
+        let fresh = |address: &IpAddr| !cidr.slots.contains_key(address) && free(address);
+        (0..limit as u128).map(|n| nth_address(net, n)).find(fresh)
     }
 
     /// Takes the address of a key on a card back; its cooldown starts now. `None`: it has none there.

@@ -2,20 +2,9 @@
 
 use super::*;
 use crate::model::map::Set;
-use crate::model::net::{Address, Family, Scope};
+use crate::model::net::{Address, Family, Neighbour};
 use crate::plan::host::{Action, Egress, HostBranch, HostPod};
-
-fn net(text: &str) -> IpNet {
-    text.parse().unwrap()
-}
-
-fn ip(text: &str) -> IpAddr {
-    text.parse().unwrap()
-}
-
-fn mac(last: u8) -> Mac {
-    Mac([0x02, 0, 0, 0, 0, last])
-}
+use crate::plan::sample::{eni, ip, link, mac, marked, net, route};
 
 const DIGITS: &str = "0123456789a";
 
@@ -23,13 +12,9 @@ fn veth() -> Link {
     Link {
         kind: Some("veth".into()),
         mtu: 1500,
-        alias: naming::veth_alias(mac(9), 1500),
+        alias: naming::veth_alias(mac(9), 1500, &format!("eni{DIGITS}")),
         ..link(9, &format!("eni{DIGITS}"), mac(9))
     }
-}
-
-fn link(index: u32, name: &str, mac: Mac) -> Link {
-    Link { index, name: name.into(), mac: Some(mac), mtu: 9001, up: true, ..Link::default() }
 }
 
 fn pod() -> HostPod {
@@ -41,31 +26,13 @@ fn watch() -> Watch {
         node_ip: ip("10.20.11.162"),
         primary_mac: mac(1),
         external_service_cidrs: vec![net("192.0.2.0/24")],
-        enis: vec![HostEni {
-            id: "eni-2".into(),
-            mac: mac(2),
-            card: 0,
-            device: 1,
-            own: net("10.20.12.5/24"),
-            gateway: ip("10.20.12.1"),
-            table: 2,
-            trunk: false,
-        }],
+        enis: vec![eni()],
         pods: vec![pod()],
         egress: Egress::Off,
         ..Intent::default()
     };
     let links = vec![link(1, "lo", Mac::default()), link(3, "eth0", mac(1)), link(4, "eth1", mac(2)), veth()];
     Watch::new(&intent, &Observation { links, ..Observation::default() })
-}
-
-fn route(table: u32, dst: &str, gateway: Option<&str>, dev: u32) -> Route {
-    let scope = if gateway.is_none() { Scope::Link } else { Scope::Universe };
-    Route { table, dst: net(dst), gateway: gateway.map(ip), dev, scope, prefsrc: None, metric: 0 }
-}
-
-fn marked(bits: u32) -> Rule {
-    Rule { fwmark: Some((bits, bits)), ..Rule::any(Family::V4, 1024, TABLE_MAIN) }
 }
 
 #[track_caller]
@@ -83,6 +50,7 @@ fn rules() {
         (Rule::to(single(other), 512, TABLE_MAIN), false, false), // an ADD or a DEL
         (Rule::from(single(ours), 1536, 2), false, true),
         (Rule::from(single(ours), 1536, 3), true, false),
+        (Rule { dst: Some(net("10.20.0.0/16")), ..Rule::from(single(ours), 1536, 2) }, true, false),
         (Rule::from(single(other), 1536, 2), false, false),
         (marked(0x80), false, true),
         (marked(0x40), true, false),
@@ -93,11 +61,27 @@ fn rules() {
         (Rule::from(single("10.20.12.5"), 32765, 3), true, false),
         (Rule::from(single("10.20.12.5"), 32765, 101), false, false),
         (Rule::any(Family::V4, 0, TABLE_LOCAL), false, true),
+        (Rule::any(Family::V4, 32766, TABLE_MAIN), false, true),
+        (Rule::any(Family::V4, 100, TABLE_MAIN), false, true), // somebody has moved it
+        (Rule::any(Family::V6, 32766, TABLE_MAIN), false, false),
+        (Rule { src: Some(net("10.0.0.0/8")), ..Rule::any(Family::V4, 32766, TABLE_MAIN) }, false, false),
+        (Rule::from(single(ours), 10_001, 10_002), true, false),
+        (Rule::from(single(ours), 10_001, 2), false, false),
+        (Rule::from(single(other), 10_001, 10_002), false, false),
+        (Rule { foreign: true, ..Rule::from(single(ours), 10_001, 10_002) }, false, false),
         (Rule::any(Family::V4, 100, 100), false, false),
         (Rule { foreign: true, ..marked(0x80) }, false, false),
     ] {
         check(&Notice::Rule(rule.clone()), new);
         check(&Notice::RuleGone(rule), gone);
+    }
+    let main = Notice::RuleGone(Rule::any(Family::V6, 32766, TABLE_MAIN));
+    for (intent, look) in [
+        (Intent { v6: true, ..Intent::default() }, true),
+        (Intent { egress: Egress::Snat(ip("2001:db8::1")), ..Intent::default() }, true),
+        (Intent::default(), false),
+    ] {
+        assert_eq!(Watch::new(&intent, &Observation::default()).concerns(&main), look, "{intent:?}");
     }
 }
 
@@ -122,6 +106,21 @@ fn routes() {
 }
 
 #[test]
+fn what_lets_nothing_through() {
+    for (table, dst, look) in [
+        (TABLE_MAIN, "10.20.12.60/32", true),
+        (TABLE_MAIN, "10.20.12.61/32", false),
+        (TABLE_MAIN, "10.20.12.0/24", false),
+        (2, "0.0.0.0/0", true),
+        (2, "10.20.12.1/32", true),
+        (2, "192.0.2.0/24", false),
+        (100, "0.0.0.0/0", false),
+    ] {
+        check(&Notice::Barrier(Barrier { kind: 6, table, dst: net(dst), dev: 0, metric: 0 }), look);
+    }
+}
+
+#[test]
 fn links_addresses_and_the_rest() {
     let (eth0, eth1) = (link(3, "eth0", mac(1)), link(4, "eth1", mac(2)));
     for (link, look) in [
@@ -134,13 +133,23 @@ fn links_addresses_and_the_rest() {
         (Link { index: 12, ..eth1.clone() }, true), // it is there at last
         (veth(), false),
         (Link { up: false, ..veth() }, true),
+        (Link { no_arp: true, ..veth() }, true),
         (Link { mac: Some(mac(7)), ..veth() }, true),
         (Link { mtu: 1400, ..veth() }, true),
-        (Link { index: 12, mac: Some(mac(12)), up: false, ..veth() }, false), // an ADD
+        (Link { index: 12, mac: Some(mac(12)), alias: String::new(), up: false, ..veth() }, false), // an ADD
     ] {
         check(&Notice::Link(link), look);
     }
     check(&Notice::LinkGone(eth1), false);
+    let ipvs = link(20, "kube-ipvs0", mac(20));
+    check(&Notice::Link(ipvs.clone()), true);
+    // The veth of a pod whose ADD has only just ended: its MAC alone counts.
+    let young = Link { name: "eniabcdef01234".into(), index: 20, up: false, mtu: 1400, ..veth() };
+    check(&Notice::Link(young.clone()), false);
+    check(&Notice::Link(Link { mac: Some(mac(77)), ..young.clone() }), true);
+    check(&Notice::Link(Link { mac: Some(mac(77)), alias: String::new(), ..young }), false);
+    let seen = Observation { links: vec![link(3, "eth0", mac(1)), ipvs.clone()], ..Observation::default() };
+    assert!(!Watch::new(watch().intent(), &seen).concerns(&Notice::Link(ipvs)), "known by now");
     let address = |dev, text: &str| Address { dev, addr: net(text), no_prefix_route: false, no_dad: false };
     for (address, new, gone) in [
         (address(4, "10.20.12.5/24"), false, true),
@@ -158,16 +167,33 @@ fn links_addresses_and_the_rest() {
     assert!(watch_six.concerns(&Notice::AddressGone(own)) && !watch().concerns(&Notice::AddressGone(own)));
     assert!(!watch_six.concerns(&Notice::AddressGone(address(8, "fe80::1/64"))), "a stranger's");
     for (dev, rp_filter, look) in [(3, Some(1), true), (3, Some(2), false), (3, None, false), (4, Some(1), false)] {
-        check(&Notice::Conf { family: Family::V4, dev, forwarding: Some(0), rp_filter }, look);
+        check(&Notice::Conf { family: Family::V4, dev, forwarding: Some(1), rp_filter }, look);
+    }
+    for (dev, look) in [(3, false), (4, true), (9, true), (8, false)] {
+        check(&Notice::Conf { family: Family::V4, dev, forwarding: Some(0), rp_filter: None }, look);
+        check(&Notice::Conf { family: Family::V6, dev, forwarding: Some(0), rp_filter: None }, false);
     }
     check(&Notice::Conf { family: Family::V4, dev: ALL, forwarding: Some(1), rp_filter: Some(1) }, false);
     let off = |family| Notice::Conf { family, dev: ALL, forwarding: Some(0), rp_filter: None };
     let egress = Intent { egress: Egress::Snat(ip("10.20.11.162")), ..six.clone() };
-    for (intent, ours) in [(Intent::default(), [false, false]), (six, [false, true]), (egress, [true, true])] {
-        let watch = Watch::new(&intent, &Observation::default());
+    for (intent, ours) in [(&Intent::default(), [false, false]), (&six, [false, true]), (&egress, [true, true])] {
+        let watch = Watch::new(intent, &Observation::default());
         assert_eq!([off(Family::V4), off(Family::V6)].map(|notice| watch.concerns(&notice)), ours, "{intent:?}");
     }
+    // In IPv6 mode: the links that IPv4 packets of pods come in by, and only with such a way out.
+    let end = HostEnd { mac: mac(20), mtu: 9001, pod: ip("169.254.172.7"), gateway: ip("169.254.172.1"), number: None };
+    let end = Link { kind: Some("veth".into()), alias: end.alias(), ..link(20, "veth0a1b2c3d", mac(20)) };
+    let links = || vec![link(3, "eth0", mac(1)), link(4, "eth1", mac(2)), end.clone()];
+    for (intent, looks) in [(&six, [false; 3]), (&egress, [true, false, true])] {
+        let watch = Watch::new(intent, &Observation { links: links(), ..Observation::default() });
+        let conf = |dev| Notice::Conf { family: Family::V4, dev, forwarding: Some(0), rp_filter: None };
+        assert_eq!([3, 4, 20].map(|dev| watch.concerns(&conf(dev))), looks);
+    }
     check(&Notice::Overrun, true);
+    for (dev, addr, look) in [(9, "10.20.12.60", true), (4, "10.20.12.60", false), (9, "10.20.12.61", false)] {
+        let entry = Neighbour { dev, addr: ip(addr), mac: Some(mac(7)), permanent: true, noarp: false };
+        check(&Notice::Neighbour(entry), look);
+    }
     for (table, look) in [("aws-cni", true), ("kube-proxy", false)] {
         let tables = Set::from([table.to_owned()]);
         check(&Notice::Ruleset { generation: 7, tables, process: None }, look);
@@ -191,6 +217,63 @@ fn a_vlan_device_that_goes_is_looked_for() {
 }
 
 #[test]
+fn the_end_of_a_way_out_makes_a_doubt_first() {
+    let end =
+        HostEnd { mac: mac(20), mtu: 9001, pod: ip("fd00::ac:7"), gateway: ip("fe80::1"), number: Some(0x0a1b_2c3d) };
+    let outer = Link { kind: Some("veth".into()), alias: end.alias(), ..link(20, "veth0a1b2c3d", mac(20)) };
+    let (up, down) = (Notice::Link(outer.clone()), Notice::Link(Link { up: false, ..outer.clone() }));
+    let (way, elsewhere) = (Notice::RouteGone(end.route(20)), Notice::Route(end.route(3)));
+    let harm = [
+        down.clone(),
+        way.clone(),
+        Notice::AddressGone(end.address(20)),
+        Notice::Link(Link { mac: Some(mac(7)), ..outer.clone() }),
+        Notice::Link(Link { mtu: 1500, ..outer.clone() }),
+        Notice::Link(Link { name: "odd0".into(), ..outer.clone() }),
+    ];
+    // An ADD: the link, what it says of itself, its address, up, the route. A DEL takes everything away.
+    let mut watch = watch();
+    let plain = Notice::Link(Link { alias: String::new(), up: false, ..outer.clone() });
+    for notice in [plain, Notice::Address(end.address(20)), up.clone(), Notice::Route(end.route(20))] {
+        assert!(!watch.hear(&notice) && !watch.doubts(), "{notice:?}");
+    }
+    assert!(watch.hear(&elsewhere), "nobody's DEL does that");
+    for notice in harm {
+        assert!(!watch.hear(&notice) && watch.doubts(), "{notice:?}");
+        assert!(!watch.hear(&Notice::LinkGone(outer.clone())) && !watch.doubts(), "{notice:?}");
+        assert!(!watch.hear(&way) && !watch.doubts(), "of nobody");
+        assert!(!watch.hear(&up));
+    }
+    // One that was renamed when it is met is known all the same.
+    let renamed = Link { name: "odd0".into(), ..outer.clone() };
+    let mut met = Watch::new(&watch.intent, &Observation { links: vec![renamed.clone()], ..Observation::default() });
+    assert!(!met.hear(&up) && !met.doubts(), "it has its name again");
+    assert!(!met.hear(&Notice::Link(renamed)) && met.doubts());
+    // One that was there before; and of other links everything is as it was.
+    let mut watch = Watch::new(&watch.intent, &Observation { links: vec![outer, veth()], ..Observation::default() });
+    assert!(!watch.hear(&down) && watch.doubts());
+    assert!(watch.hear(&Notice::Link(Link { up: false, ..veth() })));
+    assert!(watch.hear(&Notice::Link(link(4, "eth1", mac(2)))), "an ENI's that was missing");
+}
+
+#[test]
+fn a_doubt_becomes_a_reason_unless_it_is_settled() {
+    let mut pace = Pace::default();
+    pace.doubt(at(50), true);
+    pace.doubt(at(60), true);
+    assert_eq!(pace.due(), Some(at(150)));
+    pace.doubt(at(70), false);
+    assert_eq!(pace.due(), None);
+    pace.leave(at(500));
+    pace.doubt(at(80), true);
+    assert_eq!(pace.due(), Some(at(180)));
+    pace.looked(at(200), Duration::from_millis(50));
+    assert_eq!(pace.due(), None, "answered");
+    pace.doubt(at(210), true);
+    assert_eq!(pace.due(), Some(at(700)), "looks that take long are made less often");
+}
+
+#[test]
 fn what_goes_of_a_released_pod_is_to_go() {
     let mut watch = watch();
     watch.release(ip("10.20.12.61"));
@@ -209,10 +292,14 @@ fn at(millis: u64) -> Mono {
 
 /// Looks that take `took` ms each, when there is a notice every `every` ms for `length` ms.
 fn looks(every: u64, length: u64, took: u64) -> Vec<u64> {
+    looks_after(Pace::ask, every, length, took)
+}
+
+fn looks_after(tell: fn(&mut Pace, Mono), every: u64, length: u64, took: u64) -> Vec<u64> {
     let (mut pace, mut found, mut now) = (Pace::default(), Vec::new(), 0);
     while now < length {
         if now % every == 0 {
-            pace.ask(at(now));
+            tell(&mut pace, at(now));
         }
         now += 1;
         if pace.due().is_some_and(|due| due <= at(now)) {
@@ -252,6 +339,30 @@ fn a_storm_does_not_make_a_storm_of_looks() {
 }
 
 #[test]
+fn a_storm_of_doubts_does_not_either() {
+    let doubt = |pace: &mut Pace, now| pace.doubt(now, true);
+    for every in [1, 50] {
+        let storm = looks_after(doubt, every, 60_000, 5);
+        assert!((60..=75).contains(&storm.len()), "{} looks in a minute: {storm:?}", storm.len());
+        assert!(storm[1] - storm[0] <= 210, "{storm:?}");
+    }
+    // As notices, those that are told one by one.
+    let calm = looks_after(doubt, 5_000, 60_000, 1);
+    assert!(calm.len() == 12 && calm.iter().all(|at| at % 5_000 == 100), "{calm:?}");
+    // Pods that come and go make doubts that settle by themselves, and do not make the next look late.
+    let mut pace = Pace::default();
+    pace.looked(at(0), Duration::ZERO);
+    for now in (0..60_000).step_by(50) {
+        pace.doubt(at(now), true);
+        pace.doubt(at(now + 1), false);
+    }
+    pace.ask(at(60_000));
+    pace.looked(at(60_010), Duration::ZERO);
+    pace.ask(at(60_011));
+    assert_eq!(pace.due(), Some(at(60_110)));
+}
+
+#[test]
 fn whoever_undoes_a_repair_again_and_again_is_given_way() {
     let step = |what, text: &str| Step { what, eni: None, action: Action::SetUp(1), text: text.into() };
     let (rule, other) = (step(What::MarkRule, "add rule 1024"), step(What::ToPodRule, "add rule 512"));
@@ -281,6 +392,12 @@ fn whoever_undoes_a_repair_again_and_again_is_given_way() {
         let verdict = quarrels.judge(later, &step(What::Ruleset, &format!("difference {n}")), false);
         let wait = Verdict::GiveWay(later.plus(Duration::from_secs(1)));
         assert_eq!(verdict, if n < Quarrels::TIMES_MAX { Verdict::Mend } else { wait });
+    }
+    // What was not made after all was not undone.
+    let held = step(What::FromPodRule, "delete rule 1536");
+    for _ in 0..3 * Quarrels::TIMES_MAX {
+        assert_eq!(quarrels.judge(later, &held, false), Verdict::Mend);
+        quarrels.not_made(&held);
     }
     // Memory has a bound.
     for n in 0..2 * Quarrels::LENGTH_MAX {

@@ -69,7 +69,8 @@ impl Agent {
                 return Ok(clock::now().mono.since(self.started));
             }
             if let Some(status) = self.child.try_wait()? {
-                return Err(Error::new(format!("the daemon on {} ended: {status}\n{}", self.name, self.tail())));
+                let why = self.last_words().unwrap_or_else(|| format!("{status}\n{}", self.tail()));
+                return Err(Error::new(format!("the daemon on {} ended: {why}", self.name)));
             }
             if clock::now().mono.since(self.started) > READY_TIMEOUT {
                 let told = self.tail();
@@ -83,6 +84,14 @@ impl Agent {
     /// The process.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    // The error that it ended with, if that was the last that it wrote.
+    fn last_words(&self) -> Option<String> {
+        let tail = self.tail();
+        let last: Value = serde_json::from_str(tail.lines().last()?).ok()?;
+        let text = last["msg"].as_str().filter(|_| last["level"] == "error");
+        text.map(str::to_owned)
     }
 
     /// The end of its log.

@@ -11,6 +11,7 @@ use crate::model::ec2::{Call, ConntrackTimeouts, Count, Create, Reply};
 use crate::model::limits::Limits;
 use crate::model::map::Map;
 use crate::model::settings::{Mode, Settings};
+use crate::plan::doctor::room;
 use ipnet::Ipv4Net;
 use serde_json::json;
 use std::net::Ipv4Addr;
@@ -50,7 +51,9 @@ pub fn prepare(
 ) -> Result<Option<Arc<Kube>>> {
     let mut api = Api::new();
     for node in &world.nodes {
-        api.add_node(&node.name, limits.kubelet_pods.max(limits.max_pods()));
+        let most = room::of(settings, limits, None).map_or(u32::MAX, |room| room.pods);
+        let wanted = u32::try_from(pods).unwrap_or(u32::MAX);
+        api.add_node(&node.name, limits.kubelet_pods.max(limits.max_pods()).min(most).max(wanted));
     }
     if settings.pod_eni {
         for node in &world.nodes {

@@ -6,8 +6,9 @@ use super::cluster::{self, ApiServer};
 use super::controller::{self, BRANCHES_MAX, Trunk};
 use super::egress::{self, Way};
 use super::flows;
+use super::given;
 use super::kube::Kind;
-use super::report::{NodeLine, PodLine, Report};
+use super::report::{NodeLine, PodLine, Report, count};
 use super::runs;
 use super::serve::kube::Kube;
 use super::topology::{Node, Place};
@@ -30,6 +31,9 @@ use std::time::Duration;
 /// How long the kernel may take to remove the links of namespaces that are gone.
 const TEARDOWN_MAX: Duration = Duration::from_secs(5);
 
+/// Pods on each node, at most; an instance type may carry fewer.
+const PODS_MAX: u16 = 1000;
+
 /// What the sandbox is asked to do.
 #[derive(Clone, Debug, clap::Args)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -39,8 +43,8 @@ pub struct Args {
     /// Number of nodes
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=16))]
     nodes: u8,
-    /// Pods on each node
-    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=250))]
+    /// Pods on each node, up to 1000; flows are tried between some of them only where there are more than 100
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=i64::from(PODS_MAX)))]
     pods: u16,
     /// Instance type of the nodes
     #[arg(long, default_value = "m5.large")]
@@ -48,7 +52,8 @@ pub struct Args {
     /// The pods' addresses
     #[arg(long, value_enum, default_value_t = Family::Ipv4)]
     family: Family,
-    /// Chain the pods through egress-cni as well: they reach the other family through their node
+    /// Chain the pods through egress-cni as well, as ENABLE_V6_EGRESS=true or ENABLE_V4_EGRESS=true does: they reach the other
+    /// family through their node
     #[arg(long, value_enum)]
     egress: Option<Way>,
     /// Print the result as JSON
@@ -58,7 +63,7 @@ pub struct Args {
     #[arg(long)]
     keep: bool,
     /// A setting of the daemons, besides those of the sandbox; may be given several times
-    #[arg(long = "set", value_name = "VAR=VALUE", value_parser = setting)]
+    #[arg(long = "set", value_name = "VAR=VALUE", value_parser = given::parse)]
     set: Vec<(String, String)>,
     /// The Kubernetes API server
     #[arg(long, value_enum, default_value_t = ApiServer::Answers)]
@@ -81,13 +86,6 @@ pub enum Family {
     Ipv4,
     /// IPv6
     Ipv6,
-}
-
-fn setting(text: &str) -> std::result::Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
-        _ => Err("not VAR=VALUE".into()),
-    }
 }
 
 /// Runs the command; the exit code.
@@ -114,8 +112,22 @@ fn down() -> Result<bool> {
     let home = Path::new(runs::HOME);
     let swept = runs::sweep(home)?;
     let ended = runs::down(home)?;
-    say(&format!("ended {ended} running, removed what {swept} killed ones had left"));
+    say(&told_of(ended, swept));
     Ok(true)
+}
+
+// What `down` has done.
+fn told_of(ended: usize, swept: usize) -> String {
+    let ended = match ended {
+        0 => "no sandbox was running".to_owned(),
+        1 => "ended 1 sandbox".to_owned(),
+        _ => format!("ended {ended} sandboxes"),
+    };
+    match swept {
+        0 => ended,
+        1 => format!("{ended}; removed what a killed one had left"),
+        _ => format!("{ended}; removed what {swept} killed ones had left"),
+    }
 }
 
 fn say(what: &str) {
@@ -132,27 +144,32 @@ fn going() -> Result<()> {
 }
 
 fn demo(args: &Args) -> Result<bool> {
-    if args.egress.is_some_and(|way| way.is_v6() == (args.family == Family::Ipv6)) {
-        return Err(Error::new("--egress is for the other family: v4 with --family ipv6, v6 with ipv4"));
-    }
     let limits = limits::of(&args.instance_type)
         .ok_or_else(|| Error::new(format!("instance type {:?} is not known", args.instance_type)))?;
-    let settings = settings_of(args);
+    let given = given(args);
+    let settings = given::settings(&given);
+    let egress = given::egress(&given, &settings, args.egress)?;
+    if settings.needs_api_server() && args.api_server != ApiServer::Answers {
+        let which = "ENABLE_POD_ENI, AWS_VPC_K8S_CNI_CUSTOM_NETWORK_CFG and ANNOTATE_POD_IP";
+        return Err(Error::new(format!("{which} need an API server that answers")));
+    }
     // With custom networking the primary ENI serves no pods.
     let reserved = u32::from(settings.custom_networking);
     let room = match settings.mode_wished() {
         Mode::Ipv4Addresses => limits.pod_addresses(reserved, false),
         Mode::Ipv4Prefixes => limits.pod_addresses(reserved, true),
-        Mode::Ipv6Prefixes => limits.kubelet_pods,
+        Mode::Ipv6Prefixes => PODS_MAX.into(),
     };
     if u32::from(args.pods) > room {
         return Err(Error::new(format!("{} holds at most {room} pods", args.instance_type)));
     }
     // Before any thread is there. What is started gets an empty mask.
     sys::block_signals().context("block signals")?;
+    // A pod takes several: its namespace, and again while flows are sent.
+    sys::open_many_files().context("raise the limit of open files")?;
     let begin = clock::now().mono;
-    let mut report = Report::default();
-    let mut stage = Stage::build(args, &settings, &limits)?;
+    let mut report = Report { skipped: given::untried(&given, &settings), ..Report::default() };
+    let mut stage = Stage::build(args, &settings, &limits, egress)?;
     let mut result = stage.play(args, &settings, &mut report);
     if result.is_ok() && args.keep {
         report.took_s = clock::now().mono.since(begin).as_secs_f64();
@@ -194,16 +211,18 @@ fn given(args: &Args) -> Vec<(String, String)> {
     family.chain(strict).chain(egress).chain(args.set.iter().cloned()).collect()
 }
 
-fn settings_of(args: &Args) -> Settings {
-    let given = given(args);
-    Settings::parse(|name| given.iter().rev().find(|(key, _)| key == name).map(|(_, value)| value.clone())).0
-}
-
 // What they mean for the source that others see.
 fn expectation(settings: &Settings) -> flows::Expectation {
     let v6 = settings.mode_wished() == Mode::Ipv6Prefixes;
     let strict = settings.pod_security_groups_strict();
-    flows::Expectation { v6, strict, snat: !settings.external_snat, excluded: settings.exclude_snat_cidrs.clone() }
+    flows::Expectation {
+        v6,
+        strict,
+        snat: !settings.external_snat,
+        excluded: settings.exclude_snat_cidrs.clone(),
+        services: settings.external_service_cidrs.clone(),
+        node_port: settings.node_port,
+    }
 }
 
 fn print(args: &Args, report: &Report) -> Result<()> {
@@ -228,8 +247,8 @@ struct Stage {
 }
 
 impl Stage {
-    fn build(args: &Args, settings: &Settings, limits: &Limits) -> Result<Stage> {
-        say(&format!("building a VPC with {} nodes of type {}", args.nodes, args.instance_type));
+    fn build(args: &Args, settings: &Settings, limits: &Limits, egress: Option<Way>) -> Result<Stage> {
+        say(&format!("building a VPC with {} of type {}", count(args.nodes.into(), "node"), args.instance_type));
         let home = Path::new(runs::HOME);
         let plan = Plan { nodes: args.nodes.into(), instance_type: &args.instance_type, seed: args.seed, home };
         let mut world = World::create(&plan)?;
@@ -239,7 +258,7 @@ impl Stage {
         // What runs is this very file, whatever happens to its name meanwhile.
         let program = PathBuf::from("/proc/self/exe");
         let settings = settings.clone();
-        let (agents, pods, trunks, egress) = (Vec::new(), Vec::new(), Vec::new(), args.egress);
+        let (agents, pods, trunks) = (Vec::new(), Vec::new(), Vec::new());
         Ok(Stage { program, settings, egress, agents, pods, nodes, kube, trunks, world })
     }
 
@@ -256,9 +275,10 @@ impl Stage {
         for (agent, node) in self.agents.iter_mut().zip(&self.nodes) {
             ready.push(agent.wait_ready(node, &going)?);
         }
-        self.attach_trunks(args)?;
-        say(&format!("adding {} pods to each node", args.pods));
-        let added = self.add_pods(usize::from(args.pods))?;
+        self.attach_trunks(args, report)?;
+        let pods = usize::from(args.pods);
+        say(&format!("adding {} to each node", count(pods, "pod")));
+        let added = self.add_pods(pods)?;
         let mut errors = List::new();
         for (pods, error) in added {
             self.pods.push(pods);
@@ -267,6 +287,12 @@ impl Stage {
         errors.into_result()?;
         self.check_addresses(report);
         say("sending tcp and udp along every path");
+        if pods > flows::SAMPLE {
+            let of = flows::SAMPLE;
+            report
+                .skipped
+                .push(format!("flows: between {of} of the {pods} pods of each node, spread evenly among them"));
+        }
         report.flows = flows::run(&self.world, &self.pods, &expectation(settings), &going)?;
         if let Some(way) = self.egress {
             say("sending tcp, udp and icmp through the node in the other family");
@@ -275,26 +301,33 @@ impl Stage {
         self.describe(args, &ready, report);
         say("asking the doctor");
         for (node, pods) in self.nodes.iter().zip(&self.pods) {
-            report.problems.extend(agents::doctor(&self.program, node, &env, pods.len())?);
+            let found = agents::doctor(&self.program, node, &env, pods.len())?;
+            // What is wrong with a setting that was given here is told once, and no fault of the network.
+            let told = |found: &String| report.skipped.iter().any(|skipped| found.ends_with(skipped));
+            let found = found.into_iter().filter(|found| !told(found)).collect::<Vec<_>>();
+            report.problems.extend(found);
         }
         Ok(())
     }
 
     // For security groups of pods. Without VLAN links in the kernel there are none.
-    fn attach_trunks(&mut self, args: &Args) -> Result<()> {
+    fn attach_trunks(&mut self, args: &Args, report: &mut Report) -> Result<()> {
         let Some(kube) = self.kube.as_ref().filter(|_| self.settings.pod_eni) else {
             return Ok(());
         };
-        if args.api_server != ApiServer::Answers || !limits::takes_trunk(&args.instance_type) {
+        let mut skip = |why: String| report.skipped.push(format!("ENABLE_POD_ENI: {why}, so no pod gets a branch ENI"));
+        if !limits::takes_trunk(&args.instance_type) {
+            skip(format!("{} takes no trunk ENI", args.instance_type));
             return Ok(());
         }
-        if !self.world.topology().takes_branches()? {
-            say("SKIP: no vlan device in this kernel, so no pod gets a branch ENI");
-            return Ok(());
+        let takes_branches = self.world.topology().takes_branches()?;
+        if !takes_branches {
+            skip("there is no vlan device in this kernel".into());
         }
         say("attaching a trunk ENI to each node, for every second pod");
         for node in &self.world.nodes {
-            self.trunks.push(controller::attach(&self.world, kube, node, &going)?);
+            let trunk = controller::attach(&self.world, kube, node, &going)?;
+            self.trunks.extend(takes_branches.then_some(trunk));
         }
         Ok(())
     }
@@ -475,5 +508,22 @@ fn traces_that_stay(node: &Place, prefix: &str, addresses: &[IpAddr]) -> Result<
             return Ok(traces);
         }
         std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::told_of;
+
+    #[test]
+    fn what_down_has_done_reads_well() {
+        for (ended, swept, expected) in [
+            (0, 0, "no sandbox was running"),
+            (1, 0, "ended 1 sandbox"),
+            (0, 1, "no sandbox was running; removed what a killed one had left"),
+            (2, 3, "ended 2 sandboxes; removed what 3 killed ones had left"),
+        ] {
+            assert_eq!(told_of(ended, swept), expected);
+        }
     }
 }

@@ -2,7 +2,7 @@
 //! seen, who does not reach them, and what must be gone afterwards.
 
 use super::agents::WiredPod;
-use super::flows::Outcome;
+use super::flows::{self, Outcome};
 use super::probe::{Flow, PORT, Proto};
 use super::topology::Node;
 use super::world::{HOSTS, World};
@@ -35,7 +35,7 @@ impl Way {
         self == Way::V6
     }
 
-    /// The setting of the daemon.
+    /// The setting that has pods chained through `egress-cni`.
     pub fn setting(self) -> &'static str {
         if self.is_v6() { "ENABLE_V6_EGRESS" } else { "ENABLE_V4_EGRESS" }
     }
@@ -83,7 +83,7 @@ pub fn run(world: &World, pods: &[Vec<WiredPod>], way: Way, going: &dyn Fn() -> 
         let own = node.at(way.is_v6());
         let inside = world.namespace(&node.name)?;
         let mut ends = Vec::new();
-        for pod in pods {
+        for pod in flows::sample(pods) {
             let address = pod.egress.ok_or_else(|| Error::new(format!("{} has no egress address", pod.name)))?;
             ends.push((format!("{}/{}", node.name, pod.name), pod.pod.place.handle()?, address));
         }

@@ -1,20 +1,28 @@
 //! The flows that the demo sends, and the source that the other side must see (`spec/dataplane.md` 26, default
-//! settings): a pod is seen by its own address inside the VPC's CIDRs and as its node's primary address outside.
+//! settings): a pod is seen by its own address inside the VPC's CIDRs and as its node's primary address outside. What the
+//! settings leave without an answer must have none.
 
 use super::agents::WiredPod;
 use super::nodeport;
 use super::probe::{Flow, PORT, Proto};
 use super::world::{HOSTS, Host, World};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::netlink::netns::Namespace;
 use ipnet::Ipv4Net;
 use serde::Serialize;
+use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 /// How long a flow may take; short once many have failed, so that a broken run comes to an end.
 const PATIENCE: Duration = Duration::from_secs(3);
 const IMPATIENCE: Duration = Duration::from_millis(300);
+
+/// What is written where no answer is expected.
+const NO_ANSWER: &str = "no answer";
+
+/// Pods of a node that flows are sent from and to. Where a node has more, these are spread evenly among them.
+pub const SAMPLE: usize = 100;
 /// Failures after which the run is taken for broken.
 const FAILURES: usize = 2;
 
@@ -37,7 +45,7 @@ pub struct Outcome {
     pub to: String,
     /// `tcp` or `udp`.
     pub proto: &'static str,
-    /// The source that the receiver must see.
+    /// The source that the receiver must see, or what must become of the flow instead.
     pub expect: String,
     /// The one it saw, or what went wrong.
     pub seen: String,
@@ -47,6 +55,7 @@ pub struct Outcome {
 
 /// What the daemon's settings mean for the flows.
 #[derive(Clone, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "they are independent settings of the operator's")]
 pub struct Expectation {
     /// The family of the pods is IPv6: nothing is translated.
     pub v6: bool,
@@ -56,6 +65,10 @@ pub struct Expectation {
     pub snat: bool,
     /// Outside of the VPC but left alone (AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS).
     pub excluded: Vec<Ipv4Net>,
+    /// What pods send there goes by the primary ENI (AWS_EXTERNAL_SERVICE_CIDRS).
+    pub services: Vec<Ipv4Net>,
+    /// Answers to what came to a node port go back by the primary ENI (AWS_VPC_CNI_NODE_PORT_SUPPORT).
+    pub node_port: bool,
 }
 
 impl Expectation {
@@ -69,6 +82,33 @@ impl Expectation {
             || self.excluded.iter().any(|net| net.contains(&host.address));
         if kept { pod.address } else { node.address }
     }
+
+    // Whether a rule leads what pods send to this address to the primary ENI.
+    fn served(&self, to: IpAddr) -> bool {
+        matches!(to, IpAddr::V4(to) if !self.v6 && self.services.iter().any(|net| net.contains(&to)))
+    }
+
+    // Whether what an end sends under its own address leaves by the primary ENI, which does not have that address: the VPC
+    // drops it (`spec/dataplane.md` 2, priority 1535 before 1536). Pods of one node reach each other without any ENI,
+    // unless one of them has all its traffic pass its own.
+    fn strays(&self, from: &End, to: &End, address: IpAddr) -> bool {
+        let by_itself = |end: &End| end.branch && self.strict;
+        let inside = from.node == to.node && !by_itself(to);
+        from.secondary && !by_itself(from) && !inside && self.served(address)
+    }
+
+    // Whether a flow is answered; node ports aside.
+    fn answers(&self, flow: &Planned<'_>) -> bool {
+        let Some(seen) = flow.expect else { return false };
+        let there = seen == flow.client.address && self.strays(flow.client, flow.server, flow.server.address);
+        !there && !self.strays(flow.server, flow.client, seen)
+    }
+
+    // Whether what comes to a node port of a pod is answered: without support for it, the answer of a pod goes by the ENI that has
+    // the pod's address, and not under it (`spec/dataplane.md` 26).
+    fn port_answers(&self, client: &End, pod: &End) -> bool {
+        self.node_port || !pod.secondary || self.served(client.address)
+    }
 }
 
 /// An end of flows.
@@ -81,11 +121,15 @@ struct End {
     further: bool,
     // A pod with a branch ENI.
     branch: bool,
+    // The node that it is, or is on; none for a host.
+    node: Option<usize>,
+    // The address of a pod that is not the primary ENI's.
+    secondary: bool,
 }
 
 impl End {
     fn new(name: String, net: Namespace, address: IpAddr) -> End {
-        End { name, net, address, further: false, branch: false }
+        End { name, net, address, further: false, branch: false, node: None, secondary: false }
     }
 }
 
@@ -95,24 +139,61 @@ struct Planned<'a> {
     server: &'a End,
     target: SocketAddr,
     listen: SocketAddr,
-    expect: IpAddr,
+    // None: nothing may come back.
+    expect: Option<IpAddr>,
     label: String,
 }
 
 impl Planned<'_> {
     fn source(&self) -> &'static str {
         match self.client.name.split_once('/') {
-            Some(_) if self.expect == self.client.address => "the pod's own address",
+            _ if self.expect.is_none() => "no answer, by the settings",
+            Some(_) if self.expect == Some(self.client.address) => "the pod's own address",
             Some(_) => "the node's primary address",
             None if self.client.name.starts_with("node-") => "the node's primary address",
             None => "the client's own address",
         }
     }
+
+    fn run(&self, proto: Proto, patience: Duration) -> Outcome {
+        let flow = Flow {
+            client: &self.client.net,
+            source: self.client.further.then_some(self.client.address),
+            target: self.target,
+            server: &self.server.net,
+            listen: self.listen,
+        };
+        let seen = flow.run(proto, if self.expect.is_some() { patience } else { IMPATIENCE });
+        let ok = match &seen {
+            Ok(seen) => self.expect == Some(seen.ip()),
+            Err(error) => self.expect.is_none() && is_silence(error),
+        };
+        Outcome {
+            kind: self.kind,
+            source: self.source(),
+            from: self.client.name.clone(),
+            to: self.label.clone(),
+            proto: proto.as_str(),
+            expect: self.expect.map_or_else(|| NO_ANSWER.to_owned(), |expect| expect.to_string()),
+            seen: match seen {
+                Ok(seen) => seen.ip().to_string(),
+                Err(_) if ok => NO_ANSWER.to_owned(),
+                Err(error) => error.to_string(),
+            },
+            ok,
+        }
+    }
+}
+
+// Nothing came in time; a read that is out of time says that it would block (socket(7), SO_RCVTIMEO).
+fn is_silence(error: &Error) -> bool {
+    let kind = error.find::<std::io::Error>().map(std::io::Error::kind);
+    matches!(kind, Some(ErrorKind::TimedOut | ErrorKind::WouldBlock))
 }
 
 fn plain<'a>(kind: &'static str, client: &'a End, server: &'a End, expect: IpAddr) -> Planned<'a> {
     let at = SocketAddr::from((server.address, PORT));
-    Planned { kind, client, server, target: at, listen: at, expect, label: server.name.clone() }
+    Planned { kind, client, server, target: at, listen: at, expect: Some(expect), label: server.name.clone() }
 }
 
 /// Everything that is there to talk: `pods` are those of each node, in the order of the world's nodes.
@@ -127,16 +208,23 @@ struct Ends {
 impl Ends {
     fn of(world: &World, pods: &[Vec<WiredPod>], v6: bool) -> Result<Ends> {
         let mut ends = Ends { nodes: Vec::new(), pods: Vec::new(), further: Vec::new(), hosts: Vec::new() };
-        for (node, wired) in world.nodes.iter().zip(pods) {
-            ends.nodes.push(End::new(node.name.clone(), world.namespace(&node.name)?, node.at(v6)));
+        let wires = world.cloud.vpc().wires();
+        for (at, (node, wired)) in world.nodes.iter().zip(pods).enumerate() {
+            let own = wires.iter().filter(|wire| wire.instance == node.instance && (wire.card, wire.device) == (0, 0));
+            let own = own.filter(|wire| wire.trunk.is_none()).flat_map(|wire| &wire.assigned).collect::<Vec<_>>();
+            let place = |end: End| {
+                let secondary = !own.iter().any(|net| net.contains(&end.address));
+                End { node: Some(at), secondary, ..end }
+            };
+            ends.nodes.push(place(End::new(node.name.clone(), world.namespace(&node.name)?, node.at(v6))));
             let (mut here, mut further) = (Vec::new(), Vec::new());
-            for pod in wired {
+            for pod in sample(wired) {
                 let name = format!("{}/{}", node.name, pod.name);
                 for (interface, address) in &pod.further {
                     let (name, net) = (format!("{name} {interface}"), pod.pod.place.handle()?);
-                    further.push(End { further: true, ..End::new(name, net, *address) });
+                    further.push(place(End { further: true, ..End::new(name, net, *address) }));
                 }
-                here.push(End { branch: pod.branch, ..End::new(name, pod.pod.place.handle()?, pod.address) });
+                here.push(place(End { branch: pod.branch, ..End::new(name, pod.pod.place.handle()?, pod.address) }));
             }
             ends.pods.push(here);
             ends.further.push(further);
@@ -178,8 +266,11 @@ impl Ends {
                 plan.extend(others.map(|(_, other)| plain("pod to other node", pod, other, pod.address)));
             }
             plan.extend(self.further(at, expectation));
-            plan.extend(self.node_ports(at, expectation));
         }
+        for flow in plan.iter_mut().filter(|flow| !expectation.answers(flow)) {
+            flow.expect = None;
+        }
+        plan.extend((0..self.nodes.len()).flat_map(|at| self.node_ports(at, expectation)));
         plan
     }
 
@@ -217,7 +308,7 @@ impl Ends {
                     server: pod,
                     target: SocketAddr::from((self.nodes[at].address, port)),
                     listen: SocketAddr::from((pod.address, PORT)),
-                    expect: client.address,
+                    expect: expectation.port_answers(client, pod).then_some(client.address),
                     label: format!("{}:{port} -> {}", self.nodes[at].name, pod.name),
                 });
             }
@@ -238,6 +329,19 @@ fn ports_of<'a>(pods: &'a [End], expectation: &Expectation) -> impl Iterator<Ite
     (NODE_PORT..).zip(picked)
 }
 
+/// The pods of a node that flows are sent from and to: all, or [`SAMPLE`] and those with a branch ENI, the first and the last
+/// among them.
+pub fn sample(pods: &[WiredPod]) -> impl Iterator<Item = &WiredPod> {
+    let all = pods.len();
+    pods.iter().enumerate().filter(move |(at, pod)| pod.branch || is_taken(*at, all)).map(|(_, pod)| pod)
+}
+
+// From the first pod to the last, `at * (SAMPLE - 1) / last` runs from 0 to SAMPLE - 1; it has a new value where the remainder of
+// that division is less than what the dividend grows by.
+fn is_taken(at: usize, all: usize) -> bool {
+    all <= SAMPLE || (at * (SAMPLE - 1)) % (all - 1) < SAMPLE - 1
+}
+
 /// Sends every flow over TCP and UDP. `going` is asked before each whether to go on.
 pub fn run(
     world: &World,
@@ -255,30 +359,28 @@ pub fn run(
     for planned in ends.plan(expectation) {
         for proto in [Proto::Tcp, Proto::Udp] {
             going()?;
-            let flow = Flow {
-                client: &planned.client.net,
-                source: planned.client.further.then_some(planned.client.address),
-                target: planned.target,
-                server: &planned.server.net,
-                listen: planned.listen,
-            };
-            let seen = flow.run(proto, if failures < FAILURES { PATIENCE } else { IMPATIENCE });
-            let ok = seen.as_ref().is_ok_and(|seen| seen.ip() == planned.expect);
-            failures += usize::from(!ok);
-            outcomes.push(Outcome {
-                kind: planned.kind,
-                source: planned.source(),
-                from: planned.client.name.clone(),
-                to: planned.label.clone(),
-                proto: proto.as_str(),
-                expect: planned.expect.to_string(),
-                seen: seen.map_or_else(|error| error.to_string(), |seen| seen.ip().to_string()),
-                ok,
-            });
+            let outcome = planned.run(proto, if failures < FAILURES { PATIENCE } else { IMPATIENCE });
+            failures += usize::from(!outcome.ok);
+            outcomes.push(outcome);
         }
     }
     for node in &ends.nodes {
         nodeport::close(&node.net)?;
     }
     Ok(outcomes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sample_has_both_ends_and_is_spread_evenly() {
+        for all in [1, 2, SAMPLE, SAMPLE + 1, 150, 250, 999, 1000] {
+            let taken = (0..all).filter(|at| is_taken(*at, all)).collect::<Vec<_>>();
+            let gap = taken.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(1);
+            assert_eq!((taken.len(), taken[0], taken[taken.len() - 1]), (all.min(SAMPLE), 0, all - 1), "{all}");
+            assert!(gap <= all.div_ceil(SAMPLE) + 1, "{all}: {gap}");
+        }
+    }
 }

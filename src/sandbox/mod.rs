@@ -9,6 +9,7 @@ pub mod controller;
 pub mod demo;
 pub mod egress;
 pub mod flows;
+mod given;
 pub mod kube;
 mod nodeport;
 pub mod probe;

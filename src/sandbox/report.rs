@@ -55,6 +55,8 @@ pub struct Report {
     pub imds_requests: u64,
     /// What else was wrong: requests that EC2 would not expect, leftovers.
     pub problems: Vec<String>,
+    /// What was asked for and not tried, with the reason.
+    pub skipped: Vec<String>,
     /// The whole run, in seconds.
     pub took_s: f64,
 }
@@ -78,17 +80,45 @@ impl fmt::Display for Report {
         for problem in &self.problems {
             writeln!(f, "PROBLEM  {problem}")?;
         }
-        let good = self.flows.iter().filter(|flow| flow.ok).count();
-        let verdict = if self.ok { "Everything is as it should be" } else { "NOT as it should be" };
-        writeln!(f, "\n{verdict}: {good} of {} flows, {:.1} s.", self.flows.len(), self.took_s)
+        for skipped in &self.skipped {
+            writeln!(f, "SKIP  {skipped}")?;
+        }
+        writeln!(f, "\n{}", self.verdict())
     }
 }
 
+/// A number of things: `1 node`, `2 nodes`.
+pub fn count(number: usize, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
+}
+
 impl Report {
+    fn verdict(&self) -> String {
+        let all = self.flows.len();
+        let good = self.flows.iter().filter(|flow| flow.ok).count();
+        let took = self.took_s;
+        if self.ok {
+            return format!("Everything is as it should be: {good} of {}, {took:.1} s.", count(all, "flow"));
+        }
+        let flows = match all - good {
+            0 => format!("all {} are right", count(all, "flow")),
+            wrong => format!("{wrong} of {} failed", count(all, "flow")),
+        };
+        let problems = match self.problems.len() {
+            0 => String::new(),
+            number => format!("{}, ", count(number, "problem")),
+        };
+        format!("NOT as it should be: {problems}{flows}, {took:.1} s.")
+    }
+
     fn nodes_table(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // As wide as the widest; addresses of IPv6 are longer than others.
+        let wide =
+            |text: fn(&NodeLine) -> &str, least| self.nodes.iter().map(|node| text(node).len()).fold(least, usize::max);
+        let (kind, address) = (wide(|node| &node.instance_type, 12), wide(|node| &node.address, 15));
         writeln!(
             f,
-            "{:<10} {:<12} {:<15} {:>9} {:>5} {:>5} {:>11} {:>9}",
+            "{:<10} {:<kind$} {:<address$} {:>9} {:>5} {:>5} {:>11} {:>9}",
             "NODE", "TYPE", "ADDRESS", "READY", "ENIS", "PODS", "ADD MEDIAN", "SLOWEST"
         )?;
         for node in &self.nodes {
@@ -97,7 +127,7 @@ impl Report {
             let (median, slowest) = middle(adds);
             writeln!(
                 f,
-                "{:<10} {:<12} {:<15} {:>6.0} ms {:>5} {:>5} {:>8.1} ms {:>6.1} ms",
+                "{:<10} {:<kind$} {:<address$} {:>6.0} ms {:>5} {:>5} {:>8.1} ms {:>6.1} ms",
                 node.name, node.instance_type, node.address, node.ready_ms, node.enis, count, median, slowest
             )?;
         }
@@ -105,30 +135,37 @@ impl Report {
     }
 
     fn flows_table(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut kinds: Vec<&str> = Vec::new();
+        // Lines of a kind stand together, one for each source.
+        let mut lines: Vec<(&str, &str)> = Vec::new();
         for flow in &self.flows {
-            if !kinds.contains(&flow.kind) {
-                kinds.push(flow.kind);
+            let line = (flow.kind, flow.source);
+            if !lines.contains(&line) {
+                let at = lines.iter().rposition(|(kind, _)| *kind == flow.kind);
+                lines.insert(at.map_or(lines.len(), |at| at + 1), line);
             }
         }
         writeln!(f, "\n{:<32} {:>9} {:>9}  SOURCE SEEN", "FLOW", "TCP", "UDP")?;
-        for kind in kinds {
+        for (kind, source) in lines {
             let of = |proto: &str| {
-                let all = self.flows.iter().filter(|flow| flow.kind == kind && flow.proto == proto);
+                let all = self.flows.iter().filter(|flow| (flow.kind, flow.source) == (kind, source));
+                let all = all.filter(|flow| flow.proto == proto);
                 let (good, count) = all.fold((0, 0), |(good, count), flow| (good + usize::from(flow.ok), count + 1));
                 (format!("{good}/{count}"), good == count)
             };
             let ((tcp, tcp_ok), (udp, udp_ok), (icmp, icmp_ok)) = (of("tcp"), of("udp"), of("icmp"));
-            let one = self.flows.iter().find(|flow| flow.kind == kind);
-            let mark = if tcp_ok && udp_ok && icmp_ok { one.map_or("", |flow| flow.source) } else { "FAILED" };
+            let mark = if tcp_ok && udp_ok && icmp_ok { source } else { "FAILED" };
             let icmp = if icmp == "0/0" { String::new() } else { format!(", icmp {icmp}") };
             writeln!(f, "{kind:<32} {tcp:>9} {udp:>9}  {mark}{icmp}")?;
         }
-        for flow in self.flows.iter().filter(|flow| !flow.ok).take(SHOWN) {
+        let failed = self.flows.iter().filter(|flow| !flow.ok).collect::<Vec<_>>();
+        for flow in failed.iter().take(SHOWN) {
             let Outcome { from, to, proto, expect, seen, .. } = flow;
             writeln!(f, "FAILED  {from} to {to} over {proto}: expected {expect}, got: {seen}")?;
         }
-        Ok(())
+        match failed.len().saturating_sub(SHOWN) {
+            0 => Ok(()),
+            more => writeln!(f, "FAILED  {more} more; --json has them all"),
+        }
     }
 }
 
@@ -160,7 +197,56 @@ mod tests {
         let text = report.to_string();
         assert!(text.contains("1/1       1/2  FAILED"), "{text}");
         assert!(text.contains("node-1/pod-1 to internet over udp: expected 10.20.0.5, got: timed out"), "{text}");
-        assert!(text.contains("NOT as it should be: 2 of 3"), "{text}");
+        assert!(text.contains("NOT as it should be: 1 of 3 flows failed, 0.0 s."), "{text}");
+        report.flows.extend((0..=SHOWN).map(|_| flow(false, "tcp")));
+        report.problems.push("node-1: a fault".into());
+        report.skipped.push("no vlan".into());
+        let text = report.to_string();
+        assert_eq!(text.matches("\nFAILED  node-1").count(), SHOWN, "{text}");
+        assert!(text.contains("\nFAILED  2 more; --json has them all\n"), "{text}");
+        assert!(text.contains("\nSKIP  no vlan\n"), "{text}");
+        assert!(text.contains("NOT as it should be: 1 problem, 12 of 14 flows failed"), "{text}");
+    }
+
+    #[test]
+    fn a_problem_is_not_told_as_a_failed_flow() {
+        let problems = vec!["node-1: one".into(), "node-1: two".into()];
+        let report = Report { flows: vec![flow(true, "tcp"), flow(true, "udp")], problems, ..Report::default() };
+        let text = report.to_string();
+        assert!(text.contains("NOT as it should be: 2 problems, all 2 flows are right"), "{text}");
+    }
+
+    #[test]
+    fn each_source_of_a_kind_has_its_line() {
+        let silent = Outcome { source: "no answer, by the settings", ..flow(true, "tcp") };
+        let other = Outcome { kind: "node to its pod", ..flow(true, "tcp") };
+        let flows = vec![flow(true, "tcp"), other, silent, flow(true, "udp")];
+        let text = Report { flows, ..Report::default() }.to_string();
+        let lines = text.lines().filter(|line| line.starts_with("pod to internet")).collect::<Vec<_>>();
+        assert_eq!(lines.len(), 2, "{text}");
+        assert!(
+            lines[0].contains("1/1       1/1  the node's") && lines[1].contains("1/1       0/0  no answer"),
+            "{text}"
+        );
+        assert!(text.find("node to its pod") > text.find("no answer"), "{text}");
+    }
+
+    #[test]
+    fn columns_are_as_wide_as_their_addresses() {
+        for address in ["10.20.0.5", "2001:db8:20:1:a1b2:c3d4:e5f6:789a"] {
+            let node = NodeLine {
+                name: "node-1".into(),
+                instance_type: "u7in-24tb.224xlarge".into(),
+                address: address.into(),
+                ready_ms: 1.0,
+                enis: 1,
+                addresses: 1,
+            };
+            let text = Report { nodes: vec![node], ..Report::default() }.to_string();
+            let mut lines = text.lines();
+            let (head, line) = (lines.next().unwrap(), lines.next().unwrap());
+            assert_eq!((head.len(), head.find("ADDRESS")), (line.len(), line.find(address)), "{text}");
+        }
     }
 
     #[test]

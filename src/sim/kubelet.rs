@@ -292,13 +292,20 @@ impl Node {
     pub(super) fn wired(&mut self, sky: &mut Sky, id: u64) {
         let Some(sandbox) = self.kubelet.sandboxes.get_mut(&id).filter(|s| s.stage == Stage::Wiring) else { return };
         sandbox.stage = Stage::Running;
+        let (number, own) = (sandbox.pod, sandbox.addresses.clone());
         if !sandbox.branch {
             // A branch ENI's rules go by its link and lead to no address.
             self.host.linked.extend(sandbox.addresses.iter().copied());
             self.host.routed.extend(sandbox.addresses.iter().copied());
         }
-        let Some(pod) = self.kubelet.pods.get_mut(&sandbox.pod) else { return };
-        self.host.links.insert(veth(&pod.name), id);
+        let Some(pod) = self.kubelet.pods.get_mut(&number) else { return };
+        let former = self.host.links.insert(veth(&pod.name), id);
+        if let Some(former) = former.and_then(|former| self.kubelet.sandboxes.get(&former)) {
+            // This ADD has taken the veth of an earlier sandbox away, and the kernel its routes.
+            for address in former.addresses.iter().filter(|address| !own.contains(address)) {
+                self.host.linked.remove(address);
+            }
+        }
         pod.running = Some(sky.nanos);
         sky.started(pod.bound);
         if !pod.wanted {

@@ -369,6 +369,7 @@ impl Node {
             links: self.host.links.keys().cloned().collect(),
             routed: self.host.routed.clone(),
             linked: self.host.linked.clone(),
+            ruled: self.host.routed.clone(),
         }
     }
 

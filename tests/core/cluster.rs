@@ -3,7 +3,7 @@
 use super::world::{DEFAULT, TRUNK_LINK, World, key};
 use enibox::model::ec2::Call;
 use enibox::model::ids::{EniId, PodName};
-use enibox::model::kube::{EniConfig, Pod};
+use enibox::model::kube::{EniConfig, Pod, Regarding};
 use enibox::model::map::Map;
 use enibox::model::wire::{AddNetworkReply, DelNetworkRequest, UNKNOWN_POD};
 use enibox::plan::core::{Answer, Event};
@@ -358,4 +358,18 @@ fn a_missing_permission_is_told() {
     let notices = &world.api.as_ref().unwrap().notices;
     let notice = notices.iter().find(|notice| notice.reason == "MissingIAMPermissions").expect("an event");
     assert_eq!(notice.action, "ec2:AssignPrivateIpAddresses");
+}
+
+#[test]
+fn a_repair_is_told() {
+    let mut world = World::asleep("t3.small", DEFAULT);
+    world.api = Some(Api::default());
+    world.start();
+    world.pass(MINUTE);
+    world.happen(Event::Repaired("from-rule", "add rule 1536 from 10.0.1.5 lookup 2".into()));
+    world.pass(second(1));
+    let notices = &world.api.as_ref().unwrap().notices;
+    let notice = notices.iter().find(|notice| notice.reason == "HostNetworkRepaired").expect("an event");
+    assert_eq!((notice.regarding, notice.action.as_str()), (Regarding::Node, "from-rule"));
+    assert_eq!(notice.note, "add rule 1536 from 10.0.1.5 lookup 2");
 }

@@ -5,6 +5,7 @@ use super::world::{DEFAULT, World, key};
 use enibox::model::ec2::{Call, Reply};
 use enibox::model::ids::PodName;
 use enibox::model::map::Map;
+use enibox::model::naming;
 use enibox::model::spool::Record;
 use enibox::plan::core::{Answer, Event};
 use enibox::plan::sizing::Targets;
@@ -220,6 +221,65 @@ fn what_a_deleted_pod_left_on_the_host_is_swept() {
 }
 
 #[test]
+fn pods_are_watched_over_when_the_clock_was_set_back() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.settle();
+    assert!(world.add("a") && world.add("b"));
+    world.pass(Duration::from_mins(1));
+    let old = BTreeSet::from(["a", "b"].map(|pod| world.pods[pod]));
+    assert_eq!(world.watched, old);
+    world.set_back = Duration::from_hours(2);
+    let before = world.plans;
+    world.pass(Duration::from_mins(10));
+    assert_eq!(world.watched, old, "as long as the clock has not caught up");
+    let often = world.plans - before;
+    println!("{often} looks in ten minutes");
+    assert!((15..=25).contains(&often), "no ADD is under way: {often} looks in ten minutes");
+    assert!(world.add("c"));
+    world.pass(Duration::from_mins(1));
+    assert!(world.watched.contains(&world.pods["c"]) && world.watched.is_superset(&old));
+    // And after a restart, which reads from the checkpoint when they came.
+    world.crash();
+    world.start();
+    world.pass(Duration::from_mins(1));
+    assert_eq!(world.watched.len(), 3);
+    world.settle();
+    world.check_at_rest();
+}
+
+#[test]
+fn an_address_that_is_being_swept_is_nobodys() {
+    let mut world = World::asleep("t3.small", DEFAULT);
+    world.configure = |config| config.tunables.ip_cooldown = Duration::ZERO;
+    world.start();
+    world.settle();
+    let pods = (0..9).map(|number| format!("pod-{number}")).collect::<Vec<_>>();
+    assert!(pods.iter().all(|pod| world.add(pod)));
+    world.settle();
+    world.pass(Duration::from_mins(2));
+    assert!(!world.add("more"), "the node is full");
+    let address = world.pods["pod-4"];
+    world.vanish("pod-4", &naming::host_veth("eni", "default", "pod-4", 0).unwrap());
+    world.swept.clear();
+    for _ in 0..100_000 {
+        world.pass(Duration::from_millis(5)); // the kernel takes ten times that
+        if world.swept.contains(&address) {
+            break;
+        }
+    }
+    assert!(world.swept.contains(&address), "{:#?}", world.log);
+    let given = |world: &World| world.core.as_ref().unwrap().pool().allocations().any(|held| held.address == address);
+    world.ask("next");
+    world.pass(Duration::from_millis(10));
+    assert!(!given(&world), "rules that its ADD makes might be swept: {:#?}", world.log);
+    world.pass(Duration::from_secs(1));
+    assert!(world.wired("next"));
+    assert_eq!(world.pods["next"], address);
+    world.settle();
+    world.check_at_rest();
+}
+
+#[test]
 fn an_old_record_does_not_touch_a_later_pod() {
     let mut world = World::new("m5.large", DEFAULT);
     world.settle();
@@ -401,4 +461,77 @@ fn an_address_that_somebody_took_away_is_given_up_or_kept_and_ec2_left_in_peace(
     }
     world.settle();
     world.check_at_rest();
+}
+
+#[test]
+fn a_pod_whose_veth_was_renamed_keeps_its_address() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.settle();
+    assert!(world.add("renamed") && world.add("other"));
+    world.rename("renamed", "odd0");
+    world.pass(Duration::from_mins(20));
+    world.settle();
+    world.check_at_rest();
+    // A start looks for pods that are gone as well.
+    world.crash();
+    world.pass(Duration::from_mins(2));
+    world.start();
+    world.settle();
+    world.check_at_rest();
+    assert!(world.swept.is_empty(), "{:?}", world.swept);
+    // With its veth goes the route to it, and then it is gone, whatever the veth's name was.
+    let address = world.pods["renamed"];
+    world.vanish("renamed", "odd0");
+    world.pass(Duration::from_mins(10));
+    world.settle();
+    world.check_at_rest();
+    assert!(world.swept.contains(&address), "{:#?}", world.log);
+}
+
+#[test]
+fn rules_that_cannot_be_deleted_are_not_swept_for_ever() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.settle();
+    let stray = "10.20.2.250".parse::<IpAddr>().unwrap();
+    world.stale_rules.insert(stray);
+    world.stuck_rules.insert(stray);
+    let sweeps = |world: &World| world.log.iter().filter(|line| line.contains("lead to no pod: swept")).count();
+    world.pass(Duration::from_mins(55));
+    assert_eq!(sweeps(&world), 1, "{:#?}", world.log);
+    // What was in the way may be gone.
+    world.stuck_rules.clear();
+    world.pass(Duration::from_mins(15));
+    assert_eq!((sweeps(&world), world.stale_rules.len()), (2, 0), "{:#?}", world.log);
+    // Rules that come later are others.
+    world.stale_rules.insert(stray);
+    world.pass(Duration::from_mins(10));
+    assert_eq!((sweeps(&world), world.stale_rules.len()), (3, 0), "{:#?}", world.log);
+}
+
+#[test]
+fn rules_of_nobody_are_swept_away_when_they_were_seen_twice() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.settle();
+    assert!(world.add("living"));
+    let mut listed = world.vpc.interfaces().flat_map(|interface| interface.secondary_ipv4s.clone()).map(IpAddr::from);
+    let free = listed.find(|address| !world.pods.values().any(|held| held == address)).unwrap();
+    drop(listed);
+    let [elsewhere, foreign] = ["10.20.2.250", "192.0.2.9"].map(|ip| ip.parse::<IpAddr>().unwrap());
+    world.stale_rules.extend([free, elsewhere, foreign]);
+    world.pass(Duration::from_secs(151));
+    assert!(world.swept.is_empty(), "seen once: {:?}", world.swept);
+    // A crash forgets what was seen, and the rules stay.
+    world.crash();
+    world.start();
+    world.settle();
+    world.pass(Duration::from_secs(151));
+    assert!(world.swept.is_empty(), "seen once again: {:?}", world.swept);
+    world.pass(Duration::from_secs(151));
+    world.settle();
+    assert_eq!(world.swept, [free, elsewhere].into());
+    assert_eq!(world.stale_rules, [foreign].into(), "outside the VPC it may be anybody's");
+    world.pass(Duration::from_mins(15));
+    world.settle();
+    world.check_at_rest();
+    assert_eq!(world.swept.len(), 2);
 }

@@ -234,3 +234,39 @@ fn an_address_of_an_earlier_sandbox_of_a_pod_is_released() {
     world.pass(MINUTE * 10);
     assert_eq!(held(&world), [now], "{:#?}", world.log);
 }
+
+// The link of a new ENI appeared minutes after it, and EC2's list had it as detached until then: taken for a leaked one, it
+// was to be detached and deleted while it served.
+#[test]
+fn an_eni_that_was_taken_for_leaked_and_serves_is_kept() {
+    let mut world = World::new("t3.small", DEFAULT);
+    world.pass(second(5));
+    world.ask("pod-0");
+    let made = |world: &World| world.vpc.interfaces().find(|eni| eni.attachment.is_none()).map(|eni| eni.id.clone());
+    let new = (0..500).find_map(|_| {
+        world.pass(Duration::from_millis(10));
+        made(&world)
+    });
+    let new = new.expect("an ENI is made");
+    world.linkless = Some(new.clone());
+    world.vpc.knobs.describe_lag = MINUTE * 10;
+    let logged =
+        |world: &World, text: &str| world.log.iter().any(|line| line.contains(new.0.as_str()) && line.contains(text));
+    while !logged(&world, "made by us and forgotten") {
+        world.pass(second(5));
+        assert!(world.nanos < 10 * 60 * 1_000_000_000, "{:#?}", world.log);
+    }
+    world.linkless = None;
+    world.pass(MINUTE);
+    for n in 1..6 {
+        assert!(world.add(&format!("pod-{n}")), "{:#?}", world.log);
+    }
+    let serves = world.core.as_ref().unwrap().pool().allocations().any(|held| held.table == Some(2));
+    assert!(serves, "{:#?}", world.log);
+    world.pass(MINUTE * 15);
+    world.vpc.knobs.describe_lag = Duration::ZERO;
+    world.settle();
+    assert!(logged(&world, "it is kept"), "{:#?}", world.log);
+    assert_eq!(world.calls("DetachNetworkInterface"), 0, "{:#?}", world.log);
+    world.check_at_rest();
+}

@@ -33,6 +33,8 @@ pub struct World {
     pub provisioning: bool,
     pub discovery: bool,
     pub nanos: u64,
+    /// How far the wall clock was set back.
+    pub set_back: Duration,
     pub core: Option<Core>,
     pub ready: bool,
     pub wake_at: Option<Mono>,
@@ -54,6 +56,8 @@ pub struct World {
     pub swept: BTreeSet<IpAddr>,
     /// Rules of pods that are gone.
     pub stale_rules: BTreeSet<IpAddr>,
+    /// Those of them that cannot be deleted.
+    pub stuck_rules: BTreeSet<IpAddr>,
     pub effects: u64,
     pub crash_at: Option<u64>,
     pub ec2_down: bool,
@@ -66,6 +70,10 @@ pub struct World {
     pub log: Vec<String>,
     /// Branch ENIs in the last host plan.
     pub branches: usize,
+    /// Pods in it.
+    pub watched: BTreeSet<IpAddr>,
+    /// Host plans so far.
+    pub plans: usize,
 }
 
 pub fn key(pod: &str) -> PodKey {
@@ -117,6 +125,7 @@ impl World {
             provisioning: true,
             discovery: true,
             nanos: 0,
+            set_back: Duration::ZERO,
             core: None,
             ready: false,
             wake_at: None,
@@ -134,6 +143,7 @@ impl World {
             links: BTreeSet::new(),
             swept: BTreeSet::new(),
             stale_rules: BTreeSet::new(),
+            stuck_rules: BTreeSet::new(),
             effects: 0,
             crash_at: None,
             ec2_down: false,
@@ -142,6 +152,8 @@ impl World {
             configure: |_| {},
             log: Vec::new(),
             branches: 0,
+            watched: BTreeSet::new(),
+            plans: 0,
         }
     }
 
@@ -151,13 +163,17 @@ impl World {
     }
 
     pub fn now(&self) -> Now {
-        World::moment(self.nanos)
+        let Now { mono, wall } = World::moment(self.nanos);
+        let back = i64::try_from(self.set_back.as_nanos()).unwrap();
+        Now { mono, wall: Wall::from_unix_nanos(wall.as_unix_nanos() - back) }
     }
 
     pub fn seen(&self) -> Seen {
         let linked: BTreeSet<IpAddr> = self.pods.values().chain(self.more.values().flatten()).copied().collect();
         let routed = linked.union(&self.stale_rules).copied().collect();
-        Seen { links: self.links.iter().cloned().collect(), routed, linked: linked.into_iter().collect() }
+        let ruled = linked.union(&self.stale_rules).copied().collect();
+        let linked = linked.into_iter().collect();
+        Seen { links: self.links.iter().cloned().collect(), routed, linked, ruled }
     }
 
     /// The process starts: with the disk, and without a memory.
@@ -267,8 +283,8 @@ impl World {
             }
             Effect::Kernel(op, intent) => {
                 self.check_intent(&intent);
-                self.branches = intent.branches.len();
                 self.swept.extend(intent.gone.iter().copied());
+                self.stale_rules.retain(|address| !intent.gone.contains(address) || self.stuck_rules.contains(address));
                 let trunks = intent.enis.iter().filter(|eni| eni.trunk).map(|eni| (eni.id.clone(), TRUNK_LINK));
                 let failed = intent.enis.iter().filter(|eni| Some(&eni.id) == self.linkless.as_ref());
                 let failed = failed.map(|eni| (eni.id.clone(), "no link has its MAC".to_owned())).collect();
@@ -321,7 +337,10 @@ impl World {
     }
 
     /// Every pod's table must be that of the ENI that EC2 has its address on, and no living pod may lose its rules.
-    fn check_intent(&self, intent: &Intent) {
+    fn check_intent(&mut self, intent: &Intent) {
+        self.branches = intent.branches.len();
+        self.watched = intent.pods.iter().map(|pod| pod.address).collect();
+        self.plans += 1;
         for HostPod { address, table, .. } in &intent.pods {
             if let Some((card, device)) = self.place_of(*address) {
                 assert_eq!(*table, naming::table_of(card, device).unwrap(), "table of {address}");
@@ -450,6 +469,19 @@ impl World {
             }
             None => panic!("no answer for {pod}"),
         }
+    }
+
+    /// Somebody gives the host's end of a pod's veth another name.
+    pub fn rename(&mut self, pod: &str, to: &str) {
+        assert!(self.links.remove(&naming::host_veth("eni", "default", pod, 0).unwrap()), "{pod} has a veth");
+        self.links.insert(to.into());
+    }
+
+    /// The namespace of a pod's sandbox goes, and nobody tells: the rules stay.
+    pub fn vanish(&mut self, pod: &str, link: &str) {
+        self.stale_rules.extend(self.pods.remove(pod));
+        self.stale_rules.extend(self.more.remove(pod).into_iter().flatten());
+        assert!(self.links.remove(link), "{link} is there");
     }
 
     pub fn add(&mut self, pod: &str) -> bool {

@@ -1,9 +1,13 @@
 //! The daemon and the API server: there, away, late, silent.
 
 use crate::stage::{Stage, eventually};
+use enibox::clock;
 use enibox::model::map::Set;
+use enibox::model::net::{Family, Rule};
+use enibox::netlink::rule;
 use enibox::sandbox::kube::{Api, Kind};
 use serde_json::json;
+use std::cell::RefCell;
 use std::time::Duration;
 
 const ENDPOINT: (&str, &str) = ("CLUSTER_ENDPOINT", "http://198.51.100.2");
@@ -51,7 +55,16 @@ fn watches_its_node_and_pods_and_is_idle() {
         let last = stage.log().lines().rfind(|line| line.contains("pods of our node need")).map(str::to_owned);
         if last.as_ref().is_some_and(|line| line.contains("\"1 pods")) { Ok(()) } else { Err(last) }
     });
-    // Two watches and nothing else.
+    // Two watches and nothing else, once those that were cut are there again.
+    let before = RefCell::new((kube.requests(), clock::instant()));
+    eventually(LIMIT, "the API server is left alone for a second", || {
+        let mut last = before.borrow_mut();
+        let now = kube.requests();
+        if now != last.0 {
+            *last = (now, clock::instant());
+        }
+        if last.1.elapsed() > Duration::from_secs(1) { Ok(()) } else { Err(last.0.clone()) }
+    });
     let before = kube.requests();
     std::thread::sleep(Duration::from_secs(3));
     assert_eq!(kube.requests(), before);
@@ -138,5 +151,34 @@ fn a_feature_waits_for_the_api_server_and_annotates_pods() {
     eventually(LIMIT, "the annotation is emptied", || {
         if annotation().as_deref() == Some("") { Ok(()) } else { Err(annotation()) }
     });
+    stage.stop();
+}
+
+#[test]
+fn a_repair_is_an_event_of_the_node() {
+    let mut stage = Stage::new("m5.large", 66, &[ENDPOINT]);
+    let kube = stage.world.serve_kube(objects()).unwrap();
+    stage.start();
+    stage.wait_ready();
+    logged(&stage, "our node takes 29 pods");
+    let mut socket = stage.node.place.socket().unwrap();
+    let marked = Rule { fwmark: Some((0x80, 0x80)), ..Rule::any(Family::V4, 1024, 254) };
+    for times in 1..=2 {
+        socket.run(&[rule::delete(&marked)]).unwrap();
+        eventually(LIMIT, "the rule is back, and noted", || {
+            let noted = stage.log().matches("repair mark-rule: add rule 1024").count();
+            if noted == times { Ok(()) } else { Err(noted) }
+        });
+    }
+    let events = || kube.change(|api| api.list(Kind::Event, "", ""));
+    eventually(LIMIT, "the event", || if events().is_empty() { Err(stage.log()) } else { Ok(()) });
+    // The second time within five minutes is counted, not written.
+    let events = events();
+    let told = |event: &serde_json::Value| (event["reason"].clone(), event["regarding"]["kind"].clone());
+    assert_eq!(
+        events.iter().map(told).collect::<Vec<_>>(),
+        [(json!("HostNetworkRepaired"), json!("Node"))],
+        "{events:?}"
+    );
     stage.stop();
 }

@@ -2,14 +2,18 @@
 
 #![cfg(feature = "sandbox")]
 
+mod cidrs;
+mod cleaned;
 mod doctor;
 mod footprint;
 mod kills;
 mod kube;
+mod leaving;
 mod lies;
 mod probes;
 mod refusals;
 mod repair;
+mod repair_modes;
 mod restarts;
 mod settings;
 mod stage;

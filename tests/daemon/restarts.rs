@@ -4,6 +4,7 @@ use crate::stage::{CHECKPOINT, PROGRAM, Stage, Subject, TRY_AGAIN, eventually};
 use crate::talk::Talk;
 use enibox::clock;
 use enibox::model::naming::DAEMON_STOPPED;
+use enibox::netlink::sysctl;
 use enibox::sim::vpc::Planned;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
@@ -32,8 +33,9 @@ fn at_rest(stage: &Stage) {
 
 #[test]
 fn without_a_daemon_pods_are_deleted_and_none_is_added() {
-    let stage = Stage::ready("m5.large", 11, &[("IP_COOLDOWN_PERIOD", "8")]);
-    let cooldown = Duration::from_secs(8);
+    // Long enough for the ADDs that must not get what cools down.
+    let stage = Stage::ready("m5.large", 11, &[("IP_COOLDOWN_PERIOD", "30")]);
+    let cooldown = Duration::from_secs(30);
     let mut living = pods(&stage, "pod", 4);
     let talk = Talk::start(&stage, &living[1..]);
     stage.kill();
@@ -278,4 +280,19 @@ fn a_node_stays_ready_while_its_daemon_is_replaced_and_not_after_a_crash() {
     stage.wait_ready();
     check("it is back", false, 0);
     stage.assert_no_complaints();
+}
+
+#[test]
+fn a_node_that_forwards_nothing_is_told_of_at_the_start() {
+    const LINE: &str = "net.ipv4.ip_forward is 0";
+    let stage = Stage::new("m5.large", 16, &[]);
+    for (value, told) in [("0", 1), ("1", 1), ("0", 2)] {
+        stage.node.place.net.run(|| sysctl::set("net/ipv4/ip_forward", value)).unwrap().unwrap();
+        stage.start();
+        stage.wait_ready();
+        assert_eq!(stage.log().matches(LINE).count(), told, "{value}: {}", stage.log());
+        let kept = stage.node.place.net.run(|| sysctl::read("net/ipv4/ip_forward")).unwrap().unwrap();
+        assert_eq!(kept, value, "the system's own is not changed");
+        stage.stop();
+    }
 }

@@ -42,7 +42,9 @@ fn a_thread_that_hangs_is_told_of_and_the_others_go_on() {
     // What opens a pipe to write waits for a reader: the disk is gone, as far as the daemon can tell.
     let pipe = format!("{CHECKPOINT}.tmp{}", stage.pid());
     let made = |path: &str| Ok(Command::new("mkfifo").arg(path).status()?.success());
-    assert!(stage.node.inside(|| made(&pipe)).unwrap());
+    eventually(Duration::from_secs(20), "the daemon is not just writing that file", || {
+        if stage.node.inside(|| made(&pipe)).unwrap() { Ok(()) } else { Err(pipe.clone()) }
+    });
     let mut second = stage.subject("second");
     let (code, text) = stage.try_add(&mut second).unwrap_err();
     assert_eq!(code, TRY_AGAIN, "what is not written down is not given out: {text}");

@@ -35,13 +35,13 @@ fn a_checkpoint_of_the_original_is_taken_over_with_running_pods() {
     stage.wait_ready();
     eventually(Duration::from_secs(20), "MAC and MTU of the original's veth are noted", || {
         let alias = link().alias;
-        if alias == veth_alias(mac, mtu) { Ok(()) } else { Err(alias) }
+        if alias == veth_alias(mac, mtu, &veth) { Ok(()) } else { Err(alias) }
     });
     set(&["address", "02:00:00:00:00:94"]);
     set(&["mtu", "1400"]);
     eventually(Duration::from_secs(4), "they are put back", || {
         let link = link();
-        if (link.mac, link.mtu) == (Some(mac), mtu) { Ok(()) } else { Err(link) }
+        if (link.mac, link.mtu) == (Some(mac), mtu) { Ok(()) } else { Err((link.mac, link.mtu)) }
     });
     let had = living[10].address();
     assert_eq!(stage.try_add(&mut living[10]).unwrap(), had);

@@ -84,6 +84,18 @@ impl Talk {
                 lines.push(Line::open(format!("{} to {name}", next.name), &client, &pod, own));
             }
         }
+        Talk::along(lines)
+    }
+
+    /// One line for each name, client, server and the server's address.
+    pub fn between(ends: &[(&str, &Namespace, &Namespace, SocketAddr)]) -> Talk {
+        let open = |(what, client, server, at): &(&str, &Namespace, &Namespace, SocketAddr)| {
+            Line::open((*what).to_owned(), client, server, *at)
+        };
+        Talk::along(ends.iter().map(open).collect())
+    }
+
+    fn along(mut lines: Vec<Line>) -> Talk {
         let stop = Arc::new(AtomicBool::new(false));
         let asked = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {

@@ -1,6 +1,6 @@
 //! Changes of the rules while packets flow, and what they must not touch.
 
-use crate::matrix::{Cell, Row, Way, differences_of};
+use crate::support::pods::{add, pod_of};
 use crate::support::{Netns, tool, tool_with_input};
 use crate::talk::{BOTH, Connection, Flow, IMPATIENCE, PATIENCE, Proto};
 use crate::world::*;
@@ -8,8 +8,8 @@ use enibox::apply::Host;
 use enibox::model::net::Family;
 use enibox::model::nft::{Expr, SnatPorts};
 use enibox::netlink::attr::Attrs;
-use enibox::netlink::{Message, Request, Socket, nft};
-use enibox::plan::host::Intent;
+use enibox::netlink::{Message, Request, Socket, link, nft};
+use enibox::plan::host::{HostPod, Intent};
 use enibox::plan::ruleset;
 use std::io::Read;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -108,7 +108,7 @@ fn marks_of_others_stay() {
 #[test]
 fn three_hundred_exchanges_of_the_rules_lose_no_connection() {
     let world = World::new(&intent(), "eni");
-    let tables = ruleset::tables(&intent(), "eth0").unwrap();
+    let tables = ruleset::tables(&intent(), "eth0", &[]).unwrap();
     let listener = world.internet.run(|| TcpListener::bind((INTERNET, 7120))).unwrap();
     listener.set_nonblocking(true).unwrap();
     let (over, ended) = (AtomicBool::new(false), AtomicBool::new(false));
@@ -164,15 +164,25 @@ fn three_hundred_exchanges_of_the_rules_lose_no_connection() {
         }
         results.iter().map(|(opened, ..)| opened).sum::<u32>()
     });
-    println!("300 exchanges of the rules during {opened} new connections");
+    let strayed = dropped_by_source(&world.router);
+    println!("300 exchanges of the rules during {opened} new connections, {strayed} packets with another source");
     assert!(opened > 300, "{opened} connections only");
+    assert_eq!(strayed, 0, "packets that left untranslated, whether they were sent again or not");
+}
+
+/// Packets that came from where their source is not.
+fn dropped_by_source(router: &Netns) -> u64 {
+    let text = router.run(|| std::fs::read_to_string("/proc/thread-self/net/netstat").unwrap());
+    let mut lines = text.lines().filter_map(|line| line.strip_prefix("TcpExt: ")).map(|line| line.split(' '));
+    let (names, values) = (lines.next().unwrap(), lines.next().unwrap());
+    names.zip(values).find(|(name, _)| *name == "IPReversePathFilter").unwrap().1.parse().unwrap()
 }
 
 #[test]
 fn a_refused_exchange_changes_nothing() {
     let world = World::new(&intent(), "eni");
     let before = rule_set(&world.node);
-    let mut tables = ruleset::tables(&Intent { mark: 0x40, ..intent() }, "eth0").unwrap();
+    let mut tables = ruleset::tables(&Intent { mark: 0x40, ..intent() }, "eth0", &[]).unwrap();
     tables[0].chains[0].rules[0].exprs.push(Expr::Jump("nowhere".into()));
     let mut socket = world.node.run(Socket::netfilter).unwrap();
     nft::commit(&mut socket, &tables[0]).unwrap_err();
@@ -257,10 +267,47 @@ fn another_prefix_and_a_mark_of_several_bits() {
     let wrong = crate::matrix::differences(&world, 0);
     assert!(wrong.is_empty(), "{wrong:#?}");
     assert!(connection_marks(&world.node, POD2, INTERNET).iter().all(|mark| *mark == 0x8000_0090));
-    // The pods of before, whose names are others, are not taken for pods any more: what the setting promises for new pods.
-    well(&world.node.run(|| Host::open()?.host(&intent())).unwrap());
-    let lost = |row: &Row| (row.0 == POD2 && row.2 == INTERNET && matches!(row.1, Way::Direct)).then_some(Cell::X);
-    assert_eq!(differences_of(&world, 0, lost), Vec::<String>::new());
     let tables = world.node.run(|| Host::open()?.observe()).unwrap().tables;
     assert!(tables.iter().all(|table| table.family == Family::V4));
+    pods_of_both_prefixes_live(&world);
+}
+
+/// The setting is for new pods: those of before keep their names and all their ways, until the last of them is gone.
+fn pods_of_both_prefixes_live(world: &World) {
+    const POD4: &str = "10.20.12.61";
+    let digits = |name| pod_of(name, &[(POD4, 2)]).interfaces[0].host_veth.replacen("eni", "", 1);
+    let mut wanted = intent();
+    wanted.pods[0].veth = digits("one");
+    wanted.pods[1].veth = digits("two");
+    let look = |wanted: &Intent| {
+        let report = world.node.run(|| Host::open()?.host(wanted)).unwrap();
+        well(&report);
+        report.steps.len()
+    };
+    assert!(look(&wanted) > 0);
+    assert_eq!(look(&wanted), 0, "one look is enough");
+    assert_eq!(crate::matrix::differences(world, 0), Vec::<String>::new());
+    let pod4 = Netns::new("pod4");
+    let lladdr = SECOND.to_string();
+    world.router.run(|| {
+        tool("ip", &["route", "add", POD4, "dev", "far"]).unwrap();
+        tool("ip", &["neigh", "replace", POD4, "lladdr", &lladdr, "dev", "far"]).unwrap();
+    });
+    add(&world.node, &pod_of("four", &[(POD4, 2)]), &pod4).unwrap();
+    let pod = HostPod { address: ip(POD4), veth: digits("four"), ..wanted.pods[1].clone() };
+    wanted.pods.push(pod);
+    assert_eq!(look(&wanted), 0, "a new pod changes no rule");
+    for proto in BOTH {
+        for (pod, own) in [(&world.pod2, POD2), (&pod4, POD4)] {
+            assert_eq!(seen(pod, &world.internet, INTERNET, 7160, proto), Some(ip(NODE_IP)), "{own}");
+            assert_eq!(seen(pod, &world.vpc, VPC, 7160, proto), Some(ip(own)));
+        }
+    }
+    for (name, left) in [("one", "pod*"), ("two", "")] {
+        world.node.route().run(&[link::delete_by_name(&format!("pod{}", digits(name)))]).unwrap();
+        wanted.pods.retain(|pod| pod.veth != digits(name));
+        look(&wanted);
+        assert_eq!(rule_set(&world.node).contains("pod*"), !left.is_empty(), "{name}");
+    }
+    assert_eq!(seen(&pod4, &world.internet, INTERNET, 7161, Proto::Tcp), Some(ip(NODE_IP)));
 }

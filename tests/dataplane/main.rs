@@ -7,6 +7,7 @@ mod egress;
 mod matrix;
 mod proxy;
 mod six;
+mod sources;
 #[path = "../support/mod.rs"]
 mod support;
 mod takeover;

@@ -68,6 +68,9 @@ const ROWS: &[Row] = &[
     (POD2, Cluster, EXCLUDED, SAME),
     (POD1, Cluster, INTERNET, TO_INTERNET),
     (POD2, Cluster, INTERNET, TO_INTERNET),
+    (POD3, Cluster, VPC, SAME),
+    (POD3, Cluster, POD2, SAME),
+    (POD3, Cluster, INTERNET, SAME),
     (POD2, Direct, NODE_LOCAL, SAME),
     (INTERNET, Local(ENI_IP), POD2, SAME),
     (INTERNET, Local(ENI_IP), POD1, NEVER),
@@ -118,19 +121,14 @@ pub fn differences(world: &World, column: usize) -> Vec<String> {
 
 pub type Row = (&'static str, Way, &'static str, [Cell; 4]);
 
-/// What IPVS makes of a row. It routes answers by the address that they leave from, so that node ports need no mark; but what
-/// it sends to an endpoint is routed anew by the pod's address, with no mark on it, as with the original: the service's
-/// address is the node's own in prerouting, where our chains leave it alone; IPVS takes the packet at input and sends it at
-/// output, where kube-proxy's NAT chain makes the kernel look for a route again (`nf_nat_ipv4_local_fn` in
-/// net/netfilter/nf_nat_proto.c), by source and mark, because IPVS has changed the connection's reply. Only a mark set at
-/// output before -100 could help. We set none: a pod's packet shows no interface there, and nothing but its source tells it
-/// from those of transparent proxies, which other software marks and routes.
+/// What IPVS makes of a row: it routes answers by the address that they leave from, so that node ports need no mark. Packets
+/// of a strict pod go out by its branch ENI before they could be local (the rules at 10 and 20), so that IPVS never sees them.
 fn beside_ipvs(row: &Row, column: usize) -> Cell {
-    match (row.1, row.3[column]) {
-        (Local(_), X) => Own,
-        (Masqueraded(_), X) => P,
-        (Cluster, P) if row.0 == POD2 => X,
-        (_, cell) => cell,
+    match (row.0, row.1, row.3[column]) {
+        (_, Local(_), X) => Own,
+        (_, Masqueraded(_), X) => P,
+        (POD3, Cluster, _) => X,
+        (.., cell) => cell,
     }
 }
 
@@ -166,12 +164,35 @@ pub fn services(column: usize) -> Vec<Service> {
     (0..ROWS.len()).filter_map(|row| ends(column, row).0).collect()
 }
 
+/// With sources left alone where SNAT does nothing but harm, processes of the node reach the outside by the second ENI.
+fn with_kept_sources(row: &Row, cell: Cell) -> Cell {
+    match (row.0, row.2, cell) {
+        (ENI_IP, INTERNET_FROM_ENI, X) => Own,
+        _ => cell,
+    }
+}
+
 fn column_intent(column: usize) -> Intent {
     let (external_snat, node_port) = COLUMNS[column];
     Intent { external_snat, node_port, ..intent() }
 }
 
 fn matrix(backend: Backend, proxy_first: bool) {
+    matrix_with(backend, proxy_first, |intent| intent, |_, cell| cell);
+}
+
+fn matrix_with_kept_sources(backend: Backend, proxy_first: bool) {
+    let kept = |intent| Intent { keep_host_source: true, ..intent };
+    matrix_with(backend, proxy_first, kept, with_kept_sources);
+}
+
+/// The whole matrix with something changed: the intent, and the cells that follow.
+fn matrix_with(
+    backend: Backend,
+    proxy_first: bool,
+    change: impl Fn(Intent) -> Intent,
+    expected: impl Fn(&Row, Cell) -> Cell,
+) {
     if !proxy::here(backend) {
         return;
     }
@@ -179,22 +200,27 @@ fn matrix(backend: Backend, proxy_first: bool) {
     let mut host = world.node.run(Host::open).unwrap();
     let mut wrong = Vec::new();
     for (column, names) in COLUMNS.iter().enumerate() {
+        let intent = change(column_intent(column));
         if proxy_first {
             proxy::start(backend, &world.node, &services(column));
         }
-        well(&host.host(&column_intent(column)).unwrap());
+        well(&host.host(&intent).unwrap());
         if !proxy_first {
             proxy::start(backend, &world.node, &services(column));
+            if backend == Backend::Ipvs {
+                // The daemon's watch sees the new link.
+                assert_eq!(host.host(&intent).unwrap().steps.len(), usize::from(!intent.external_snat), "{names:?}");
+            }
         }
         if column == 0 {
             world.wire_pods();
         }
-        let found = match backend {
-            Backend::Ipvs => differences_of(&world, column, |row| Some(beside_ipvs(row, column))),
-            _ => differences(&world, column),
-        };
+        let found = differences_of(&world, column, |row| {
+            let cell = if backend == Backend::Ipvs { beside_ipvs(row, column) } else { row.3[column] };
+            Some(expected(row, cell))
+        });
         wrong.extend(found.into_iter().map(|line| format!("column {names:?}: {line}")));
-        let steps = host.host(&column_intent(column)).unwrap().steps;
+        let steps = host.host(&intent).unwrap().steps;
         assert!(steps.is_empty(), "beside {backend:?}: {steps:?}");
         proxy::stop(backend, &world.node);
     }
@@ -239,4 +265,24 @@ fn beside_kube_proxy_in_ipvs_started_before() {
 #[test]
 fn beside_kube_proxy_in_ipvs_started_after() {
     matrix(Backend::Ipvs, false);
+}
+
+#[test]
+fn with_kept_sources_beside_kube_proxy_in_iptables_nft() {
+    matrix_with_kept_sources(Backend::IptablesNft, true);
+}
+
+#[test]
+fn with_kept_sources_beside_kube_proxy_in_iptables_legacy() {
+    matrix_with_kept_sources(Backend::IptablesLegacy, false);
+}
+
+#[test]
+fn with_kept_sources_beside_kube_proxy_in_nftables() {
+    matrix_with_kept_sources(Backend::Nftables, true);
+}
+
+#[test]
+fn with_kept_sources_beside_kube_proxy_in_ipvs() {
+    matrix_with_kept_sources(Backend::Ipvs, false);
 }

@@ -2,6 +2,7 @@
 //! own, only the names of services are ours. Written by the tools, as kube-proxy does.
 
 use crate::support::{Netns, python, tool, tool_with_input};
+use ipnet::IpNet;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 
@@ -201,8 +202,7 @@ fn iptables(services: &[Service]) -> String {
                 this chain\" -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS";
     let (table, rest) = MASQUERADE.split_at(MASQUERADE.find("-I").unwrap());
     // The rule about localnet is for IPv4 alone.
-    let filter = FILTER.lines().filter(|line| !v6(services) || !line.contains("127.0.0.0/8"));
-    let filter: String = filter.flat_map(|line| [line, "\n"]).collect();
+    let filter = filter(v6(services));
     format!("{filter}{table}{chains}{rest}{portals}{last}\n{ports}{rules}COMMIT\n")
 }
 
@@ -250,6 +250,11 @@ const NFT_HOOKS: &str = "\
 	}
 }
 ";
+
+/// [`FILTER`] of one family.
+fn filter(six: bool) -> String {
+    FILTER.lines().filter(|line| !six || !line.contains("127.0.0.0/8")).flat_map(|line| [line, "\n"]).collect()
+}
 
 /// The table `ip kube-proxy` of the nftables mode.
 fn nftables(services: &[Service]) -> String {
@@ -334,20 +339,24 @@ fn ipvs(node: &Netns, services: &[Service]) {
     for (path, value) in [("net/ipv4/vs/conntrack", "1"), ("net/ipv4/vs/expire_nodest_conn", "1")] {
         node.run(|| enibox::netlink::sysctl::set(path, value)).unwrap();
     }
+    let six = v6(services);
     let (mut table, mut marks) = (String::new(), String::new());
     for service in services {
         let endpoint = service.endpoint;
         let addresses = match service.kind {
             Kind::ClusterIp => {
-                let address = format!("{}/32", service.at.ip());
-                node.run(|| tool("ip", &["address", "replace", &address, "dev", "kube-ipvs0"]));
-                vec![service.at.ip().to_string()]
+                let address = service.at.ip();
+                node.run(|| {
+                    tool("ip", &["address", "replace", &IpNet::from(address).to_string(), "dev", "kube-ipvs0"])
+                });
+                vec![address]
             }
-            _ => vec!["10.20.11.162".to_owned(), "10.20.12.5".to_owned()],
+            _ if six => vec![service.at.ip()],
+            _ => vec![[10, 20, 11, 162].into(), [10, 20, 12, 5].into()],
         };
         for (flag, proto) in [("-t", "tcp"), ("-u", "udp")] {
             for address in &addresses {
-                let at = format!("{address}:{}", service.at.port());
+                let at = SocketAddr::new(*address, service.at.port());
                 writeln!(table, "-A {flag} {at} -s rr\n-a {flag} {at} -r {endpoint} -m").unwrap();
             }
             if service.kind == Kind::NodePortCluster {
@@ -358,5 +367,6 @@ fn ipvs(node: &Netns, services: &[Service]) {
     }
     node.run(|| tool_with_input("ipvsadm", &["-R"], &table));
     let last = "-A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS";
-    restore(node, "iptables-nft-restore", &format!("{FILTER}{MASQUERADE}{last}\n{marks}COMMIT\n"));
+    let restore_tool = if six { "ip6tables-nft-restore" } else { "iptables-nft-restore" };
+    restore(node, restore_tool, &format!("{}{MASQUERADE}{last}\n{marks}COMMIT\n", filter(six)));
 }

@@ -121,13 +121,17 @@ fn from_iptables_legacy_which_is_left_to_the_operator() {
     let kube_proxy = saved(&world.node, "iptables-legacy-save");
     let host = world.node.run(Host::open).unwrap();
     assert_eq!(host.legacy_chains().unwrap(), Vec::<String>::new(), "only those of kube-proxy");
-    install(version, &world.node);
-    let chains = host.legacy_chains().unwrap();
-    assert_eq!(chains, ["AWS-CONNMARK-CHAIN-0", "AWS-SNAT-CHAIN-0"]);
-    let commands = former::legacy_commands("eni", 0x80, "eth0", &chains);
-    world.node.run(|| tool_with_input("sh", &["-e"], &commands.join("\n")));
-    assert_eq!(saved(&world.node, "iptables-legacy-save"), kube_proxy, "the commands take everything away");
-    assert_eq!(host.legacy_chains().unwrap(), Vec::<String>::new());
+    for (version, count) in [(version, 1), (Version::NestedLegacy, 3)] {
+        install(version, &world.node);
+        let chains = host.legacy_chains().unwrap();
+        let names = ["AWS-CONNMARK-CHAIN-", "AWS-SNAT-CHAIN-"];
+        let names = names.iter().flat_map(|name| (0..count).map(move |number| format!("{name}{number}")));
+        assert_eq!(chains, names.collect::<Vec<_>>());
+        let commands = former::legacy_commands("eni", 0x80, "eth0", &chains);
+        world.node.run(|| tool_with_input("sh", &["-e"], &commands.join("\n")));
+        assert_eq!(saved(&world.node, "iptables-legacy-save"), kube_proxy, "the commands take everything away");
+        assert_eq!(host.legacy_chains().unwrap(), Vec::<String>::new());
+    }
 }
 
 #[test]

@@ -38,7 +38,7 @@ impl Flow<'_> {
     }
 
     fn tcp(&self, limit: Duration) -> Result<IpAddr, String> {
-        let listener = self.server.run(|| TcpListener::bind(self.listen)).unwrap();
+        let listener = bind(self.server, self.listen, TcpListener::bind);
         listener.set_nonblocking(true).unwrap();
         let end = clock::instant() + limit;
         std::thread::scope(|scope| {
@@ -67,7 +67,7 @@ impl Flow<'_> {
     }
 
     fn udp(&self, limit: Duration) -> Result<IpAddr, String> {
-        let server = self.server.run(|| UdpSocket::bind(self.listen)).unwrap();
+        let server = bind(self.server, self.listen, UdpSocket::bind);
         let any = if self.target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
         let client =
             self.client.run(|| UdpSocket::bind(any).and_then(|socket| socket.connect(self.target).map(|()| socket)));
@@ -94,6 +94,17 @@ impl Flow<'_> {
     }
 }
 
+/// A process that another test is starting holds the last socket at an address until its exec.
+fn bind<T: Send>(server: &Netns, listen: SocketAddr, bind: fn(SocketAddr) -> std::io::Result<T>) -> T {
+    let end = clock::instant() + PATIENCE;
+    loop {
+        match server.run(|| bind(listen)) {
+            Err(error) if error.kind() == ErrorKind::AddrInUse && clock::instant() < end => std::thread::sleep(POLL),
+            bound => return bound.unwrap_or_else(|error| panic!("listen on {listen}: {error}")),
+        }
+    }
+}
+
 /// A TCP connection that stays open.
 pub struct Connection {
     near: TcpStream,
@@ -102,7 +113,7 @@ pub struct Connection {
 
 impl Connection {
     pub fn open(client: &Netns, target: SocketAddr, server: &Netns, listen: SocketAddr) -> Connection {
-        let listener = server.run(|| TcpListener::bind(listen)).unwrap();
+        let listener = bind(server, listen, TcpListener::bind);
         let near = client.run(|| TcpStream::connect_timeout(&target, PATIENCE)).unwrap();
         let (far, _) = listener.accept().unwrap();
         for stream in [&near, &far] {

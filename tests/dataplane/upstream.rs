@@ -10,6 +10,8 @@ pub enum Version {
     IptablesNft,
     /// Everything by `iptables-legacy`.
     IptablesLegacy,
+    /// The same, as [`Version::Nested`].
+    NestedLegacy,
     /// SNAT by `iptables-nft`, the connmark by nf_tables in a table of the name that is ours now.
     Connmark,
     /// One chain for each CIDR, each leading to the next one, by `iptables-nft`.
@@ -85,6 +87,7 @@ pub fn install(version: Version, node: &Netns) {
         Version::IptablesLegacy => ("iptables-legacy-restore", [SNAT, CONNMARK].concat()),
         Version::Connmark => ("iptables-nft-restore", SNAT.to_owned()),
         Version::Nested => ("iptables-nft-restore", NESTED.to_owned()),
+        Version::NestedLegacy => ("iptables-legacy-restore", NESTED.to_owned()),
     };
     node.run(|| tool_with_input(program, &["--noflush"], &format!("*nat\n{nat}COMMIT\n{MANGLE}")));
     if version == Version::Connmark {

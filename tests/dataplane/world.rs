@@ -52,7 +52,7 @@ pub fn via(table: u32, dst: &str, gateway: &str, dev: u32) -> Route {
 }
 
 fn neighbour(dev: u32, addr: &str, mac: Mac) -> Neighbour {
-    Neighbour { dev, addr: ip(addr), mac: Some(mac), permanent: true }
+    Neighbour { dev, addr: ip(addr), mac: Some(mac), permanent: true, noarp: false }
 }
 
 /// A veth between two namespaces, both ends up.

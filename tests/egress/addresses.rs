@@ -195,6 +195,15 @@ fn host_local_and_we_work_on_one_directory_in_turn() {
     });
 }
 
+// By a process of its own: a program that another test starts holds what this process has open to write until its exec, and what
+// is open to write is not run.
+fn program(path: &Path, text: &str) {
+    let draft = path.with_extension("draft");
+    fs::write(&draft, text).unwrap();
+    fs::set_permissions(&draft, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    assert!(Command::new("cp").arg(draft).arg(path).status().unwrap().success());
+}
+
 #[test]
 fn other_plugins_may_give_the_address() {
     on_a_node(|node| {
@@ -203,9 +212,7 @@ fn other_plugins_may_give_the_address() {
         let script =
             "#!/bin/sh\ncat > /run/node/stdin\necho \"$CNI_COMMAND $CNI_CONTAINERID $CNI_IFNAME\" >> /run/node/calls\n";
         let plugin = |name: &str, rest: &str| {
-            let path = node.path("bin").join(name);
-            fs::write(&path, format!("{script}{rest}\n")).unwrap();
-            fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+            program(&node.path("bin").join(name), &format!("{script}{rest}\n"));
         };
         let ips = |ips: &str| format!("[ $CNI_COMMAND = DEL ] || echo '{{\"cniVersion\":\"0.4.0\",\"ips\":[{ips}]}}'");
         let one = r#"{"version":"4","address":"169.254.172.9/22","gateway":"169.254.172.1"}"#;
@@ -239,8 +246,7 @@ fn other_plugins_may_give_the_address() {
         // One that never reads, and leaves somebody behind who does not either.
         let leaves = node.path("bin").join("leaves");
         let behind = "#!/bin/sh\nsleep 100 <&0 >/dev/null 2>&1 &\necho $! >> /run/node/behind\n";
-        fs::write(&leaves, format!("{behind}{}\n", ips(one))).unwrap();
-        fs::set_permissions(&leaves, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        program(&leaves, &format!("{behind}{}\n", ips(one)));
         for command in ["ADD", "DEL"] {
             let done = call(command, "leaves").config("filler", "x".repeat(200_000)).run();
             assert_eq!(done.code, 0, "{done:?}");

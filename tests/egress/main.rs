@@ -69,7 +69,7 @@ fn rules_of_the_daemon(way: &Way) {
     let intent =
         Intent { v6, node_ip: own.parse().unwrap(), vpc_cidrs, egress: Egress::Snat(node_ip), ..Intent::default() };
     let mut socket = Socket::netfilter().unwrap();
-    for table in ruleset::tables(&intent, "eth0").unwrap() {
+    for table in ruleset::tables(&intent, "eth0", &[]).unwrap() {
         nft::commit(&mut socket, &table).unwrap();
     }
 }

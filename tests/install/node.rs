@@ -394,8 +394,11 @@ fn the_sandbox_prepares_nodes_as_the_init_container_does() {
         let wrong = || {
             for (key, value) in KEYS.iter().zip(&wanted) {
                 // What the init container leaves alone in this mode is the sandbox's own.
-                let ours =
-                    key.contains("ipv4") || env.iter().any(|(name, _)| name.contains("V6") || name.contains("v6"));
+                let set = |part: &str| env.iter().any(|(name, _)| name.contains(part));
+                let ours = match *key {
+                    "net/ipv4/udp_early_demux" => set("DEMUX"),
+                    key => key.contains("ipv4") || set("V6") || set("v6"),
+                };
                 if ours && !key.ends_with("disable_ipv6") {
                     sysctl::set(key, if value == "1" { "0" } else { "1" }).unwrap();
                 }
@@ -466,9 +469,9 @@ fn twenty_starts_at_once_leave_whole_files() {
     let stage = Stage::new(8);
     let going = AtomicBool::new(true);
     let program = fs::read(PROGRAM).unwrap();
-    let looks = std::thread::scope(|scope| {
+    let (looks, floor) = std::thread::scope(|scope| {
         let watcher = scope.spawn(|| {
-            let mut looks = 0;
+            let (mut looks, mut floor) = (0, false);
             while going.load(Ordering::Relaxed) {
                 // Whatever is there is whole and may be run, at every moment.
                 if let Ok(file) = fs::metadata(stage.host.path("bin/aws-cni")) {
@@ -476,11 +479,13 @@ fn twenty_starts_at_once_leave_whole_files() {
                     looks += 1;
                 }
                 if let Ok(text) = fs::read_to_string(stage.host.conflist()) {
-                    assert_eq!(text, golden("v4-newest"));
+                    let low = text == golden("v4");
+                    assert!(low || text == golden("v4-newest"), "{text}");
+                    floor |= low;
                 }
                 std::thread::sleep(LOOK_EVERY);
             }
-            looks
+            (looks, floor)
         });
         let mut containers: Vec<Container> = (0..20).map(|_| stage.start(&[], "out")).collect();
         eventually("one of them has installed", || {
@@ -496,6 +501,13 @@ fn twenty_starts_at_once_leave_whole_files() {
         watcher.join().unwrap()
     });
     println!("{looks} looks at the plugin meanwhile");
+    // Of the versions alone that need nobody's word, if among so many the other plugin has not got its say in time.
+    let told = stage.host.output("out");
+    assert!(!floor || told.contains("no answer within"), "{told}");
+    // One that was killed while it wrote has left a temporary, which is for the next start to sweep.
+    let mut next = stage.start(&[], "next");
+    stage.wait_installed(&mut next, "next");
+    next.stop();
     assert!(fs::read(stage.host.path("bin/egress-cni")).unwrap() == program);
     assert_eq!(stage.host.names("net.d"), BTreeSet::from([CONFLIST.to_owned()]));
     let names = ["aws-cni", "egress-cni", "egress-v4-cni", "portmap"].map(str::to_owned);

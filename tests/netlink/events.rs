@@ -70,7 +70,7 @@ fn changes_are_told_as_they_happen() {
             metric: 0,
         };
         let ours = Rule::to(net("10.0.0.2/32"), 512, 9);
-        let entry = Neighbour { dev: a.index, addr: ip("10.0.0.2"), mac: Some(POD_MAC), permanent: true };
+        let entry = Neighbour { dev: a.index, addr: ip("10.0.0.2"), mac: Some(POD_MAC), permanent: true, noarp: false };
         let requests = [addr::add(&address), route::add(&route), rule::add(&ours), neigh::add(&entry)];
         must(&mut socket, &requests);
         let gone =
@@ -95,6 +95,7 @@ fn changes_are_told_as_they_happen() {
             Notice::Address(address),
             Notice::Route(route),
             Notice::Rule(ours.clone()),
+            Notice::Neighbour(entry),
             Notice::RuleGone(ours),
             Notice::RouteGone(route),
             Notice::AddressGone(address),
@@ -105,6 +106,52 @@ fn changes_are_told_as_they_happen() {
             notices.iter().any(|notice| matches!(notice, Notice::LinkGone(link) if link.name == "a")),
             "{notices:?}"
         );
+    });
+}
+
+#[test]
+fn of_neighbours_only_those_that_are_asked_no_more_are_told() {
+    in_fresh_netns(|| {
+        let mut socket = Socket::route().unwrap();
+        let (a, b) = veth_here(&mut socket);
+        let mut monitor = Monitor::open(false).unwrap();
+        let states = [(false, false), (true, false), (false, true)];
+        for (addr, (permanent, noarp)) in
+            ["10.0.0.2", "fe80::2"].iter().flat_map(|addr| states.map(|state| (*addr, state)))
+        {
+            let entry = Neighbour { dev: a.index, addr: ip(addr), mac: Some(POD_MAC), permanent, noarp };
+            while monitor.next(Duration::ZERO).unwrap().is_some() {}
+            must(&mut socket, &[neigh::replace(&entry), neigh::delete(a.index, entry.addr)]);
+            // Something else behind it, so that nothing has to be waited for.
+            let mark = Rule::to(net("10.0.0.2/32"), 512, 9);
+            must(&mut socket, &[rule::add(&mark), rule::delete(&mark)]);
+            let told = std::iter::from_fn(|| monitor.next(Duration::from_secs(5)).unwrap());
+            let told = told.take_while(|notice| *notice != Notice::RuleGone(mark.clone()));
+            let told = told.filter(|notice| matches!(notice, Notice::Neighbour(_))).collect::<Vec<_>>();
+            let expected = if permanent || noarp { vec![Notice::Neighbour(entry)] } else { Vec::new() };
+            assert_eq!(told, expected);
+        }
+        // The kernel's own work with them never reaches the queue: else this would be told as lost notices.
+        must(
+            &mut socket,
+            &[addr::add(&Address { dev: a.index, addr: net("10.0.0.1/32"), no_prefix_route: true, no_dad: false })],
+        );
+        let many = (0..250u8).map(|n| Neighbour {
+            dev: b.index,
+            addr: [10, 9, 0, n].into(),
+            mac: Some(POD_MAC),
+            permanent: false,
+            noarp: false,
+        });
+        let many =
+            many.flat_map(|entry| [neigh::replace(&entry), neigh::delete(b.index, entry.addr)]).collect::<Vec<_>>();
+        for _ in 0..40 {
+            must(&mut socket, &many);
+        }
+        let told = std::iter::from_fn(|| monitor.next(Duration::ZERO).unwrap()).collect::<Vec<_>>();
+        assert!(!told.iter().any(|notice| matches!(notice, Notice::Neighbour(_) | Notice::Overrun)), "{told:?}");
+        let all = neigh::list_static(&mut socket).unwrap();
+        assert!(all.iter().all(|entry| entry.dev != b.index), "{all:?}");
     });
 }
 

@@ -6,7 +6,7 @@ mod route;
 #[path = "../support/mod.rs"]
 mod support;
 
-use enibox::model::net::{Family, Link, Mac};
+use enibox::model::net::{Conf6, Family, Link, Mac};
 use enibox::netlink::link::{End, Veth};
 use enibox::netlink::netns::Namespace;
 use enibox::netlink::{KernelError, Socket, addr, link, sysctl};
@@ -33,6 +33,16 @@ fn kernel_error(error: &enibox::error::Error) -> &KernelError {
 
 fn plain_end(name: &str) -> End<'_> {
     End { name, mac: None, netns: None }
+}
+
+/// What the kernel does in its own time.
+#[track_caller]
+fn eventually(what: &str, done: impl Fn() -> bool) {
+    let end = enibox::clock::instant() + std::time::Duration::from_secs(10);
+    while !done() {
+        assert!(enibox::clock::instant() < end, "{what}: not within ten seconds");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
 }
 
 /// A veth pair `a` and `b`, both up, in the calling thread's namespace; their links.
@@ -76,6 +86,8 @@ fn a_veth_is_complete_after_one_message() {
         assert!(!far.up, "the kernel cannot open the peer before the two are joined");
         must(&mut inside, &[link::set_up(far.index)]);
         let far = link::by_index(&mut inside, far.index).unwrap().unwrap();
+        // What a new namespace has depends on the machine.
+        let forwards = sysctl::read("net/ipv4/conf/eni0123456789a/forwarding").unwrap() == "1";
         let expected = |index, name: &str, mac, parent| Link {
             index,
             name: name.into(),
@@ -84,10 +96,20 @@ fn a_veth_is_complete_after_one_message() {
             up: true,
             parent: Some(parent),
             kind: Some("veth".into()),
+            forwards: Some(forwards),
+            queue: 1000,
             ..Link::default()
         };
-        assert_eq!(near, expected(near.index, "eni0123456789a", HOST_MAC, far.index));
-        assert_eq!(far, expected(far.index, "eth0", POD_MAC, near.index));
+        let plain = |link: &Link| Link { conf6: None, ..link.clone() };
+        let with_carrier = expected(near.index, "eni0123456789a", HOST_MAC, far.index);
+        assert_eq!(plain(&near), Link { no_carrier: true, ..with_carrier.clone() }, "its peer was down");
+        assert_eq!(plain(&link::by_index(&mut host, near.index).unwrap().unwrap()), with_carrier);
+        assert_eq!(plain(&far), expected(far.index, "eth0", POD_MAC, near.index));
+        assert_eq!(link::mac_of_peer(&mut host, near.index).unwrap(), Some(POD_MAC), "in another namespace");
+        assert_eq!(link::mac_of_peer(&mut inside, far.index).unwrap(), Some(HOST_MAC));
+        for other in [1, 77] {
+            assert_eq!(link::mac_of_peer(&mut host, other).unwrap(), None);
+        }
         let show = |name| tool_json("ip", &["-j", "-d", "link", "show", name]);
         let one_queue =
             |seen: &serde_json::Value| (&seen["num_tx_queues"], &seen["num_rx_queues"]) == (&1.into(), &1.into());
@@ -97,7 +119,9 @@ fn a_veth_is_complete_after_one_message() {
         if let Some(seen) = show("eni0123456789a") {
             assert!(one_queue(&seen[0]), "{seen}");
             assert_eq!((seen[0]["mtu"].as_u64(), seen[0]["address"].as_str()), (Some(9001), Some("02:00:00:00:00:0a")));
-            assert_eq!(seen[0]["operstate"], "UP");
+            eventually("the kernel has found out that it is plugged in", || {
+                show("eni0123456789a").is_some_and(|seen| seen[0]["operstate"] == "UP")
+            });
             assert_eq!(seen[0]["txqlen"], 1000);
         }
         let error = host.run(&[link::create_veth(&veth)]).unwrap_err();
@@ -105,6 +129,24 @@ fn a_veth_is_complete_after_one_message() {
 
         must(&mut host, &[link::delete_by_name("eni0123456789a")]);
         assert_eq!(link::by_name(&mut pod.route(), "eth0").unwrap(), None, "the peer goes too");
+    });
+}
+
+#[test]
+fn ipv6_settings_come_with_the_links() {
+    in_fresh_netns(|| {
+        let mut socket = Socket::route().unwrap();
+        let (a, b) = veth_here(&mut socket);
+        assert_eq!(link::mac_of_peer(&mut socket, a.index).unwrap(), b.mac, "both in one namespace");
+        for wanted in [[0, 0, 0], [1, 2, 1], [0, 2, 1], [1, 0, 0]] {
+            let [forwarding, accept_ra, accept_redirects] = wanted;
+            for (key, value) in ["forwarding", "accept_ra", "accept_redirects"].into_iter().zip(wanted) {
+                sysctl::set(&format!("net/ipv6/conf/a/{key}"), &value.to_string()).unwrap();
+            }
+            let links = link::list(&mut socket).unwrap();
+            let seen = links.into_iter().find(|link| link.name == "a").unwrap();
+            assert_eq!(seen.conf6, Some(Conf6 { forwarding, accept_ra, accept_redirects }));
+        }
     });
 }
 

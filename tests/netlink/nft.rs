@@ -160,6 +160,7 @@ fn every_expression_survives_the_kernel() {
         vec![Expr::FibDaddrLocal { iif: true, negate: true }, Expr::MetaMark { mask: 0xff00_0000, value: 0x0100_0000 }],
         vec![Expr::MetaMarkClear { bits: 0x8000_0001 }, Expr::Counter { packets: 3, bytes: 1 << 33 }],
         vec![Expr::CtMark { mask: 0x8000_0000, value: 0x8000_0000 }, Expr::MetaMark { mask: 0xf0f0_0000, value: 0 }],
+        vec![Expr::FibSaddrLocal { negate: true }, Expr::FromSocket, Expr::FibSaddrLocal { negate: false }],
         vec![Expr::CtMark { mask: 0x80, value: 0 }, Expr::MetaMarkSet { bits: 0x40 }, Expr::Reject],
     ];
     let rules = |list: &[Vec<Expr>]| list.iter().map(|exprs| nft_rule(exprs.clone(), "")).collect::<Vec<_>>();

@@ -4,7 +4,7 @@ use super::support::{in_fresh_netns, must, tool, tool_json};
 use super::{HOST_MAC, POD_MAC, ip, kernel_error, net, veth_here};
 use enibox::model::net::{Address, Family, Neighbour, Route, Rule, Scope, TABLE_MAIN};
 use enibox::netlink::netns::Namespace;
-use enibox::netlink::{Socket, addr, neigh, route, rule};
+use enibox::netlink::{Socket, addr, link, neigh, route, rule, sysctl};
 use ipnet::IpNet;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -45,6 +45,8 @@ fn duplicate_address_detection_can_be_watched() {
         let mut socket = Socket::route().unwrap();
         let (a, _) = veth_here(&mut socket);
         let checked = Address { dev: a.index, addr: net("fd00::9/64"), no_prefix_route: false, no_dad: false };
+        // A second for each: for as long as the test looks.
+        sysctl::set("net/ipv6/conf/a/dad_transmits", "60").unwrap();
         must(&mut socket, &[addr::add(&checked)]);
         assert!(!route::is_local(&mut socket, ip("fd00::9")).unwrap(), "it is being checked");
         must(&mut socket, &[addr::add(&Address { addr: net("fd00::a/64"), no_dad: true, ..checked })]);
@@ -156,10 +158,12 @@ fn rules_are_added_listed_and_deleted() {
         socket.run(&[rule::add(&rules[1]).or_exists()]).unwrap();
 
         let any_table = Rule::to(pod, 512, 0);
-        assert_eq!(rule::delete_all(&mut socket, &any_table).unwrap(), 2);
+        let before = rule::list(&mut socket, Family::V4).unwrap().len();
+        rule::delete_all(&mut socket, &any_table, &|_| true).unwrap();
+        assert_eq!(rule::list(&mut socket, Family::V4).unwrap().len(), before - 2);
         let error = socket.run(&[rule::delete(&any_table)]).unwrap_err();
         assert_eq!(error.to_string(), "delete rule 512 to 10.20.12.60: No such file or directory");
-        assert_eq!(rule::delete_all(&mut socket, &Rule::any(Family::V4, 10, 101)).unwrap(), 1, "without its iif");
+        rule::delete_all(&mut socket, &Rule::any(Family::V4, 10, 101), &|_| true).unwrap(); // without its iif
         assert_eq!(rule::list(&mut socket, Family::V4).unwrap().len(), 3 + rules.len() - 2);
     });
 }
@@ -228,7 +232,7 @@ fn neighbours_are_added_replaced_and_deleted() {
         let mut socket = Socket::route().unwrap();
         let (a, b) = veth_here(&mut socket);
         for addr in ["169.254.1.1", "fe80::1"].map(ip) {
-            let entry = Neighbour { dev: a.index, addr, mac: Some(HOST_MAC), permanent: true };
+            let entry = Neighbour { dev: a.index, addr, mac: Some(HOST_MAC), permanent: true, noarp: false };
             must(&mut socket, &[neigh::add(&entry)]);
             assert!(neigh::list(&mut socket, Some(Family::of(addr))).unwrap().contains(&entry));
             if let Some(seen) = tool_json("ip", &["-j", "neigh", "show", &addr.to_string()]) {
@@ -240,10 +244,49 @@ fn neighbours_are_added_replaced_and_deleted() {
             let other = Neighbour { mac: Some(POD_MAC), ..entry };
             must(&mut socket, &[neigh::replace(&other), neigh::add(&Neighbour { dev: b.index, ..entry })]);
             assert!(neigh::list(&mut socket, None).unwrap().contains(&other));
+            let silent = Neighbour { permanent: false, noarp: true, ..entry };
+            must(&mut socket, &[neigh::replace(&silent)]);
+            assert!(neigh::list(&mut socket, None).unwrap().contains(&silent));
             must(&mut socket, &[neigh::delete(a.index, addr), neigh::delete(b.index, addr)]);
             assert!(!neigh::list(&mut socket, None).unwrap().iter().any(|entry| entry.addr == addr));
             let error = socket.run(&[neigh::delete(a.index, addr)]).unwrap_err();
             assert!(kernel_error(&error).not_found(), "{error}");
+        }
+    });
+}
+
+#[test]
+fn what_lets_nothing_through_is_listed_and_deleted() {
+    in_fresh_netns(|| {
+        if tool("ip", &["link", "set", "lo", "up"]).is_none() {
+            return;
+        }
+        let mut socket = Socket::route().unwrap();
+        let (a, _) = veth_here(&mut socket);
+        for (family, at, version) in [(Family::V4, "10.20.12.60", "-4"), (Family::V6, "fd00::60", "-6")] {
+            let metric = if family == Family::V6 { 1024 } else { 0 };
+            let scope = if family == Family::V6 { Scope::Universe } else { Scope::Link };
+            let dst = IpNet::from(ip(at));
+            let route = Route { table: TABLE_MAIN, dst, gateway: None, dev: a.index, scope, prefsrc: None, metric };
+            must(&mut socket, &[route::add(&route)]);
+            for (kind, word) in (6..).zip(["blackhole", "unreachable", "prohibit", "throw"]) {
+                tool("ip", &[version, "route", "replace", word, at]).unwrap();
+                tool("ip", &[version, "route", "add", word, at, "table", "10001", "metric", "7"]).unwrap();
+                let (open, mut closed) = route::list_all(&mut socket, family, None).unwrap();
+                closed.sort_by_key(|barrier| barrier.table);
+                assert!(!open.contains(&route), "it is in the place of ours");
+                let [one, other] = closed[..] else { panic!("{closed:?}") };
+                let texts = [format!("{word} {at}"), format!("{word} {at} table 10001 metric 7")];
+                let metric = if metric > 0 { format!(" metric {metric}") } else { String::new() };
+                assert_eq!([one.to_string(), other.to_string()], [format!("{}{metric}", texts[0]), texts[1].clone()]);
+                assert!(one.kind == kind && one.in_place_of(&route) && !other.in_place_of(&route));
+                // Ours takes its place back, or is found behind it when it goes.
+                must(&mut socket, &[route::replace(&route), route::delete_barrier(&other)]);
+                tool("ip", &[version, "route", "append", word, at]).unwrap();
+                must(&mut socket, &[route::delete_barrier(&one)]);
+                let (open, closed) = route::list_all(&mut socket, family, None).unwrap();
+                assert!(open.contains(&route) && closed.is_empty(), "{open:?} {closed:?}");
+            }
         }
     });
 }
@@ -282,31 +325,81 @@ fn a_list_that_changes_meanwhile_is_whole_or_refused() {
         });
         let rules = rules.collect::<Vec<_>>();
         must(&mut socket, &rules.iter().map(rule::add).collect::<Vec<_>>());
+        // Changes that come faster than lists, and slower ones on any machine.
+        let begin = enibox::clock::instant();
+        assert_eq!(rule::list(&mut socket, Family::V4).unwrap().len(), rules.len() + 3);
+        let (fast, slow) = (Duration::from_millis(1), Duration::from_millis(20).max(5 * begin.elapsed()));
+        for (pause, count) in [(fast, 10), (slow, 20)] {
+            let done = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let mut socket = Socket::route_in(&namespace).unwrap();
+                    let early = Rule::to(net("192.0.2.1/32"), 1, TABLE_MAIN);
+                    while !done.load(Ordering::Relaxed) {
+                        must(&mut socket, &[rule::add(&early)]);
+                        std::thread::sleep(pause);
+                        must(&mut socket, &[rule::delete(&early)]);
+                        std::thread::sleep(pause);
+                    }
+                });
+                let lists = (0..count).map(|_| rule::list(&mut socket, Family::V4)).collect::<Vec<_>>();
+                done.store(true, Ordering::Relaxed);
+                let whole = lists.iter().filter(|list| list.is_ok()).count();
+                println!("changes every {pause:?}: {whole} of {count} lists were whole");
+                for list in lists {
+                    match list {
+                        Ok(seen) => {
+                            let ours = seen.iter().filter(|rule| rule.priority == 512).collect::<BTreeSet<_>>();
+                            assert_eq!(ours.len(), rules.len());
+                        }
+                        Err(error) => assert!(error.to_string().contains("changed during each"), "{error}"),
+                    }
+                }
+                assert!(whole > 0 || pause == fast, "every list was refused");
+            });
+        }
+    });
+}
+
+// The notices of others' changes fill the queue of the socket that lists, and what it is then not told must not be waited for.
+#[test]
+fn a_list_in_a_storm_of_changes_leaves_the_socket_usable() {
+    in_fresh_netns(|| {
+        let namespace = Namespace::own().unwrap();
+        let mut socket = Socket::route().unwrap();
+        let rule_of = |third: u8, n: u16| {
+            let [high, low] = n.to_be_bytes();
+            Rule::to(IpNet::from(IpAddr::from([10, third, high, low])), 512, TABLE_MAIN)
+        };
+        let rules = (0..2000).map(|n| rule_of(0, n)).collect::<Vec<_>>();
+        must(&mut socket, &rules.iter().map(rule::add).collect::<Vec<_>>());
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            scope.spawn(|| {
-                let mut socket = Socket::route_in(&namespace).unwrap();
-                let early = Rule::to(net("192.0.2.1/32"), 1, TABLE_MAIN);
-                while !done.load(Ordering::Relaxed) {
-                    must(&mut socket, &[rule::add(&early)]);
-                    std::thread::sleep(Duration::from_millis(1));
-                    must(&mut socket, &[rule::delete(&early)]);
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-            });
-            let lists = (0..20).map(|_| rule::list(&mut socket, Family::V4)).collect::<Vec<_>>();
-            done.store(true, Ordering::Relaxed);
-            let whole = lists.iter().filter(|list| list.is_ok()).count();
-            println!("{whole} of {} lists were whole", lists.len());
-            for list in lists {
-                match list {
-                    Ok(seen) => {
-                        let ours = seen.iter().filter(|rule| rule.priority == 512).collect::<BTreeSet<_>>();
-                        assert_eq!(ours.len(), rules.len());
+            for third in [1, 2] {
+                let (done, namespace) = (&done, &namespace);
+                scope.spawn(move || {
+                    let mut socket = Socket::route_in(namespace).unwrap();
+                    let rules = (0..2000).map(|n| rule_of(third, n)).collect::<Vec<_>>();
+                    let (add, delete) = (rules.iter().map(rule::add), rules.iter().map(rule::delete));
+                    let (add, delete) = (add.collect::<Vec<_>>(), delete.collect::<Vec<_>>());
+                    while !done.load(Ordering::Relaxed) {
+                        must(&mut socket, &add);
+                        must(&mut socket, &delete);
                     }
-                    Err(error) => assert!(error.to_string().contains("changed during each"), "{error}"),
+                });
+            }
+            let look = |_| (rule::list(&mut socket, Family::V4), link::list(&mut socket));
+            let looks = (0..10).map(look).collect::<Vec<_>>();
+            done.store(true, Ordering::Relaxed);
+            for (list, links) in looks {
+                if let Err(error) = list {
+                    assert!(error.to_string().contains("changed during each"), "{error}");
                 }
+                assert_eq!(links.unwrap().len(), 1, "the next answer is there, whatever became of the list");
             }
         });
+        let mut seen = rule::list(&mut socket, Family::V4).unwrap();
+        seen.retain(|rule| rule.priority == 512);
+        assert_eq!(seen.len(), rules.len());
     });
 }

@@ -5,6 +5,7 @@
 pub mod pods;
 pub mod python;
 pub mod traffic;
+pub mod whole;
 
 use enibox::netlink::netns::Namespace;
 use enibox::netlink::socket::{Outcome, Socket, first_failure};
@@ -26,7 +27,15 @@ pub fn in_fresh_netns<T: Send>(body: impl FnOnce() -> T + Send) -> T {
     })
 }
 
-/// A namespace with a name under a directory of this test run; removed when dropped, whatever happened.
+/// Copies a program that will be run. By `cp`: a file that this process has open for writing is open in every child that
+/// another test's thread makes meanwhile, until that one has its own program, and cannot be run so long (`ETXTBSY`).
+pub fn copy_program(from: &Path, to: &Path) {
+    let copied = Command::new("cp").arg(from).arg(to).status().unwrap();
+    assert!(copied.success(), "cp {} {}", from.display(), to.display());
+}
+
+/// A namespace with a name under a directory of its own, since another's end would take a shared one away while it is being
+/// made; removed when dropped, whatever happened.
 pub struct Netns {
     directory: PathBuf,
     name: String,
@@ -37,8 +46,9 @@ impl Netns {
     /// Creates an empty namespace with its `lo` up.
     pub fn new(name: &str) -> Netns {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let directory = std::env::temp_dir().join(format!("enibox-test-{}", std::process::id()));
-        let name = format!("{name}-{}", COUNT.fetch_add(1, Ordering::Relaxed));
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let directory = std::env::temp_dir().join(format!("enibox-test-{}-{count}", std::process::id()));
+        let name = format!("{name}-{count}");
         let handle = Namespace::create_named(&directory, &name).unwrap();
         let netns = Netns { directory, name, handle: Some(handle) };
         let mut socket = netns.route();
@@ -72,7 +82,7 @@ impl Drop for Netns {
     fn drop(&mut self) {
         self.handle = None;
         let removed = Namespace::delete_named(&self.directory, &self.name);
-        std::fs::remove_dir(&self.directory).ok(); // goes with the last one in it
+        std::fs::remove_dir(&self.directory).ok();
         if !std::thread::panicking() {
             removed.unwrap();
         }

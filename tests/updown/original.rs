@@ -160,7 +160,7 @@ fn wire(stage: &Stage, name: &str, pod: &Pod, address: IpAddr, table: u32) {
     let mac = format!("06:00:00:00:00:{:02x}", fresh());
     let netns = pod.path.display();
     stage.shell(&format!(
-        "ip link add {veth} address {mac} mtu 9001 type veth peer name eth0 mtu 9001 netns {netns}\n\
+        "ip link add {veth} txqueuelen 0 address {mac} mtu 9001 type veth peer name eth0 mtu 9001 netns {netns}\n\
          cd /proc/sys/net/ipv6/conf/{veth}\n\
          echo 0 > accept_ra; echo 1 > accept_redirects; echo 0 > forwarding\n\
          ip link set {veth} up"

@@ -10,12 +10,27 @@ use crate::netlink::{link, route, rule, sysctl};
 use crate::plan::branch::{Branch, is_vlan};
 use crate::plan::pod::{PodBranch, RemovedBranch};
 
+/// A branch pod's end on the host.
+pub(super) struct Leaving {
+    /// Selects the rules of its table in strict mode.
+    rules: Rule,
+    /// Index of the VLAN device, if it is there.
+    device: Option<u32>,
+}
+
 impl Host {
     /// Makes the VLAN device and the ENI's own routes. Rules that an earlier sandbox of the pod has left for its veth go
     /// first: they may lead to another table.
     pub(super) fn add_branch(&mut self, branch: &PodBranch, veth: &str, made: &mut Made) -> Result<()> {
         let eni = &branch.eni;
-        rule::delete_all(&mut self.route, &Branch::earlier_rules(Family::of(eni.gateway), veth))?;
+        let family = Family::of(eni.gateway);
+        let earlier = Branch::earlier_rules(family, veth);
+        rule::delete_all(&mut self.route, &earlier, &|there| of_branch(&earlier, there))?;
+        if !branch.strict {
+            // Of a former pod in strict mode: it would send back to the ENI what comes from there.
+            let strict = Rule::any(family, priority::BRANCH, eni.table);
+            rule::delete_all(&mut self.route, &strict, &|there| of_branch(&strict, there))?;
+        }
         let device = self.lay_vlan(eni, branch.parent)?;
         made.links.push(device.index);
         let [gateway, default] = eni.routes(device.index);
@@ -54,24 +69,37 @@ impl Host {
         }
     }
 
-    /// Takes the VLAN device away and the rules of its table, whichever mode they are of. The routes go with their links.
-    pub(super) fn remove_branch(&mut self, branch: &RemovedBranch) -> Result<()> {
+    /// What there is to take away of it; none if another pod has the VLAN by now.
+    pub(super) fn look_at_branch(&mut self, branch: &RemovedBranch) -> Result<Option<Leaving>> {
         let device = link::by_name(&mut self.route, &branch.device)?.filter(is_vlan);
-        let (routes, rules) = routes_and_rules(&mut self.route).context("look at the table of the branch ENI")?;
+        let (routes, rules, _) = routes_and_rules(&mut self.route).context("look at the table of the branch ENI")?;
         let index = device.as_ref().map(|device| device.index);
         if branch.is_of_another(index, &routes, &rules) {
             log::info!("leave {} alone: another pod has that VLAN by now", branch.device);
-            return Ok(());
+            return Ok(None);
         }
+        Ok(Some(Leaving {
+            rules: Rule::any(Family::of(branch.address), priority::BRANCH, branch.table),
+            device: index,
+        }))
+    }
+
+    /// Takes the VLAN device away and the rules of its table, whichever mode they are of. The routes go with their links.
+    pub(super) fn remove_branch(&mut self, branch: &Leaving) -> Result<()> {
         let mut errors = List::new();
         // The rules first: as long as they lead to a device, the daemon makes it again.
-        let selector = Rule::any(Family::of(branch.address), priority::BRANCH, branch.table);
-        errors.note(rule::delete_all(&mut self.route, &selector));
-        if let Some(index) = index {
+        let Leaving { rules, .. } = branch;
+        errors.note(rule::delete_all(&mut self.route, rules, &|there| of_branch(rules, there)));
+        if let Some(index) = branch.device {
             errors.note(self.route.run(&[link::delete(index).or_not_found()]));
         }
         errors.into_result()
     }
+}
+
+/// Whether a rule is one of a pod in strict mode: that of `selector`, for whichever link and table.
+fn of_branch(selector: &Rule, there: &Rule) -> bool {
+    *there == Rule { table: there.table, iif: there.iif.clone(), ..selector.clone() }
 }
 
 /// Written before the link goes up. Redirects of the VPC's router are taken, as the original does. Until the link-local address

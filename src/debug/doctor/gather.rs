@@ -9,7 +9,7 @@ use crate::model::nft::Table;
 use crate::model::order;
 use crate::netlink::netns::Namespace;
 use crate::netlink::{Socket, nft, nft_outline};
-use crate::plan::doctor::environment::{DIRECTORIES, FILES, Facts, MARKS, Plugin};
+use crate::plan::doctor::environment::{DIRECTORIES, FILES, Facts, MARKS, Plugin, kube_proxys};
 use crate::plan::doctor::pods::Inside;
 use crate::plan::{egress, former};
 use crate::sys;
@@ -35,10 +35,10 @@ pub(in crate::debug) fn under(root: &Path, path: &str) -> PathBuf {
     }
 }
 
-// What the kernel shows is the same everywhere; a root may have its own.
+// What the kernel shows is the same everywhere; a root may have its own. A container's share of the processor is told inside.
 fn file(root: &Path, path: &str) -> Option<String> {
     let mut found = under(root, path);
-    if path.starts_with("/proc/") && !found.exists() {
+    if (path.starts_with("/proc/") || path.starts_with("/sys/fs/cgroup/")) && !found.exists() {
         found = PathBuf::from(path);
     }
     super::super::read(&found, FILE_BYTES_MAX).ok()
@@ -48,10 +48,8 @@ pub(super) fn facts(root: &Path, store: &Path, folder: &Path, links: &[Link]) ->
     let mut facts = Facts::default();
     // Of ENIs: of pods' links, which are many, the setting does not matter.
     for link in links.iter().filter(|link| link.name.len() < SUFFIX_LEN) {
-        for setting in ["rp_filter", "forwarding"] {
-            let path = format!("/proc/sys/net/ipv4/conf/{}/{setting}", link.name);
-            facts.files.extend(file(root, &path).map(|text| (path, text)));
-        }
+        let path = format!("/proc/sys/net/ipv4/conf/{}/rp_filter", link.name);
+        facts.files.extend(file(root, &path).map(|text| (path, text)));
         // Most drivers have none.
         let counters = sys::driver_counters(&link.name).unwrap_or_default();
         facts.counters.extend(counters.into_iter().map(|(name, count)| (link.name.clone(), name, count)));
@@ -78,7 +76,38 @@ pub(super) fn facts(root: &Path, store: &Path, folder: &Path, links: &[Link]) ->
     }
     facts.checkpoint = fs::metadata(store).ok().map(|metadata| metadata.mtime());
     facts.modules = modules(root, &facts).unwrap_or_default();
+    facts.kubelet = kubelet(root).unwrap_or_default();
+    facts.runtime = runtime(root);
     facts
+}
+
+// Processes of the host, or of the container if those are not seen.
+fn processes(root: &Path) -> impl Iterator<Item = PathBuf> {
+    let proc = under(root, "/proc");
+    let proc = if proc.join("1").exists() { proc } else { PathBuf::from("/proc") };
+    let numbers = |name: &str| name.bytes().all(|b| b.is_ascii_digit());
+    let entries = fs::read_dir(proc).into_iter().flatten().flatten();
+    entries.filter(move |entry| numbers(&entry.file_name().to_string_lossy())).map(|entry| entry.path())
+}
+
+// The kubelet's command line. Below another root no process of this machine counts but those that are seen there.
+fn kubelet(root: &Path) -> Option<String> {
+    let seen = root == Path::new("/") || under(root, "/proc/1").exists();
+    let mut kubelets = processes(root).filter(|path| {
+        super::super::read(&path.join("comm"), FILE_BYTES_MAX).is_ok_and(|name| name.trim() == "kubelet")
+    });
+    super::super::read(&kubelets.next().filter(|_| seen)?.join("cmdline"), FILE_BYTES_MAX).ok()
+}
+
+// Where containerd looks for network configurations and plugins. Nothing else of its file is kept: it may hold passwords.
+fn runtime(root: &Path) -> Vec<(String, String)> {
+    let text = super::super::read(&under(root, "/etc/containerd/config.toml"), FILE_BYTES_MAX).unwrap_or_default();
+    let wanted = |line: &str| {
+        let (key, value) = line.split_once('=')?;
+        let (key, value) = (key.trim(), value.trim().trim_matches(['"', '\'']));
+        (matches!(key, "conf_dir" | "bin_dir") && !value.is_empty()).then(|| (key.to_owned(), value.to_owned()))
+    };
+    text.lines().filter_map(wanted).collect()
 }
 
 // The plugin on the host: in the folder of runtimes' default, or in that of the settings, which is as a container sees it.
@@ -118,11 +147,13 @@ pub(in crate::debug) fn chains(facts: &mut Facts, host: &Host, ours: &[Table]) -
     facts.chains = nft::chains(&mut socket)?;
     let (_, found) = nft_outline::outlines(&mut socket, &former::TABLES)?;
     facts.leftovers = former::leftovers(&found, ours);
-    facts.legacy = host.legacy_chains()?;
+    let chains = host.chains_of_legacy()?;
+    facts.legacy_kube = chains.iter().any(|chain| kube_proxys(chain));
+    facts.legacy = former::legacy_chains(chains);
     for family in [Family::V4, Family::V6] {
-        if host.legacy_drops(family)? {
-            facts.legacy_drops.push(family);
-        }
+        let forward = host.legacy_forward(family)?;
+        facts.legacy_drops.extend(forward.drops.then_some(family));
+        facts.legacy_bars.extend(forward.bars.then_some(family));
     }
     Ok(())
 }
@@ -137,11 +168,7 @@ pub(super) fn namespaces(root: &Path) -> Vec<Inside> {
         }
     }
     order::sort(&mut paths);
-    let proc = under(root, "/proc");
-    let proc = if proc.join("1").exists() { proc } else { PathBuf::from("/proc") };
-    let processes = fs::read_dir(proc).into_iter().flatten().flatten();
-    let processes = processes.filter(|entry| entry.file_name().to_string_lossy().bytes().all(|b| b.is_ascii_digit()));
-    paths.extend(processes.map(|entry| entry.path().join("ns/net")));
+    paths.extend(processes(root).map(|path| path.join("ns/net")));
     let id = |path: &Path| fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
     let mut known: Set<_> = id(Path::new("/proc/thread-self/ns/net")).into_iter().collect();
     let mut found = Vec::new();
@@ -158,6 +185,7 @@ pub(super) fn namespaces(root: &Path) -> Vec<Inside> {
 }
 
 fn look(path: &Path) -> Result<Inside> {
-    let mut socket = Socket::route_in(&Namespace::open(path)?)?;
-    Ok(Inside { path: path.display().to_string(), side: apply::side(&mut socket)? })
+    let namespace = Namespace::open(path)?;
+    let mut socket = Socket::route_in(&namespace)?;
+    Ok(Inside { path: path.display().to_string(), id: namespace.id()?, side: apply::side(&mut socket)? })
 }

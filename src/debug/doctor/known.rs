@@ -7,8 +7,9 @@ use crate::clock;
 use crate::error::{Context, Error, Result};
 use crate::model::ec2::{Call, Failure, Interface, Reply};
 use crate::model::imds::{Answer, Eni, Identity, Query};
-use crate::model::limits;
+use crate::model::limits::{self, Limits};
 use crate::model::map::Map;
+use crate::model::net::Link;
 use crate::model::settings::Settings;
 use crate::model::time::Now;
 use crate::plan::configure;
@@ -42,6 +43,8 @@ pub(super) struct Cloud {
     pub(super) identity: Identity,
     /// What IMDS lists.
     enis: Vec<Eni>,
+    /// It is silent, and that is what it told the daemon some time ago: addresses that pods got since are not in it.
+    remembered: bool,
     /// What EC2 lists, or why it does not tell.
     listed: Option<std::result::Result<Vec<Interface>, Failure>>,
 }
@@ -71,18 +74,25 @@ fn told_before(settings: &Settings) -> Object<String, Value> {
 
 impl Cloud {
     /// While IMDS is silent what it told the daemon has to do; `silent` is told why.
-    pub(super) fn ask(settings: &Settings, with_ec2: bool, silent: impl FnOnce(String)) -> Result<Cloud> {
+    pub(super) fn ask(
+        settings: &Settings,
+        links: &[Link],
+        with_ec2: bool,
+        silent: impl FnOnce(String),
+    ) -> Result<Cloud> {
         let mut imds = client()?;
-        if let Err(error) = imds.get("mac") {
+        let asked = imds.get("mac");
+        let remembered = asked.is_err();
+        if let Err(error) = asked {
             silent(error.to_string());
             imds = imds.remembering(told_before(settings));
         }
-        let identity = imds.identity(settings.enable_ipv6)?;
+        let identity = imds.identity(configure::needs_v6(settings, links))?;
         let enis = match imds.query(&Query::Scan)? {
             Answer::Enis(enis) => enis,
             other => return Err(Error::new(format!("IMDS answered {other:?}"))),
         };
-        let mut cloud = Cloud { imds, identity, enis, listed: None };
+        let mut cloud = Cloud { imds, identity, enis, remembered, listed: None };
         if with_ec2 && !settings.imds_only {
             let chain = Arc::new(creds::Chain::from_env(env, Arc::new(client()?))?);
             let config = ec2::Config::from_env(variables(), &cloud.identity.region);
@@ -99,9 +109,8 @@ impl Cloud {
 
     /// What differs.
     pub(super) fn findings(&self, intent: &Intent) -> Vec<Finding> {
-        let listed = self.listed.as_ref().and_then(|listed| listed.as_ref().ok());
-        let listed = listed.filter(|listed| listed.iter().any(|eni| eni.id == self.identity.primary_eni));
-        let mut found = cloud::findings(intent, &self.identity, &self.enis, listed.map(Vec::as_slice));
+        let imds = (!self.remembered).then_some(self.enis.as_slice());
+        let mut found = cloud::findings(intent, &self.identity, imds, self.told_by_ec2());
         if let Some(Err(failure)) = &self.listed {
             let name = if failure.code == "UnauthorizedOperation" { "ec2-refused" } else { "ec2-unasked" };
             found.push(Finding::new(name, "", format!("{}: {} {}", failure.action, failure.code, failure.message)));
@@ -109,10 +118,31 @@ impl Cloud {
         found
     }
 
+    // What EC2 lists, if that is this node.
+    fn told_by_ec2(&self) -> Option<&[Interface]> {
+        let listed = self.listed.as_ref()?.as_ref().ok()?;
+        listed.iter().any(|eni| eni.id == self.identity.primary_eni).then_some(listed.as_slice())
+    }
+
+    /// Whether EC2 lists a trunk ENI on the instance.
+    pub(super) fn has_trunk(&self) -> bool {
+        let listed = self.listed.iter().flatten().flatten();
+        listed.into_iter().any(|eni| eni.interface_type == "trunk")
+    }
+
+    /// What the instance can carry: by the table, or as EC2 told the daemon, which keeps it beside the checkpoint.
+    pub(super) fn limits(&self, settings: &Settings) -> Option<Limits> {
+        let kind = self.identity.instance_type.as_str();
+        let path = PathBuf::from(&settings.backing_store).with_file_name("instance-type.json");
+        limits::of(kind).or_else(|| {
+            let kept = super::super::read(&path, METADATA_BYTES_MAX).ok()?;
+            limits::from_ec2(&limits::from_json(&kept, kind)?)
+        })
+    }
+
     // What the daemon would want, were it started now.
     fn intent(&self, settings: &Settings, seen: &Observation) -> Result<(Intent, Vec<Finding>)> {
-        let kind = self.identity.instance_type.as_str();
-        let limits = limits::of(kind).unwrap_or_else(|| limits::unknown(kind));
+        let limits = self.limits(settings).unwrap_or_else(|| limits::unknown(&self.identity.instance_type));
         let valid = settings.validate(&limits).map_err(Error::new).context("settings")?;
         let config = configure::config(settings, &valid, &limits, &self.identity, 0);
         let mut checkpoints = Map::new();
@@ -144,8 +174,9 @@ impl Cloud {
         }
         let intent = core.intent(Duration::ZERO);
         let intent = intent.ok_or_else(|| Error::new("IMDS does not tell the VPC's CIDRs or the primary ENI"))?;
-        // Pods whose address is nowhere are not in it.
-        let homeless = core.pool().allocations().filter(|held| held.table.is_none());
+        // Pods whose address is nowhere are not in it. What IMDS told earlier does not say where a newer one is.
+        let known = !self.remembered || self.told_by_ec2().is_some();
+        let homeless = core.pool().allocations().filter(|held| known && held.table.is_none());
         let found = homeless.map(|held| {
             let text = format!("{} is on no ENI that is listed", held.address);
             Finding::new("address-lost", held.owner.pod.to_string(), text)

@@ -109,6 +109,7 @@ impl Settings {
             vpc_cni_version: String::new(),
             external_snat: false,
             snat_ports: SnatPorts::FullyRandom,
+            keep_host_source: false,
             exclude_snat_cidrs: Vec::new(),
             external_service_cidrs: Vec::new(),
             node_port: false,

@@ -138,6 +138,7 @@ pub(super) const GROUPS: &[Group] = &[
     Group { title: "Routing and SNAT", rows: &[
         live("AWS_VPC_K8S_CNI_EXTERNALSNAT", "false", Kind::Bool(|s| &mut s.external_snat), "No SNAT on the node: pods leave the VPC with their own address."),
         live("AWS_VPC_K8S_CNI_RANDOMIZESNAT", "prng", Kind::Ports(|s| &mut s.snat_ports), "Source ports of SNAT: prng, hashrandom or none."),
+        live("ENIBOX_KEEP_HOST_SOURCE", "false", Kind::Bool(|s| &mut s.keep_host_source), "No SNAT for what the node's own processes send: with the primary address they keep their port, and by a secondary ENI its address."),
         live("AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS", "", Kind::Cidrs(|s| &mut s.exclude_snat_cidrs), "Destinations without SNAT besides the VPC, comma-separated."),
         live("AWS_EXTERNAL_SERVICE_CIDRS", "", Kind::Cidrs(|s| &mut s.external_service_cidrs), "Destinations that pods reach by the primary ENI, comma-separated."),
         live("AWS_VPC_CNI_NODE_PORT_SUPPORT", "true", Kind::Bool(|s| &mut s.node_port), "Send replies to NodePort traffic back by the primary ENI."),

@@ -100,6 +100,8 @@ fn texts() {
     );
     check("AWS_VPC_K8S_CNI_EXCLUDE_SNAT_CIDRS", "10.0.0.0/33,::/0,,1.2.3.0/24", Some("1.2.3.0/24"), "ccc");
     check("AWS_EXTERNAL_SERVICE_CIDRS", "", None, "");
+    check("ENIBOX_KEEP_HOST_SOURCE", "", Some("false"), "");
+    check("ENIBOX_KEEP_HOST_SOURCE", "1", Some("true"), "");
     check("ADDITIONAL_ENI_TAGS", r#"{"a":"1","b":"2"}"#, Some(r#"{"a":"1","b":"2"}"#), "");
     check("ADDITIONAL_ENI_TAGS", r#"{"a":1,"b":"2"}"#, Some("{}"), "c");
     check("ADDITIONAL_ENI_TAGS", r#"{"node.k8s.amazonaws.com/x":"1","b":"2"}"#, Some(r#"{"b":"2"}"#), "c");

@@ -101,7 +101,7 @@ impl Core {
                 since: Wall::from_unix_nanos(entry.timestamp),
             };
             let nameless = owner.key == nameless(address);
-            if Self::gone_at_restart(&owner, seen, now) || (nameless && !seen.linked.contains(&address)) {
+            if Self::gone_at_restart(&owner, address, seen, now) || (nameless && !seen.linked.contains(&address)) {
                 self.log(Level::Info, format!("release {address} of {}: its pod is gone", owner.pod));
                 self.gone.insert(address);
                 self.cooling.insert(address, self.now.mono);
@@ -291,7 +291,9 @@ impl Core {
         let swept = self.sweepable();
         let gone: Set<IpAddr> = self.gone.iter().copied().chain(swept.keys().copied()).gather();
         intent.gone = gone.iter().copied().collect();
-        let young = self.pool.allocations().any(|held| self.now.wall.since(held.owner.since) < PLUGIN_MAX);
+        let young = self.pool.allocations().any(|held| !self.settled(held.owner, PLUGIN_MAX));
+        // Who got one of them now might lose the rules that its ADD makes.
+        self.pool.hold_back(gone.clone());
         let op = self.begin(Op::Host { enis: included, gone, swept, young });
         self.out.push(Effect::Kernel(op, Box::new(intent)));
     }
@@ -319,11 +321,17 @@ impl Core {
                 trunk: self.kind(&eni.id) == Kind::Trunk,
             });
         }
-        let settled = |owner: &Owner| self.now.wall.since(owner.since) >= settling;
-        let pods = self.pool.allocations().filter(|held| settled(held.owner));
+        let pods = self.pool.allocations().filter(|held| self.settled(held.owner, settling));
         intent.pods = pods.filter_map(|held| self.host_pod(held)).collect();
         intent.branches.clone_from(&self.branches);
         Some(intent)
+    }
+
+    /// Whether the ADD of a pod is so long ago. One from the future was made before the clock was set back, which must not leave the pod
+    /// without anybody's care until the clock has caught up.
+    fn settled(&self, owner: &Owner, settling: Duration) -> bool {
+        let now = self.now.wall;
+        owner.since > now || now.since(owner.since) >= settling
     }
 
     fn host_pod(&self, held: Held<'_>) -> Option<HostPod> {
@@ -351,6 +359,7 @@ impl Core {
 
     pub(super) fn kernel_done(&mut self, op: super::OpId, result: Result<Applied, String>) {
         let Some(Op::Host { enis, gone, swept, young }) = self.ops.remove(&op) else { return };
+        self.pool.hold_back(Set::new());
         match result {
             Err(error) => {
                 self.log(Level::Error, format!("set up the host's network: {error}"));

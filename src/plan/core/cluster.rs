@@ -22,7 +22,7 @@ const NOTE_MAX: usize = 1024;
 /// What the API server told.
 #[derive(Debug, Default)]
 pub(super) struct Cluster {
-    node: Option<kube::Node>,
+    pub(super) node: Option<kube::Node>,
     /// The ENIConfig as last read, and when.
     pub(super) eni_config: Option<(Mono, EniConfig)>,
     // Its name.

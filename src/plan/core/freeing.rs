@@ -253,7 +253,9 @@ impl Core {
             return;
         }
         self.log(Level::Info, format!("eni {id}: give it back"));
-        self.wanted.remove(id);
+        // Rules for its own address would lead the next one that has it astray.
+        let own = self.wanted.remove(id).and_then(|eni| self.own_address(&eni));
+        self.gone.extend(own);
         self.ready.remove(id);
         self.host_dirty = true;
         let attachment = self.facts.get(id).map(|facts| facts.attachment.clone());

@@ -1,7 +1,7 @@
 //! Requests of the plugins: an address for a pod, and back (`spec/ipamd.md` 10.2, 10.3).
 
 use super::saver::Undo;
-use super::{Answer, CallId, Core, Effect, Level, PLUGIN_MAX, Phase, SETTLED, Seen, Tally, Timer};
+use super::{Answer, CallId, Core, Effect, Level, Op, PLUGIN_MAX, Phase, SETTLED, Seen, Tally, Timer};
 use crate::model::ids::{PodKey, PodName};
 use crate::model::kube::Regarding;
 use crate::model::map::{Map, Set};
@@ -22,6 +22,9 @@ const WAITING_MAX: usize = 1024;
 const VETH_GRACE: Duration = Duration::from_mins(5);
 /// The same at a restart, where the plugin that was in the middle of an ADD has lost its connection and undoes.
 const VETH_GRACE_RESTART: Duration = Duration::from_mins(1);
+
+/// After that rules of nobody are swept once more that have outlived a sweep.
+const SWEEP_AGAIN: Duration = Duration::from_hours(1);
 
 /// An ADD that waits for an address.
 #[derive(Debug)]
@@ -115,6 +118,7 @@ impl Core {
                 let text = format!("assign {} to {} ({}) on {}", place.address, owner.pod, owner.key, place.eni);
                 self.log(Level::Info, text);
                 self.gone.remove(&place.address);
+                self.strays.remove(&place.address);
                 self.released.remove(&place.address);
             }
             self.wake_for(Timer::Host, self.now.mono.plus(SETTLED));
@@ -174,13 +178,15 @@ impl Core {
         }
     }
 
-    // Whether an address may turn up before the deadline: an allocation is under way, one ends its cooldown, or EC2's word
-    // on those that are there is still awaited.
+    // Whether an address may turn up before the deadline: an allocation is under way, one ends its cooldown, what somebody has
+    // left of one is being swept, or EC2's word on those that are there is still awaited.
     fn address_expected(&self, deadline: Mono) -> bool {
         let cooldown = self.pool.cooldown();
         let trusted = self.timers.get(&Timer::Trust).is_some_and(|at| self.described.is_none() && *at <= deadline);
+        let swept = |op: &Op| matches!(op, Op::Host { gone, .. } if !gone.is_empty());
         trusted
             || self.growing_now()
+            || self.ops.values().any(swept)
             || self.pool.cooling(self.now.mono).any(|(_, freed)| freed.plus(cooldown) <= deadline)
     }
 
@@ -280,7 +286,7 @@ impl Core {
         }
     }
 
-    /// Whether the host shows no sign of the pod.
+    /// Whether no link bears the pod's name. Somebody may have renamed its veth: a route to its address tells that it lives.
     fn without_veth(owner: &Owner, seen: &Seen) -> bool {
         let PodName { namespace, name } = &owner.pod;
         if namespace.is_empty() || name.is_empty() {
@@ -291,8 +297,9 @@ impl Core {
     }
 
     /// At a restart: which of the pods in the checkpoint are gone (`spec/ipamd.md` 5.3). `now` by the clock that wrote it.
-    pub(super) fn gone_at_restart(owner: &Owner, seen: &Seen, now: Wall) -> bool {
-        Self::without_veth(owner, seen) && now.since(owner.since) > VETH_GRACE_RESTART
+    pub(super) fn gone_at_restart(owner: &Owner, address: IpAddr, seen: &Seen, now: Wall) -> bool {
+        let named = !Self::without_veth(owner, seen);
+        !named && !seen.linked.contains(&address) && now.since(owner.since) > VETH_GRACE_RESTART
     }
 
     // A pod's veth bears its name, so that an allocation of an earlier sandbox looks alive through the later one's. It is
@@ -306,25 +313,28 @@ impl Core {
             *since = held.owner.since.max(*since);
         }
         let later = |owner: &Owner| latest.get(&owner.pod).is_some_and(|since| *since > owner.since || old(owner));
-        let linked = |key: &PodKey| {
-            let mut held = self.pool.allocations().filter(|held| held.owner.key == *key);
-            held.any(|held| seen.linked.contains(&held.address))
-        };
-        let earlier = named().filter(|held| later(held.owner) && !linked(&held.owner.key));
-        earlier.map(|held| held.owner.key.clone()).collect()
+        named().filter(|held| later(held.owner)).map(|held| held.owner.key.clone()).collect()
     }
 
-    /// Releases addresses of pods whose veth is missing in two scans in a row (B18), and those that were reserved without
-    /// a known owner once the veth that led to them is gone (B19).
+    // Those to whose address, or one of several, a route leads.
+    fn linked(&self, seen: &Seen) -> Set<&PodKey> {
+        let held = self.pool.allocations().filter(|held| seen.linked.contains(&held.address));
+        held.map(|held| &held.owner.key).gather()
+    }
+
+    /// Releases addresses of pods whose veth is missing in two scans in a row, by its name and by the route to the address
+    /// (B18), and those that were reserved without a known owner once the veth that led to them is gone (B19).
     pub(super) fn check_links(&mut self, seen: &Seen) {
         let now = self.now.wall;
         let old = |owner: &Owner| now.since(owner.since) > VETH_GRACE || owner.since > now; // the clock was set back
+        let linked = self.linked(seen);
         let missing: Set<PodKey> = self
             .pool
             .allocations()
             .filter(|held| old(held.owner) && Self::without_veth(held.owner, seen))
             .map(|held| held.owner.key.clone())
             .chain(self.superseded(seen, old))
+            .filter(|key| !linked.contains(key))
             .gather();
         let mut dead: Vec<PodKey> = missing.intersection(&self.missing_veth).cloned().collect();
         self.missing_veth = missing;
@@ -337,6 +347,39 @@ impl Core {
         }
         for key in dead {
             self.take_back_gone(Level::Warn, &key, "its pod is gone and no DEL came");
+        }
+        self.sweep_strays(seen);
+    }
+
+    /// Rules that a pod of a former run of this process has left, or of somebody else's installation, as they lead to an
+    /// address of the VPC that nobody has here: whoever else gets it would not be reached from here (`spec/dataplane.md` 9.5). Such
+    /// as stood there the last time too, so that no plugin is at work on them. One that cannot be deleted is told by those who
+    /// have tried; it is left for long then, since an address whose rules are swept is nobody's meanwhile.
+    fn sweep_strays(&mut self, seen: &Seen) {
+        if self.phase != Phase::Ready {
+            return;
+        }
+        let known = self.pool.allocations().map(|held| held.address);
+        let known = known.chain(self.branches.iter().map(|pod| pod.address)).gather::<Set<_>>();
+        let nets = self.pool.enis().flat_map(|(_, eni)| eni.cidrs().map(|(net, _)| *net));
+        let nets = nets.chain(self.vpc_cidrs.iter().flatten().copied()).collect::<Vec<_>>();
+        let ours = |address: &&IpAddr| nets.iter().any(|net| net.contains(*address));
+        let free = |address: &&IpAddr| !known.contains(*address) && !seen.linked.contains(*address);
+        let strays = seen.ruled.iter().filter(free).filter(ours);
+        let strays = strays.map(|address| (*address, self.strays.get(address).copied())).collect::<Vec<_>>();
+        self.strays.clear();
+        let now = self.now.mono;
+        for (address, before) in strays {
+            let sweep = before.is_some_and(|due| due <= now);
+            let due = if sweep { now.plus(SWEEP_AGAIN) } else { before.unwrap_or(now) };
+            self.strays.insert(address, due);
+            if !sweep {
+                continue;
+            }
+            self.log(Level::Info, format!("rules of {address} lead to no pod: swept"));
+            self.pool.restore_cooling(address, now); // nobody gets it while the kernel is at work
+            self.gone.insert(address);
+            self.host_dirty = true;
         }
     }
 }

@@ -15,6 +15,10 @@ pub struct Status {
     pub targets: Targets,
     /// Pods that the node may run.
     pub max_pods: usize,
+    /// The API server has told of the node.
+    pub node_seen: bool,
+    /// Pods that the kubelet takes, if the API server told.
+    pub kubelet_pods: Option<u32>,
     /// The node is cordoned: nothing grows, and no ENI is given back.
     pub cordoned: bool,
     /// Free addresses of the subnets that ENIs may be put into, and when EC2 told.
@@ -49,6 +53,8 @@ impl Core {
         Status {
             subnets,
             max_pods: self.max_pods(),
+            node_seen: self.cluster.node.is_some(),
+            kubelet_pods: self.cluster.node.as_ref().and_then(|node| node.max_pods),
             cordoned: self.cordoned(),
             phase: match self.phase {
                 Phase::Starting => "starting",

@@ -32,12 +32,13 @@ fn by_ec2(interfaces: &[Interface]) -> Nets {
     interfaces.iter().map(|eni| (eni.id.clone(), nets(eni))).gather()
 }
 
-/// Pods and ENIs of the intent against IMDS, and against EC2 if it was asked; where the two differ EC2 is right.
-pub fn findings(intent: &Intent, me: &Identity, imds: &[Eni], ec2: Option<&[Interface]>) -> Vec<Finding> {
+/// Pods and ENIs of the intent against IMDS, and against EC2 if it was asked; where the two differ EC2 is right. Without either
+/// (`imds` is what it says now, none if it is silent) there is nothing to say of them: the advice is to delete pods.
+pub fn findings(intent: &Intent, me: &Identity, imds: Option<&[Eni]>, ec2: Option<&[Interface]>) -> Vec<Finding> {
     let mut found = Vec::new();
-    let told = by_imds(imds);
+    let told = imds.map(by_imds);
     let truth = ec2.map(by_ec2);
-    if let Some(truth) = &truth {
+    if let (Some(truth), Some(told)) = (&truth, &told) {
         for (eni, nets) in truth {
             let listed = told.get(eni);
             let missing = nets.iter().filter(|net| listed.is_none_or(|listed| !listed.contains(net))).count();
@@ -52,11 +53,14 @@ pub fn findings(intent: &Intent, me: &Identity, imds: &[Eni], ec2: Option<&[Inte
         }
     }
     let source = if truth.is_some() { "EC2" } else { "IMDS" };
-    let truth = truth.unwrap_or(told);
+    let Some(truth) = truth.or(told) else { return found };
     for eni in intent.enis.iter().filter(|eni| !truth.contains_key(&eni.id)) {
         found.push(Finding::new("eni-not-attached", eni.id.as_str(), format!("{source} does not list it")));
     }
-    let tables = imds.iter().filter_map(|eni| Some((eni.id.clone(), table_of(eni.card, eni.device).ok()?)));
+    let places = imds.unwrap_or_default().iter().map(|eni| (&eni.id, eni.card, eni.device));
+    let attached = ec2.unwrap_or_default().iter().filter_map(|eni| Some((&eni.id, eni.attachment.as_ref()?)));
+    let places = attached.map(|(id, at)| (id, at.card, at.device)).chain(places);
+    let tables = places.filter_map(|(id, card, device)| Some((id.clone(), table_of(card, device).ok()?)));
     let tables = tables.gather::<Map<_, _>>();
     for pod in &intent.pods {
         let held = |nets: &Set<IpNet>| {

@@ -3,15 +3,15 @@
 //! Files come by the path they have on the host. What is not there was not found, or could not be read, and gives no
 //! finding of its own: a look from inside a container sees less.
 
-use super::{Finding, single};
+use super::{Finding, Severity, managers, room, rules, single};
 use crate::model::map::{Map, Set};
-use crate::model::naming::{in_eni_ranges, priority};
-use crate::model::net::{Family, Route, Rule, TABLE_LOCAL, TABLE_MAIN};
+use crate::model::net::{Family, Route, TABLE_MAIN};
 use crate::model::nft::{AnyChain, Hook, Removal};
 use crate::model::order::Gather as _;
 use crate::model::settings::Settings;
 use crate::plan::former;
 use crate::plan::host::{Intent, Observation, link_of};
+use crate::plan::ruleset::IPVS_LINK;
 use std::net::IpAddr;
 
 /// Single files that are looked at.
@@ -24,10 +24,20 @@ pub const FILES: &[&str] = &[
     "/proc/sys/net/ipv4/tcp_early_demux",
     "/proc/sys/net/ipv4/udp_early_demux",
     "/proc/sys/net/ipv4/conf/all/rp_filter",
+    "/proc/sys/net/ipv4/conf/all/arp_ignore",
+    "/proc/sys/net/ipv4/conf/default/arp_ignore",
     "/proc/sys/net/ipv4/neigh/default/gc_thresh3",
+    "/proc/sys/net/ipv6/neigh/default/gc_thresh3",
     "/proc/sys/net/netfilter/nf_conntrack_count",
     "/proc/sys/net/netfilter/nf_conntrack_max",
     "/proc/net/ip_tables_names",
+    "/proc/net/if_inet6",
+    room::KUBELET[0],
+    room::KUBELET[1],
+    room::KUBELET[2],
+    room::KUBELET[3],
+    "/sys/fs/cgroup/cpu.stat",
+    "/sys/fs/cgroup/cpu/cpu.stat",
     "/etc/systemd/networkd.conf",
     "/etc/NetworkManager/NetworkManager.conf",
 ];
@@ -44,6 +54,7 @@ pub const DIRECTORIES: &[(&str, &str)] = &[
     ("/run/NetworkManager/conf.d", ".conf"),
     ("/usr/lib/NetworkManager/conf.d", ".conf"),
     ("/etc/cni/net.d", ""),
+    (room::KUBELET_PIECES, ".conf"),
     ("/usr/lib/udev/rules.d", "99-vpc-policy-routes.rules"),
 ];
 
@@ -54,17 +65,29 @@ pub const MARKS: &[&str] = &[
     "/run/firewalld.pid",
     "/etc/cni/net.d",
     "/etc/udev/rules.d/99-vpc-policy-routes.rules",
+    NET_UTILS_1,
+    HOTPLUG[0],
+    HOTPLUG[1],
+    NM_TIMER,
     "/run/aws-node/npa.sock",
 ];
 
+/// Marks for masquerading and dropping, as kube-proxy and the kubelet have them unless told otherwise.
+const KUBE_PROXYS: u32 = 0xc000;
 /// Our network configuration.
 const CONFLIST: &str = "10-aws.conflist";
-/// The link that kube-proxy in ipvs mode has services' addresses on.
-const IPVS: &str = "kube-ipvs0";
-/// Tables of nm-cloud-setup.
-const NM_TABLES: [u32; 2] = [30_200, 30_400];
-/// Modules that the rule set needs.
-const MODULES: &[&str] = &["nf_tables", "nft_ct", "nft_fib_ipv4", "nft_nat", "nft_chain_nat"];
+/// What starts ec2-net-utils of Amazon Linux 2 when an ENI comes.
+const NET_UTILS_1: &str = "/etc/udev/rules.d/53-ec2-network-interfaces.rules";
+/// What cloud-init writes, older and newer, when it is to configure links that come later.
+const HOTPLUG: [&str; 2] =
+    ["/etc/udev/rules.d/10-cloud-init-hook-hotplug.rules", "/etc/udev/rules.d/90-cloud-init-hook-hotplug.rules"];
+/// nm-cloud-setup is enabled.
+const NM_TIMER: &str = "/etc/systemd/system/timers.target.wants/nm-cloud-setup.timer";
+/// A container that is held back in this part of its time, of so many periods at least, feels it.
+const THROTTLED_PART: u64 = 4;
+const PERIODS_MIN: u64 = 600;
+/// Modules that pods' links and the rule set need.
+const MODULES: &[&str] = &["veth", "nf_tables", "nft_ct", "nft_fib_ipv4", "nft_nat", "nft_chain_nat"];
 
 /// The plugin that the runtime starts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -92,6 +115,8 @@ pub struct Facts {
     pub legacy: Vec<String>,
     /// Families of which `iptables-legacy` drops what is forwarded.
     pub legacy_drops: Vec<Family>,
+    /// Families of which it has a rule against everything that is forwarded.
+    pub legacy_bars: Vec<Family>,
     /// Counters of drivers: link, name, count.
     pub counters: Vec<(String, String, u64)>,
     /// The plugin on the host, if its folder is seen.
@@ -102,10 +127,20 @@ pub struct Facts {
     pub checkpoint: Option<i64>,
     /// Names of this kernel's modules and built-ins; empty if they are not seen.
     pub modules: Set<String>,
+    /// The kubelet's command line, words apart by NULs; empty if it is not seen.
+    pub kubelet: String,
+    /// EC2 lists a trunk ENI; the daemon knows of a new one some seconds later.
+    pub trunk: bool,
+    /// The instance type takes a trunk ENI.
+    pub trunk_capable: bool,
+    /// `iptables-legacy` has chains of kube-proxy.
+    pub legacy_kube: bool,
+    /// What containerd's configuration says of folders for networks: key and value.
+    pub runtime: Vec<(String, String)>,
 }
 
 impl Facts {
-    fn text(&self, path: &str) -> Option<&str> {
+    pub(super) fn text(&self, path: &str) -> Option<&str> {
         self.files.get(path).map(|text| text.trim())
     }
 
@@ -113,7 +148,7 @@ impl Facts {
         self.text(path)?.parse().ok()
     }
 
-    fn below<'a>(&'a self, directory: &'a str) -> impl Iterator<Item = (&'a str, &'a str)> {
+    pub(super) fn below<'a>(&'a self, directory: &'a str) -> impl Iterator<Item = (&'a str, &'a str)> {
         let inside = move |(path, text): (&'a String, &'a String)| {
             let name = path.strip_prefix(directory)?.strip_prefix('/')?;
             (!name.contains('/')).then_some((name, text.as_str()))
@@ -122,7 +157,7 @@ impl Facts {
     }
 
     // Files of several directories by name: of equal names the first directory's counts, as systemd has it.
-    fn layered<'a>(&'a self, directories: &[&'a str]) -> Map<&'a str, &'a str> {
+    pub(super) fn layered<'a>(&'a self, directories: &[&'a str]) -> Map<&'a str, &'a str> {
         let mut files = Map::new();
         for directory in directories {
             for (name, text) in self.below(directory) {
@@ -140,17 +175,38 @@ pub fn findings(intent: Option<&Intent>, seen: &Observation, settings: &Settings
     kernel(settings, facts, intent.is_some_and(|intent| intent.v6), &mut note);
     files(facts, &mut note);
     software(settings, facts, &mut note);
+    backends(facts, &mut note);
     chains(facts, &mut note);
     counters(facts, &mut note);
+    throttled(facts, &mut note);
     leftovers_of_egress(seen, facts, &mut note);
+    if settings.connmark & KUBE_PROXYS != 0 {
+        let kubes =
+            format!("AWS_VPC_K8S_CNI_CONNMARK is {:#x}; kube-proxy's marks are {KUBE_PROXYS:#x}", settings.connmark);
+        note("mark-bits", kubes);
+    }
     if let Some(intent) = intent {
-        reverse_path(intent, seen, facts, &mut note);
-        ipvs(intent, seen, &mut note);
-        ways(intent, seen, facts, &mut note);
-        rules(intent, seen, &mut note);
-        let most = facts.number("/proc/sys/net/ipv4/neigh/default/gc_thresh3");
+        // Their packets leave by the branch ENI (rule 10) before they could be local (rule 20), which IPVS waits for.
+        if intent.strict_branches && seen.links.iter().any(|link| link.name == IPVS_LINK) {
+            note("ipvs", format!("link {IPVS_LINK} of kube-proxy in ipvs mode, and pods with branch ENIs are strict"));
+        }
+        let version = if intent.v6 { 6 } else { 4 };
+        let most = facts.number(&format!("/proc/sys/net/ipv{version}/neigh/default/gc_thresh3"));
         if let Some(most) = most.filter(|most| *most < 2 * intent.pods.len() as u64) {
-            note("neighbour-table", format!("gc_thresh3 is {most}, with {} pods", intent.pods.len()));
+            let setting = format!("net.ipv{version}.neigh.default.gc_thresh3");
+            note("neighbour-table", format!("{setting} is {most}, with {} pods", intent.pods.len()));
+        }
+        found.extend(primary_forwards(intent, seen));
+        found.extend(reverse_path(intent, seen, facts));
+        ways(intent, seen, &mut found);
+        rules::findings(intent, seen, &mut found);
+        if settings.pod_eni && !facts.trunk && !intent.enis.iter().any(|eni| eni.trunk) {
+            let mut finding = Finding::new("trunk-missing", "", "ENABLE_POD_ENI is set, and the node has no trunk ENI");
+            if !facts.trunk_capable {
+                finding.severity = Severity::Note;
+                finding.seen.push_str("; its type takes none");
+            }
+            found.push(finding);
         }
         if !facts.legacy.is_empty() {
             let primary = link_of(&seen.links, intent.primary_mac).map_or("eth0", |link| link.name.as_str());
@@ -159,6 +215,8 @@ pub fn findings(intent: Option<&Intent>, seen: &Observation, settings: &Settings
             found.push(finding.mended_by(commands.join("; ")));
         }
     }
+    found.extend(managers::network_manager(intent, seen, settings, facts));
+    barred(facts, &mut found);
     found
 }
 
@@ -167,6 +225,18 @@ fn kernel(settings: &Settings, facts: &Facts, v6: bool, note: &mut impl FnMut(&'
     // In IPv6 mode it is one of the settings that the host's plan keeps.
     if !v6 && facts.number(forward) == Some(0) {
         note("ip-forward", format!("{forward} is 0"));
+    }
+    // A new namespace takes over what the host has for all links. 2 answers only whom it has a subnet with, 8 nobody.
+    for name in ["all", "default"] {
+        let value = facts.number(&format!("/proc/sys/net/ipv4/conf/{name}/arp_ignore"));
+        if let Some(value) = value.filter(|value| !v6 && matches!(value, 2 | 8)) {
+            note("arp-ignore", format!("net.ipv4.conf.{name}.arp_ignore is {value}"));
+        }
+    }
+    // Where IPv6 is on at least `lo` has an address.
+    let off = facts.text("/proc/stat").is_some() && facts.text("/proc/net/if_inet6").unwrap_or_default().is_empty();
+    if off && (settings.enable_ipv6 || settings.v6_egress) {
+        note("ipv6-off", "/proc/net/if_inet6 lists no address".into());
     }
     let strict = settings.pod_eni && settings.pod_security_groups_strict();
     for (id, name) in [("tcp-early-demux", "tcp_early_demux"), ("udp-early-demux", "udp_early_demux")] {
@@ -187,10 +257,20 @@ fn kernel(settings: &Settings, facts: &Facts, v6: bool, note: &mut impl FnMut(&'
     }
     if !facts.modules.is_empty() {
         let vlan = settings.pod_eni.then_some("8021q");
-        for module in MODULES.iter().copied().chain(vlan).filter(|name| !facts.modules.contains(*name)) {
+        let agent: &[&str] = if policies(settings) { &["cls_bpf", "sch_ingress"] } else { &[] };
+        let guard =
+            settings.enable_ipv6.then_some("nft_reject_ipv4").or(settings.v6_egress.then_some("nft_reject_ipv6"));
+        for module in
+            MODULES.iter().chain(agent).copied().chain(vlan).chain(guard).filter(|name| !facts.modules.contains(*name))
+        {
             note("module-missing", format!("{module} is neither built in nor a module of {release}"));
         }
     }
+}
+
+// Whether the agent of network policies is asked.
+fn policies(settings: &Settings) -> bool {
+    settings.network_policy_mode.as_deref().is_some_and(|mode| !mode.eq_ignore_ascii_case("none"))
 }
 
 fn files(facts: &Facts, note: &mut impl FnMut(&'static str, String)) {
@@ -199,12 +279,20 @@ fn files(facts: &Facts, note: &mut impl FnMut(&'static str, String)) {
         let configs = configs.filter(|name| [".conflist", ".conf", ".json"].iter().any(|end| name.ends_with(end)));
         let configs = configs.collect::<Vec<_>>();
         match configs.first() {
-            Some(first) if !configs.contains(&CONFLIST) => {
-                note("conflist-missing", format!("/etc/cni/net.d has {first} and no {CONFLIST}"));
+            Some(_) if !configs.contains(&CONFLIST) => {
+                note("conflist-missing", format!("/etc/cni/net.d has {} and no {CONFLIST}", configs.join(", ")));
             }
             Some(&CONFLIST) => {}
-            Some(first) => note("conflist-order", format!("/etc/cni/net.d/{first} sorts before {CONFLIST}")),
+            Some(_) => note("conflist-order", format!("/etc/cni/net.d has, in this order, {}", configs.join(", "))),
             None => note("conflist-missing", "/etc/cni/net.d has none".into()),
+        }
+    }
+    // Where ours is laid is where the runtime must look.
+    let ours = facts.below("/etc/cni/net.d").any(|(name, _)| name == CONFLIST);
+    for (key, value) in facts.runtime.iter().filter(|_| ours) {
+        let right = if key == "conf_dir" { "/etc/cni/net.d" } else { "/opt/cni/bin" };
+        if !value.trim_end_matches('/').eq(right) {
+            note("runtime-folders", format!("containerd has {key} = {value:?}, and ours are in {right}"));
         }
     }
     match &facts.plugin {
@@ -236,12 +324,12 @@ fn files(facts: &Facts, note: &mut impl FnMut(&'static str, String)) {
 }
 
 // The value of the last line `key=...` of a file in INI syntax.
-fn ini<'a>(text: &'a str, key: &str) -> Option<&'a str> {
+pub(super) fn ini<'a>(text: &'a str, key: &str) -> Option<&'a str> {
     let value = |line: &'a str| Some(line.trim().strip_prefix(key)?.trim_start().strip_prefix('=')?.trim());
     text.lines().rev().find_map(value)
 }
 
-fn says_no(value: &str) -> bool {
+pub(super) fn says_no(value: &str) -> bool {
     matches!(value.to_ascii_lowercase().as_str(), "no" | "false" | "0" | "off" | "n" | "f")
 }
 
@@ -271,47 +359,89 @@ fn software(settings: &Settings, facts: &Facts, note: &mut impl FnMut(&'static s
             }
         }
     }
-    if facts.there.contains("/run/NetworkManager") {
-        let parts = facts.layered(&[
-            "/etc/NetworkManager/conf.d",
-            "/run/NetworkManager/conf.d",
-            "/usr/lib/NetworkManager/conf.d",
-        ]);
-        let main = facts.text("/etc/NetworkManager/NetworkManager.conf");
-        let wanted = format!("interface-name:{}*", settings.veth_prefix);
-        let spared = |text: &str| ini(text, "unmanaged-devices").is_some_and(|list| list.contains(&wanted));
-        if !parts.values().copied().chain(main).any(spared) {
-            note("networkmanager", format!("NetworkManager runs, and unmanaged-devices has no {wanted}"));
-        }
-    }
     if facts.there.contains("/run/firewalld.pid") {
         note("firewall", "firewalld runs".into());
+    }
+    if facts.there.contains(NET_UTILS_1) {
+        note("ec2-net-utils", format!("{NET_UTILS_1} is in force"));
+    }
+    if let Some(rule) = HOTPLUG.iter().find(|path| facts.there.contains(**path)) {
+        note("cloud-init", format!("{rule} is in force"));
+    }
+    if facts.there.contains(NM_TIMER) {
+        note("nm-cloud-timer", format!("{NM_TIMER} starts nm-cloud-setup"));
     }
     let udev = "99-vpc-policy-routes.rules";
     let masked = facts.there.contains("/etc/udev/rules.d/99-vpc-policy-routes.rules");
     if !masked && facts.below("/usr/lib/udev/rules.d").any(|(name, _)| name == udev) {
         note("ec2-net-utils", format!("/usr/lib/udev/rules.d/{udev} is in force"));
     }
-    let agent = settings.network_policy_mode.as_deref().is_some_and(|mode| !mode.eq_ignore_ascii_case("none"));
-    if agent && !facts.there.contains("/run/aws-node/npa.sock") {
+    if policies(settings) && !facts.there.contains("/run/aws-node/npa.sock") {
         note("policy-agent", "NETWORK_POLICY_ENFORCING_MODE is set, and /run/aws-node/npa.sock is not there".into());
+    }
+}
+
+// Which backend of iptables has what.
+fn backends(facts: &Facts, note: &mut impl FnMut(&'static str, String)) {
+    let kube = [facts.legacy_kube, facts.chains.iter().any(|chain| chain.family == "ip" && kube_proxys(&chain.name))];
+    if kube == [true; 2] {
+        note("kube-proxy-twice", "chains of kube-proxy are in iptables-legacy and in nf_tables".into());
     }
     let names = facts.text("/proc/net/ip_tables_names").unwrap_or_default();
     if !names.is_empty() {
-        note("legacy-tables", names.split_whitespace().collect::<Vec<_>>().join(", "));
+        let names = names.split_whitespace().collect::<Vec<_>>().join(", ");
+        let whose = match kube {
+            [true, _] => "; kube-proxy's chains are in them",
+            [_, true] => "; kube-proxy's chains are in nf_tables",
+            _ => "",
+        };
+        note("legacy-tables", format!("{names}{whose}"));
+    }
+}
+
+/// Whether `iptables` has the chain from kube-proxy; the kubelet's own say nothing.
+pub fn kube_proxys(chain: &str) -> bool {
+    chain == "KUBE-SERVICES"
+}
+
+// How often the container that this runs in, the daemon's, was held back (`cgroup-v2.rst`, "cpu.stat").
+fn throttled(facts: &Facts, note: &mut impl FnMut(&'static str, String)) {
+    let file = ["/sys/fs/cgroup/cpu.stat", "/sys/fs/cgroup/cpu/cpu.stat"].iter().find_map(|path| facts.text(path));
+    let value = |name| {
+        let line = file.unwrap_or_default().lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|rest| rest.trim().parse::<u64>().ok()).unwrap_or(0)
+    };
+    let (periods, throttled) = (value("nr_periods "), value("nr_throttled "));
+    if periods >= PERIODS_MIN && throttled.saturating_mul(THROTTLED_PART) >= periods {
+        note("cpu-throttled", format!("held back in {throttled} of {periods} periods of 0.1 s"));
+    }
+}
+
+// What drops packets that are to be forwarded.
+fn barred(facts: &Facts, found: &mut Vec<Finding>) {
+    let finding = |text: String| Finding::new("forward-drop", "", text);
+    for AnyChain { family, table, name, hook, drops, bars } in &facts.chains {
+        if *bars {
+            found.push(finding(format!("chain {family} {table} {name} ends with a rule against everything")));
+        }
+        if *hook == Some(Hook::Forward) && *drops {
+            let command = format!("nft chain {family} {table} {name} '{{ policy accept; }}'");
+            found.push(finding(format!("chain {family} {table} {name} has policy drop")).mended_by(command));
+        }
+    }
+    let tool = |family: Family| if family == Family::V6 { "ip6tables-legacy" } else { "iptables-legacy" };
+    for family in &facts.legacy_drops {
+        let tool = tool(*family);
+        let text = format!("{tool}: chain FORWARD of table filter has policy DROP");
+        found.push(finding(text).mended_by(format!("{tool} -P FORWARD ACCEPT")));
+    }
+    for family in &facts.legacy_bars {
+        let tool = tool(*family);
+        found.push(finding(format!("{tool}: chain FORWARD of table filter ends with a rule against everything")));
     }
 }
 
 fn chains(facts: &Facts, note: &mut impl FnMut(&'static str, String)) {
-    for AnyChain { family, table, name, hook, drops } in &facts.chains {
-        if *hook == Some(Hook::Forward) && *drops {
-            note("forward-drop", format!("chain {family} {table} {name} has policy drop"));
-        }
-    }
-    for family in &facts.legacy_drops {
-        let tool = if *family == Family::V6 { "ip6tables-legacy" } else { "iptables-legacy" };
-        note("forward-drop", format!("{tool}: chain FORWARD of table filter has policy DROP"));
-    }
     for removal in &facts.leftovers {
         note("former-rules", former::text(removal));
     }
@@ -338,90 +468,46 @@ fn leftovers_of_egress(seen: &Observation, facts: &Facts, note: &mut impl FnMut(
     }
 }
 
-fn reverse_path(intent: &Intent, seen: &Observation, facts: &Facts, note: &mut impl FnMut(&'static str, String)) {
-    let Some(primary) = link_of(&seen.links, intent.primary_mac).filter(|_| intent.node_port && !intent.v6) else {
-        return;
-    };
+fn reverse_path(intent: &Intent, seen: &Observation, facts: &Facts) -> Option<Finding> {
+    let primary = link_of(&seen.links, intent.primary_mac).filter(|_| intent.node_port && !intent.v6)?;
     // The larger of both counts: 0 off, 1 strict, 2 loose.
     let own = format!("/proc/sys/net/ipv4/conf/{}/rp_filter", primary.name);
     let values = [facts.number("/proc/sys/net/ipv4/conf/all/rp_filter"), facts.number(&own)];
-    if values.into_iter().flatten().max() == Some(1) {
-        note("rp-filter", format!("net.ipv4.conf.{}.rp_filter is 1", primary.name));
-    }
+    let setting = format!("net/ipv4/conf/{}/rp_filter", primary.name);
+    let finding = Finding::new("rp-filter", "", format!("{setting} is 1, or that of all links"));
+    (values.into_iter().flatten().max() == Some(1)).then(|| finding.mended_by(format!("sysctl -w {setting}=2")))
 }
 
 // What the node and its ENIs need of what is not ours.
-fn ways(intent: &Intent, seen: &Observation, facts: &Facts, note: &mut impl FnMut(&'static str, String)) {
+fn ways(intent: &Intent, seen: &Observation, found: &mut Vec<Finding>) {
     let name = |dev: u32| seen.links.iter().find(|link| link.index == dev).map_or("?", |link| link.name.as_str());
-    let leads = |route: &Route| route.table == TABLE_MAIN && route.dst.prefix_len() == 0 && route.dst.addr().is_ipv4();
+    let primary = link_of(&seen.links, intent.primary_mac).map(|link| link.index);
+    let leads = |route: &Route| {
+        let default = route.table == TABLE_MAIN && route.dst.prefix_len() == 0 && route.dst.addr().is_ipv4();
+        default && primary.is_none_or(|primary| route.dev == primary)
+    };
     // In IPv6 mode the router tells of it again by itself.
     if !intent.v6 && !seen.routes.iter().any(leads) {
-        note("default-route", "table main has no default route".into());
+        found.push(Finding::new("default-route", "", "table main has no default route by the primary ENI"));
     }
     // The table `local` comes first, whatever leads to the pod.
     let pods = intent.pods.iter().map(|pod| (pod.address, pod.name.as_str())).gather::<Map<_, _>>();
     for address in &seen.addresses {
         if let Some(pod) = pods.get(&address.addr.addr()) {
-            note("pod-address-taken", format!("{} of pod {pod} is on {}", address.addr, name(address.dev)));
-        }
-    }
-    for (path, text) in &facts.files {
-        if !intent.v6 && path.ends_with("/forwarding") && text.trim() == "0" {
-            note("link-forwarding", format!("{path} is 0"));
-        }
-    }
-}
-
-// IPVS looks for a route of its own, by the pod's address and without our mark.
-fn ipvs(intent: &Intent, seen: &Observation, note: &mut impl FnMut(&'static str, String)) {
-    let snat = !intent.v6 && !intent.external_snat && !intent.enis.is_empty();
-    if snat && let Some(link) = seen.links.iter().find(|link| link.name == IPVS) {
-        note("ipvs", format!("link {} of kube-proxy in ipvs mode, SNAT and secondary ENIs", link.name));
-    }
-}
-
-fn rules(intent: &Intent, seen: &Observation, note: &mut impl FnMut(&'static str, String)) {
-    let nm = |table: u32| NM_TABLES.contains(&table);
-    if let Some(rule) = seen.rules.iter().find(|rule| nm(rule.table)) {
-        note("nm-cloud-setup", format!("rule {rule}"));
-    } else if let Some(route) = seen.routes.iter().find(|route| nm(route.table)) {
-        note("nm-cloud-setup", format!("route {route}"));
-    }
-    let own = intent.enis.iter().map(|eni| (eni.own.addr(), eni.table)).gather::<Map<_, _>>();
-    let pods = intent.pods.iter().map(|pod| pod.address).gather::<Set<_>>();
-    for rule in seen.rules.iter().filter(|rule| !nm(rule.table) && !kernels(rule)) {
-        let source = rule.src.and_then(single);
-        let pod = rule.src.or(rule.dst).and_then(single).is_some_and(|address| pods.contains(&address));
-        let before = rule.priority < priority::FROM_ENI;
-        let ours = source.is_some_and(|source| own.contains_key(&source) || pods.contains(&source));
-        let other = !matches!(rule.priority, priority::FROM_POD | priority::FROM_ENI);
-        if ours && other && rule.table != TABLE_MAIN && in_eni_ranges(rule.table) {
-            note("ec2-net-utils", format!("rule {rule}"));
-        } else if foreign(rule) || (pod && before && !matches!(rule.priority, priority::TO_POD | priority::FROM_POD)) {
-            note("foreign-rule", format!("rule {rule}"));
+            let (address, link) = (address.addr, name(address.dev));
+            let finding = Finding::new("pod-address-taken", "", format!("{address} of pod {pod} is on {link}"));
+            let who = "cloud-init, ec2-net-utils or DHCP may have added it";
+            found.push(finding.mended_by(format!("ip addr del {address} dev {link} # {who}")));
         }
     }
 }
 
-fn kernels(rule: &Rule) -> bool {
-    matches!(rule.table, TABLE_LOCAL | 253) || (rule.priority == 32_766 && rule.table == TABLE_MAIN)
-}
-
-/// Whether a rule that is not ours decides about traffic of pods: it stands among ours, and either selects everything or
-/// has one of our priorities with a shape that ours never have.
-pub fn foreign(rule: &Rule) -> bool {
-    let all = rule.src.is_none() && rule.dst.is_none() && rule.fwmark.is_none() && rule.iif.is_none();
-    let before = rule.priority < priority::FROM_ENI;
-    if all && before && !rule.foreign && rule.ipproto.is_none() {
-        return true;
-    }
-    let shape = Rule { fwmark: None, src: None, dst: None, iif: None, ..rule.clone() };
-    let plain = shape == Rule::any(rule.family, rule.priority, rule.table);
-    match rule.priority {
-        priority::TO_POD | priority::EXTERNAL_SERVICE => !plain || rule.dst.is_none() || rule.table != TABLE_MAIN,
-        priority::MARK => !plain || rule.fwmark.is_none() || rule.table != TABLE_MAIN,
-        priority::FROM_POD => !plain || rule.src.is_none(),
-        priority::BRANCH => !plain || rule.iif.is_none(),
-        _ => false,
-    }
+// The primary ENI's link is the system's own; those that are ours the host's plan looks after.
+fn primary_forwards(intent: &Intent, seen: &Observation) -> Option<Finding> {
+    let passing = seen.links.iter().any(|link| link.name == "lo" && link.forwards == Some(true));
+    let primary = link_of(&seen.links, intent.primary_mac).filter(|_| passing && !intent.v6)?;
+    let path = format!("net/ipv4/conf/{}/forwarding", primary.name);
+    let mut finding = Finding::new("link-forwarding", "", format!("{path} is 0"));
+    finding.mendable = false;
+    (primary.forwards == Some(false)).then(|| finding.mended_by(format!("sysctl -w {path}=1")))
 }

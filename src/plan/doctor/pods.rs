@@ -3,9 +3,10 @@
 use super::{Finding, single};
 use crate::model::map::{Map, Set};
 use crate::model::naming;
-use crate::model::net::{Link, Mac, TABLE_MAIN};
+use crate::model::net::{Family, Link, Mac, TABLE_MAIN};
 use crate::model::order::Gather as _;
-use crate::plan::branch::{Branch, is_vlan};
+use crate::plan::branch::{self, Branch, is_vlan};
+use crate::plan::egress;
 use crate::plan::host::{Action, HostBranch, HostPod, Intent, Observation, wiring};
 use crate::plan::pod::inside::{Mend, flaws};
 use crate::plan::pod::{Pod, PodBranch, PodInterface, Side, has_route};
@@ -19,6 +20,8 @@ const INTERFACES_MAX: usize = 16;
 pub struct Inside {
     /// Its path.
     pub path: String,
+    /// Device and inode: the path may be another one's later.
+    pub id: (u64, u64),
     /// What it holds.
     pub side: Side,
 }
@@ -78,7 +81,25 @@ impl<'a> Seats<'a> {
                 }
             }
         }
-        Seats { by_suffix: veths.filter_map(suffix).gather(), by_address, inner }
+        let first = |link: &'a Link| {
+            let name = naming::name_of_veth_alias(&link.alias)?;
+            Some((name.get(name.len().checked_sub(naming::SUFFIX_LEN)?..)?, link))
+        };
+        // The name that it has counts more than one that it had.
+        let by_suffix = veths.clone().filter_map(first).chain(veths.filter_map(suffix)).gather();
+        Seats { by_suffix, by_address, inner }
+    }
+
+    /// Where addresses are: index of the host's end, and number of the namespace.
+    fn holders(&self, namespaces: &[Inside]) -> Map<IpAddr, Vec<(u32, usize)>> {
+        let mut holders = Map::<_, Vec<_>>::new();
+        for (outer, (number, link)) in &self.inner {
+            let addresses = namespaces[*number].side.addresses.iter().filter(|address| address.dev == link.index);
+            for address in addresses {
+                holders.entry(address.addr.addr()).or_default().push((*outer, *number));
+            }
+        }
+        holders
     }
 
     /// Of the pod with these last digits of its veth's name and this address.
@@ -100,8 +121,10 @@ struct Wired<'a> {
 /// Looks at every pod of the intent, or only at the one of this name. `mtu` is that of pods, in bytes.
 pub fn pods(intent: &Intent, seen: &Observation, namespaces: &[Inside], mtu: u32, only: Option<&str>) -> Found {
     let seats = Seats::new(seen, namespaces);
-    let host = Side { routes: seen.routes.clone(), ..Side::default() };
-    let mut found = Found::default();
+    let (links, routes) = (seen.links.clone(), seen.routes.clone());
+    let host = Side { links, routes, ..Side::default() };
+    let holders = seats.holders(namespaces);
+    let (mut found, mut names) = (Found::default(), Map::new());
     let plain = intent.pods.iter().map(|pod| {
         let HostPod { address, table, name, veth } = pod;
         Wired { address: *address, table: *table, name, veth, branch: None }
@@ -118,17 +141,66 @@ pub fn pods(intent: &Intent, seen: &Observation, namespaces: &[Inside], mtu: u32
             found.findings.push(finding);
         }
         one(intent, &pod, &seats, &host, namespaces, mtu, &mut found);
+        let Seat { outer, inner } = seats.of(pod.veth, pod.address);
+        names.extend(inner.map(|(number, _)| (number, pod.name)));
+        let others = holders.get(&pod.address).into_iter().flatten();
+        for (_, number) in others.filter(|at| outer.is_some_and(|outer| outer.index != at.0)) {
+            let text = format!("{} is also in {}", pod.address, namespaces[*number].path);
+            found.findings.push(Finding::new("address-twice", pod.name, text));
+        }
     }
+    egress_ways(seen, &names, &seats, namespaces, &mut found);
     found
+}
+
+/// The ways of pods in the other family, of which the daemon knows nothing: what leads to them tells their own side.
+fn egress_ways(
+    seen: &Observation,
+    names: &Map<usize, &str>,
+    seats: &Seats<'_>,
+    namespaces: &[Inside],
+    found: &mut Found,
+) {
+    for outer in seen.links.iter().filter(|link| egress::is_host_veth(&link.name, link.kind.as_deref())) {
+        let Some((number, inner)) = seats.inner.get(&outer.index) else { continue };
+        let addresses = namespaces[*number].side.addresses.iter().filter(|address| address.dev == inner.index);
+        let addresses = addresses.map(|address| address.addr.addr());
+        let addresses = addresses.filter(|address| egress::range(Family::of(*address)).contains(address));
+        let addresses = addresses.collect::<Vec<_>>();
+        // The plugin `bridge` names its ends like that too.
+        if addresses.is_empty() && egress::HostEnd::of(outer).is_none() {
+            continue;
+        }
+        let mut note = |text: String, mend: Mend| {
+            let name = names.get(number).copied().unwrap_or_default();
+            found.findings.push(Finding::new("egress-way", name, text));
+            found.mends.push((Place::Host, mend));
+        };
+        if !outer.works() {
+            note(format!("{} {}", outer.name, outer.fault().0), Mend::Up(outer.index));
+        }
+        for address in addresses {
+            let route = branch::link_route(TABLE_MAIN, address, outer.index);
+            let leads = seen
+                .routes
+                .iter()
+                .any(|there| (there.table, there.dst, there.dev) == (TABLE_MAIN, route.dst, route.dev));
+            if !leads {
+                note(format!("route {address} dev {} is missing", outer.name), Mend::Route(route));
+            }
+        }
+    }
 }
 
 /// For CHECK: everything of one pod's network that is missing or wrong, a line each, with no more known than its cached result
 /// tells. What later plugins of the chain may change (MTU, the pod's MAC, more addresses and routes) is not looked at.
 pub fn check(pod: &Pod, host: &Side, inside: &Side) -> Vec<String> {
-    let Side { links, addresses, routes, rules, .. } = host.clone();
-    let seen = Observation { links, addresses, routes, rules, ..Observation::default() };
+    let Side { links, addresses, routes, rules, neighbours } = host.clone();
+    let mut seen = Observation { links, addresses, routes, neighbours, rules, ..Observation::default() };
     let mut intent = Intent::default();
-    for PodInterface { host_veth, address, table, branch, .. } in &pod.interfaces {
+    for PodInterface { host_veth, ifname, address, table, branch, .. } in &pod.interfaces {
+        let inner = inside.links.iter().find(|link| link.name == *ifname);
+        seen.peers.extend(inner.and_then(|inner| Some((inner.parent?, inner.mac?))));
         let (prefix, veth) =
             host_veth.split_at_checked(host_veth.len().saturating_sub(naming::SUFFIX_LEN)).unwrap_or_default();
         let (address, veth, name) = (*address, veth.to_owned(), format!("{}/{}", pod.namespace, pod.name));
@@ -164,25 +236,21 @@ fn one(
 ) {
     let seat = seats.of(pod.veth, pod.address);
     let mut note = |name, text: String, at: Place, mend: Option<Mend>| {
-        let mut finding = Finding::new(name, pod.name, text);
-        finding.mendable &= mend.is_some();
-        found.findings.push(finding);
+        found.findings.push(told_of(name, pod.name, text, mend.is_some()));
         found.mends.extend(mend.map(|mend| (at, mend)));
     };
     let Some(outer) = seat.outer else {
         return note("pod-veth", format!("{} is given out, and no veth leads to it", pod.address), Place::Host, None);
     };
-    let prefixes = [intent.veth_prefix.as_str(), naming::VLAN_PREFIX];
-    let fitting = &prefixes[..if pod.branch.is_some() { 2 } else { 1 }];
-    if !pod.veth.is_empty() && !fitting.iter().any(|prefix| outer.name.strip_suffix(pod.veth) == Some(*prefix)) {
-        let name = if outer.name.ends_with(pod.veth) { "veth-prefix" } else { "veth-name" };
+    if let Some(name) = misnamed(intent, pod, outer) {
         note(name, format!("{} instead of {}{}", outer.name, intent.veth_prefix, pod.veth), Place::Host, None);
     }
     if let Some(master) = outer.master {
-        note("pod-enslaved", format!("{} is a part of link {master}", outer.name), Place::Host, None);
+        let name = host.links.iter().find(|link| link.index == master).map_or("?", |link| link.name.as_str());
+        note("pod-enslaved", format!("{} is a part of {name}", outer.name), Place::Host, None);
     }
-    if !outer.up {
-        note("pod-link", format!("{} is down", outer.name), Place::Host, Some(Mend::Up(outer.index)));
+    if !outer.works() {
+        note("pod-link", format!("{} {}", outer.name, outer.fault().0), Place::Host, Some(Mend::Up(outer.index)));
     }
     let Some((number, interface)) = interface(pod, outer, seat.inner.map(|(_, link)| link), mtu) else { return };
     let route = interface.host_route(outer.index);
@@ -196,9 +264,11 @@ fn one(
     let agree = seat.inner.is_none_or(|(_, link)| link.mtu == outer.mtu);
     let mtu = naming::of_veth_alias(&outer.alias).map_or(if agree { outer.mtu } else { mtu }, |(_, mtu)| mtu);
     for (place, link) in [(Place::Host, outer)].into_iter().chain(inner) {
-        if link.mtu != mtu {
+        let host = place == Place::Host;
+        // A later plugin of the chain (tuning) may have given the pod's end less, as CHECK knows.
+        if link.mtu > mtu || (host && link.mtu < mtu) {
             let text = format!("{} has {} instead of {mtu}", link.name, link.mtu);
-            let name = if place == Place::Host { "pod-mtu" } else { "inside-mtu" };
+            let name = if host { "pod-mtu" } else { "inside-mtu" };
             note(name, text, place, Some(Mend::Mtu(link.index, mtu)));
         }
     }
@@ -206,10 +276,27 @@ fn one(
         found.hidden += 1;
         return;
     };
-    let Inside { path, side } = &namespaces[at];
+    let Inside { path, side, .. } = &namespaces[at];
     for flaw in flaws(number, &interface, Some(outer), path, side) {
         note(flaw.name, flaw.text, Place::Inside(at), flaw.mend);
     }
+}
+
+fn told_of(name: &'static str, pod: &str, text: String, mended: bool) -> Finding {
+    let mut finding = Finding::new(name, pod, text);
+    finding.mendable &= mended;
+    if name == "veth-name" {
+        return finding.mended_by("delete the pod, or free the name; the rename comes from a udev rule or .link file");
+    }
+    finding
+}
+
+// Where the name is free, the host's plan gives it back.
+fn misnamed(intent: &Intent, pod: &Wired<'_>, outer: &Link) -> Option<&'static str> {
+    let prefixes = [intent.veth_prefix.as_str(), naming::VLAN_PREFIX];
+    let fitting = &prefixes[..if pod.branch.is_some() { 2 } else { 1 }];
+    let fits = pod.veth.is_empty() || fitting.iter().any(|prefix| outer.name.strip_suffix(pod.veth) == Some(*prefix));
+    (!fits).then_some(if outer.name.ends_with(pod.veth) { "veth-prefix" } else { "veth-name" })
 }
 
 // The number of the pod's interface and what it should be.

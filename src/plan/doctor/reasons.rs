@@ -1,6 +1,6 @@
 //! Why an entry of ours is there: the comment at the end of its line.
 
-use super::environment::foreign;
+use super::rules::foreign;
 use super::single;
 use crate::model::map::Map;
 use crate::model::naming::priority;

@@ -1,9 +1,9 @@
 //! Pods with a branch ENI of their own (`spec/dataplane.md` 9.3): what the plugin has made for them is put back when somebody
 //! takes it away. The names of the links tell whether a pod was made in strict or in standard mode; the setting counts for
-//! new pods only. A VLAN device whose pod is not known, or that two pods claim, is nobody's to touch.
+//! new pods only. A VLAN device whose pod is not known, or that two pods claim, is not touched here: see `leftovers`.
 
 use super::planner::Planner;
-use super::{Action, HostBranch, HostPod, Observation, What, link_of, single};
+use super::{Action, HostBranch, HostPod, Intent, Observation, What, link_of};
 use crate::model::map::{Map, Set};
 use crate::model::naming::{self, priority};
 use crate::model::net::{Family, Link, Mac, Route, Rule, TABLE_LOCAL};
@@ -22,6 +22,8 @@ struct Wired<'a> {
     /// Absent if somebody has deleted it.
     device: Option<&'a Link>,
     veth: &'a Link,
+    /// The device or a rule to its table is there.
+    made: bool,
 }
 
 impl Wired<'_> {
@@ -31,7 +33,8 @@ impl Wired<'_> {
 }
 
 /// Pods whose veth is there, and their VLAN device, or a rule to its table: an ADD makes the device before the rules, and a DEL
-/// takes the rules away before the device.
+/// takes the rules away before the device. A veth alone is that of an ADD that begins or of a DEL that ends, or somebody has cleaned
+/// the node up: that is told by its staying so ([`super::Idle`]), where it is noted on it that it is ours.
 fn wired<'a>(branches: &'a [HostBranch], seen: &'a Observation) -> Vec<Wired<'a>> {
     let mut claims = Map::<u16, usize>::new();
     for pod in branches {
@@ -55,9 +58,21 @@ fn wired<'a>(branches: &'a [HostBranch], seen: &'a Observation) -> Vec<Wired<'a>
     let whole = sole.filter_map(|pod| {
         let device = devices.get(pod.eni.device().as_str()).copied();
         let made = device.is_some() || seen.rules.iter().any(|rule| leads(rule, pod.eni.table));
-        Some(Wired { pod, device, veth: veths.get(pod.veth.as_str()).copied().filter(|_| made)? })
+        let noted = |veth: &&Link| veth.up && naming::of_veth_alias(&veth.alias).is_some();
+        let veth = veths.get(pod.veth.as_str()).copied().filter(|veth| made || noted(veth))?;
+        Some(Wired { pod, device, veth, made })
     });
     whole.collect()
+}
+
+/// Tables of devices that are there, or just made again.
+pub(super) fn needed(intent: &Intent, seen: &Observation) -> Set<u32> {
+    wired(&intent.branches, seen).iter().filter(|wired| wired.made).map(|wired| wired.pod.eni.table).gather()
+}
+
+/// VLANs of pods of which nothing but the veth is there.
+pub(super) fn bare(intent: &Intent, seen: &Observation) -> Set<u16> {
+    wired(&intent.branches, seen).iter().filter(|wired| !wired.made).map(|wired| wired.pod.eni.vlan).gather()
 }
 
 /// Without it answers of the router to the host's own questions would be taken for the pod's traffic.
@@ -81,10 +96,16 @@ impl Planner<'_> {
             return self.drop_rules(What::LocalRule, |rule| *rule == own);
         }
         let branch = |rule: &Rule| rule.family == family && rule.priority == priority::BRANCH;
+        // Without any the node hears nothing. Others keep theirs at a priority of their own.
+        let local = |rule: &Rule| *rule == Rule::any(family, rule.priority, TABLE_LOCAL);
+        let deaf = !self.seen.rules.iter().any(local);
         if self.seen.rules.iter().any(branch) {
+            if deaf {
+                self.want_rule(What::LocalRule, None, moved);
+            }
             return;
         }
-        if self.seen.rules.contains(&moved) {
+        if deaf || self.seen.rules.contains(&moved) {
             self.want_rule(What::LocalRule, None, own);
             self.drop_rules(What::LocalRule, |rule| *rule == moved);
         }
@@ -98,14 +119,18 @@ impl Planner<'_> {
         let (intent, seen) = (self.intent, self.seen);
         let mut ordinary = Vec::new();
         for wired in wired(&intent.branches, seen) {
-            let Wired { pod, device, veth } = &wired;
+            let Wired { pod, device, veth, made } = &wired;
             match device {
                 Some(device) => self.branch_device(pod, device),
                 None => self.lost_device(pod),
             }
+            if !made {
+                continue;
+            }
             if wired.strict() {
                 self.pod_link(veth);
                 self.want_branch_route(pod.eni.pod_route(pod.address, veth.index), veth);
+                self.want_asking(pod.address, veth);
                 for rule in pod.eni.rules(&veth.name) {
                     self.want_rule(What::BranchRule, None, rule);
                 }
@@ -119,8 +144,8 @@ impl Planner<'_> {
 
     fn branch_device(&mut self, pod: &HostBranch, device: &Link) {
         let (mac, mtu) = (pod.eni.mac, self.intent.eni_mtu);
-        if !device.up {
-            self.add(What::BranchLink, None, Action::SetUp(device.index), format!("set {} up", device.name));
+        if !device.works() {
+            self.set_up(What::BranchLink, None, device);
         } else if self.intent.v6 && !self.speaking.contains(&device.index) {
             self.want_link_local(What::BranchLink, None, device, device.mac.unwrap_or(mac));
         }
@@ -132,6 +157,8 @@ impl Planner<'_> {
             let text = format!("set mtu {mtu} on {}", device.name);
             self.add(What::BranchLink, None, Action::SetMtu(device.index, mtu), text);
         }
+        self.want_forwarding(None, device);
+        self.want_conf6(device);
         for route in pod.eni.routes(device.index) {
             self.want_branch_route(route, device);
         }
@@ -149,37 +176,12 @@ impl Planner<'_> {
     }
 
     fn want_branch_route(&mut self, route: Route, link: &Link) {
-        if !self.seen.routes.contains(&route) {
+        if self.seen.routes.contains(&route) {
+            self.no_barrier(What::BranchRoute, None, &route);
+        } else {
             let text = route.to_string().replace(&format!("dev if{}", link.index), &format!("dev {}", link.name));
             self.add(What::BranchRoute, None, Action::ReplaceRoute(route), format!("replace route {text}"));
         }
-    }
-
-    /// Rules that lead to the table of a VLAN device that is gone, and that no link and no known pod needs: what a pod has left
-    /// that was not deleted in order.
-    pub(super) fn stale_branch_rules(&mut self) {
-        let (intent, seen) = (self.intent, self.seen);
-        let family = self.family();
-        let links = seen.links.iter().map(|link| link.name.as_str()).gather::<Set<_>>();
-        let pods = intent.branches.iter().map(|pod| pod.address).chain(intent.pods.iter().map(|pod| pod.address));
-        let pods = pods.gather::<Set<_>>();
-        // A device that is just made again.
-        let needed = wired(&intent.branches, seen).iter().map(|wired| wired.pod.eni.table).gather::<Set<_>>();
-        self.drop_rules(What::BranchRule, |rule| {
-            let Some(vlan) = naming::vlan_of_table(rule.table).filter(|_| rule.family == family) else { return false };
-            let device = naming::vlan_device(vlan);
-            if links.contains(device.as_str()) || needed.contains(&rule.table) {
-                return false;
-            }
-            if let Some(source) = rule.src.and_then(single) {
-                return *rule == Rule::from(IpNet::from(source), priority::FROM_POD, rule.table)
-                    && !pods.contains(&source);
-            }
-            let Some(iif) = &rule.iif else { return false };
-            let ours = *iif == device || (iif.starts_with(naming::VLAN_PREFIX) && iif.len() == naming::NAME_MAX);
-            let shape = Rule { iif: Some(iif.clone()), ..Rule::any(family, priority::BRANCH, rule.table) };
-            ours && *rule == shape && !links.contains(iif.as_str())
-        });
     }
 }
 
@@ -230,6 +232,7 @@ mod tests {
         let other = if v6 { Family::V4 } else { Family::V6 };
         let mut rules = vec![
             Rule::any(other, 0, TABLE_LOCAL),
+            Rule::any(other, 32766, TABLE_MAIN),
             Rule::any(family, 20, TABLE_LOCAL),
             Rule::any(family, 32766, TABLE_MAIN),
         ];
@@ -238,10 +241,10 @@ mod tests {
             let router = "fe80:ec2::1/128".parse().unwrap();
             rules.push(Rule { ipproto: Some(58), ..Rule::from(router, 0, TABLE_LOCAL) });
         }
-        let alias = naming::veth_alias(Mac([2, 0, 0, 0, 0, 11]), 9001);
+        let alias = naming::veth_alias(Mac([2, 0, 0, 0, 0, 11]), 9001, "vlancc21c2d7785");
         let veth = Link { alias, ..link(11, "vlancc21c2d7785", "veth") };
         let links = vec![link(2, "eth0", ""), link(10, "vlan.eth.7", "vlan"), veth];
-        let tables = ruleset::tables(&intent, "eth0").unwrap();
+        let tables = ruleset::tables(&intent, "eth0", &links).unwrap();
         let speaks = |dev| Address { dev, addr: "fe80::1/64".parse().unwrap(), no_prefix_route: false, no_dad: true };
         let addresses = if v6 { vec![speaks(10), speaks(11)] } else { Vec::new() };
         (intent, Observation { links, addresses, routes, rules, tables, ..Observation::default() })
@@ -260,6 +263,7 @@ mod tests {
             check(v6, |_, _| {}, &[]);
         }
         check(false, |_, seen| seen.links[1].up = false, &["set vlan.eth.7 up"]);
+        check(false, |_, seen| seen.links[1].no_arp = true, &["set vlan.eth.7 arp on"]);
         check(false, |_, seen| seen.links[1].mtu = 1500, &["set mtu 9001 on vlan.eth.7"]);
         check(false, |_, seen| seen.links[1].mac = None, &["set address 02:00:00:00:00:0a on vlan.eth.7"]);
         check(
@@ -320,7 +324,15 @@ mod tests {
         };
         check(&|_, _| {}, true);
         check(&|_, seen| drop(seen.links.remove(2)), false); // the pod is going
-        check(&|_, seen| seen.rules.retain(|rule| rule.priority != 10), false); // the same, or it is just coming
+        let alone = |seen: &mut Observation, alias: &str| {
+            seen.links[2].alias = alias.into();
+            seen.rules.retain(|rule| rule.priority != 10);
+        };
+        let noted = naming::veth_alias(Mac::default(), 9001, "vlancc21c2d7785");
+        check(&|_, seen| alone(seen, &noted), true); // in its time
+        check(&|_, seen| alone(seen, ""), false); // the same, or it is just coming
+        check(&|_, seen| alone(seen, "uplink"), false);
+        check(&|_, seen| (alone(seen, &noted), seen.links[2].up = false).1, false);
         check(&|_, seen| drop(seen.links.remove(1)), false); // no trunk
         check(&|intent, _| intent.enis[0].trunk = false, false);
         check(&|intent, _| intent.branches[0].eni.mac = Mac::default(), false);
@@ -429,7 +441,8 @@ mod tests {
     #[test]
     fn the_local_rule_stands_behind_the_branches() {
         let fresh = |seen: &mut Observation, v6: bool| {
-            seen.rules.retain(|rule| (rule.family == Family::V6) != v6 || rule.priority > 20);
+            seen.rules
+                .retain(|rule| (rule.family == Family::V6) != v6 || rule.priority > 20 || rule.table == TABLE_MAIN);
             seen.rules.push(Rule::any(if v6 { Family::V6 } else { Family::V4 }, 0, TABLE_LOCAL));
             seen.links.truncate(1);
             seen.routes.clear();
@@ -453,5 +466,42 @@ mod tests {
         let back = ["add rule 0: from all lookup local", "delete rule 20: from all lookup local"];
         check(false, left, &back);
         check(true, left, &[back[0], back[1], "delete rule 0: from fe80:ec2::1 ipproto 58 lookup local"]);
+    }
+
+    #[test]
+    fn a_node_that_hears_nothing_gets_its_local_rule_back() {
+        let lost = |seen: &mut Observation| {
+            let local = |rule: &Rule| rule.family == Family::V4 && rule.table == TABLE_LOCAL;
+            seen.rules.retain(|rule| !local(rule));
+        };
+        let plain = |intent: &mut Intent, seen: &mut Observation| {
+            intent.strict_branches = false;
+            intent.branches.clear();
+            seen.rules.retain(|rule| rule.priority != 10);
+            lost(seen);
+        };
+        check(false, plain, &["add rule 0: from all lookup local"]);
+        // Another program's that lets some in does not count; one that moved it elsewhere knows why.
+        let with = |rule: Rule, steps: &[&str]| {
+            check(
+                false,
+                |intent, seen| {
+                    plain(intent, seen);
+                    seen.rules.push(rule.clone());
+                },
+                steps,
+            );
+        };
+        let some = Rule::from("10.9.9.9/32".parse().unwrap(), 0, TABLE_LOCAL);
+        with(some, &["add rule 0: from all lookup local"]);
+        with(Rule { foreign: true, ..Rule::any(Family::V4, 0, TABLE_LOCAL) }, &["add rule 0: from all lookup local"]);
+        with(Rule::any(Family::V4, 100, TABLE_LOCAL), &[]);
+        // Pods of strict mode, which was left, must not lose their place.
+        let leaving = |intent: &mut Intent, seen: &mut Observation| {
+            intent.strict_branches = false;
+            lost(seen);
+        };
+        check(false, leaving, &["add rule 20: from all lookup local"]);
+        check(false, |_, seen| lost(seen), &["add rule 20: from all lookup local"]);
     }
 }

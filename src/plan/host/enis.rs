@@ -3,8 +3,8 @@
 use super::planner::Planner;
 use super::{Action, HostEni, What, link_of, missing, single};
 use crate::model::naming::{self, priority};
-use crate::model::net::{Address, Link, Route, Rule, Scope, TABLE_LOCAL, TABLE_MAIN};
-use crate::plan::branch::link_route;
+use crate::model::net::{Address, Link, Route, Rule, TABLE_LOCAL, TABLE_MAIN};
+use crate::plan::branch::way_out;
 use ipnet::IpNet;
 use std::net::IpAddr;
 
@@ -25,9 +25,10 @@ impl Planner<'_> {
             self.add(What::EniMtu, id, Action::SetMtu(link.index, self.intent.eni_mtu), text);
         }
         self.eni_link_local(eni, link);
-        if !link.up {
-            self.add(What::EniLink, id, Action::SetUp(link.index), format!("set {} up", link.name));
+        if !link.works() {
+            self.set_up(What::EniLink, id, link);
         }
+        self.want_forwarding(id, link);
         // A trunk without an address of its own has the link's, which comes with its route.
         let own = global(eni.own.addr());
         if own {
@@ -75,16 +76,10 @@ impl Planner<'_> {
 
     fn eni_routes(&mut self, eni: &HostEni, link: &Link) {
         let seen = self.seen;
-        let v6 = eni.own.addr().is_ipv6();
-        let gateway = link_route(eni.table, eni.gateway, link.index);
-        let default = Route {
-            dst: if v6 { IpNet::V6(ipnet::Ipv6Net::default()) } else { IpNet::V4(ipnet::Ipv4Net::default()) },
-            gateway: Some(eni.gateway),
-            scope: Scope::Universe,
-            ..gateway
-        };
-        for route in [gateway, default] {
-            if !seen.routes.contains(&route) {
+        for route in way_out(eni.table, eni.gateway, link.index) {
+            if seen.routes.contains(&route) {
+                self.no_barrier(What::EniRoute, Some(&eni.id), &route);
+            } else {
                 let text = format!("replace route {}", route_text(&route, link));
                 self.add(What::EniRoute, Some(&eni.id), Action::ReplaceRoute(route), text);
             }
@@ -92,15 +87,7 @@ impl Planner<'_> {
     }
 
     fn no_connected_route(&mut self, eni: &HostEni, link: &Link) {
-        let subnet = eni.own.trunc();
-        let connected = |route: &&Route| {
-            route.table == TABLE_MAIN
-                && route.dev == link.index
-                && route.dst == subnet
-                && route.gateway.is_none()
-                && route.prefsrc.is_none_or(|source| source == eni.own.addr())
-        };
-        for route in self.seen.routes.iter().filter(connected) {
+        for route in self.seen.routes.iter().filter(|route| is_connected(route, eni, link.index)) {
             let text = format!("delete route {}", route_text(route, link));
             self.delete(What::EniRoute, Some(&eni.id), Action::DeleteRoute(*route), text);
         }
@@ -125,6 +112,15 @@ impl Planner<'_> {
                 }
         });
     }
+}
+
+/// Whether it is the route in main that the kernel or DHCP makes for the subnet of an ENI with an address of its own.
+pub(in crate::plan) fn is_connected(route: &Route, eni: &HostEni, dev: u32) -> bool {
+    let own = eni.own.addr();
+    (route.table, route.dev, route.dst) == (TABLE_MAIN, dev, eni.own.trunc())
+        && route.gateway.is_none()
+        && route.prefsrc.is_none_or(|source| source == own)
+        && global(own)
 }
 
 fn route_text(route: &Route, link: &Link) -> String {

@@ -18,8 +18,6 @@ pub enum Mend {
     Route(Route),
     /// Adds a rule.
     Rule(Rule),
-    /// Deletes a rule.
-    NoRule(Rule),
     /// Adds a neighbour entry or replaces it.
     Neighbour(Neighbour),
 }
@@ -45,8 +43,8 @@ pub fn flaws(number: usize, interface: &PodInterface, outer: Option<&Link>, netn
         note("inside-interface", format!("interface {name:?} is missing in {netns}"), None);
         return flaws;
     };
-    if !link.up {
-        note("inside-link", format!("interface {name:?} is down"), Some(Mend::Up(link.index)));
+    if !link.works() {
+        note("inside-link", format!("interface {name:?} {}", link.fault().0), Some(Mend::Up(link.index)));
     }
     if let Some(outer) = outer.filter(|outer| !pair(outer, link)) {
         let text = format!("interface {name:?} is not the other end of {:?}", outer.name);

@@ -3,7 +3,7 @@
 
 use super::{Cloud, hold};
 use crate::clock;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model::ids::InstanceId;
 use crate::model::imds::Identity;
 use crate::model::map::{Map, Set};
@@ -25,7 +25,7 @@ const TTL_MAX_S: u64 = 21_600;
 const TTL_HEADER: &str = "x-aws-ec2-metadata-token-ttl-seconds";
 const TOKEN_HEADER: &str = "x-aws-ec2-metadata-token";
 
-/// Tokens kept; the oldest goes first.
+/// Tokens kept; the one that ends first goes first.
 const TOKENS_LIMIT: usize = 1024;
 
 /// Tokens that were given out: until when each is good, and for whom.
@@ -39,7 +39,8 @@ impl Tokens {
         let token = format!("{:032x}", u128::from_be_bytes(bytes));
         self.0.retain(|_, (until, _)| *until > now);
         if self.0.len() >= TOKENS_LIMIT {
-            return Err(Error::new("too many tokens"));
+            let oldest = self.0.iter().min_by_key(|(_, (until, _))| *until).map(|(token, _)| token.clone());
+            oldest.map(|token| self.0.remove(&token));
         }
         self.0.insert(token.clone(), (now.plus(Duration::from_secs(ttl_s)), instance.clone()));
         Ok(token)

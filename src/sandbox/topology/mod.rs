@@ -278,7 +278,7 @@ impl Topology {
 
     // What comes for an ENI goes to its MAC.
     fn deliver(&mut self, wire: &Wire, index: u32) -> Result<()> {
-        let neighbour = |addr| Neighbour { dev: index, addr, mac: Some(wire.mac), permanent: true };
+        let neighbour = |addr| Neighbour { dev: index, addr, mac: Some(wire.mac), permanent: true, noarp: false };
         self.socket.run(&[
             link::set_up(index),
             route::add(&direct(IpNet::from(IpAddr::V4(wire.own)), index)),

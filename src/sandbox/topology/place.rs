@@ -179,14 +179,13 @@ impl Node {
         if settings.enable_ipv6 || settings.v6_egress {
             self.place.sysctls(&[("net/ipv6/conf/eth0/accept_ra", "2")])?;
         }
-        self.place.sysctls(&[
-            ("net/ipv4/conf/eth0/rp_filter", "2"),
-            ("net/ipv4/tcp_early_demux", early_demux),
+        if settings.tcp_early_demux_disabled {
             // Answers to a connected UDP socket of the node are forwarded once before they arrive when they come from a pod
             // in strict mode, and what early demultiplexing has given to a socket is not forwarded (`ip_forward` in
             // net/ipv4/ip_forward.c). Both families look at this one.
-            ("net/ipv4/udp_early_demux", early_demux),
-        ])
+            self.place.sysctls(&[("net/ipv4/udp_early_demux", early_demux)])?;
+        }
+        self.place.sysctls(&[("net/ipv4/conf/eth0/rp_filter", "2"), ("net/ipv4/tcp_early_demux", early_demux)])
     }
 
     /// Runs `work` where the node's files are seen.

@@ -250,6 +250,11 @@ impl Vpc {
         &self.cidrs
     }
 
+    /// Somebody has associated other IPv4 CIDRs with the VPC; subnets stay.
+    pub fn set_cidrs(&mut self, cidrs: Vec<Ipv4Net>) {
+        self.cidrs = cidrs;
+    }
+
     /// Adds a security group.
     pub fn add_group(&mut self) -> GroupId {
         let id = GroupId(self.new_id("sg"));

@@ -1,8 +1,13 @@
 //! The host plan on a real kernel: a node with two ENIs whose links lead to a router, which is the rest of the world too.
 
+mod egress;
+mod links;
+mod rules;
+#[path = "../support/mod.rs"]
 mod support;
 
 use enibox::apply::{Host, HostReport};
+use enibox::clock;
 use enibox::model::net::{Address, Family, Mac, Route, Rule, Scope, TABLE_MAIN};
 use enibox::netlink::{Socket, addr, conntrack, link, nft, route, rule, sysctl};
 use enibox::plan::host::{HostEni, HostPod, Intent, Observation};
@@ -131,6 +136,12 @@ fn texts(report: &HostReport) -> Vec<&str> {
     report.steps.iter().map(|step| step.text.as_str()).collect()
 }
 
+/// What is not made, and why.
+fn warnings(report: &HostReport) -> String {
+    let lines = report.warnings.iter().map(|(what, error)| format!("{}: {error}\n", what.name()));
+    lines.collect::<Vec<_>>().concat()
+}
+
 fn well(report: &HostReport) {
     assert!(report.errors.is_empty(), "{:?}", report.errors);
     for (eni, result) in &report.enis {
@@ -183,9 +194,9 @@ fn the_second_time_nothing_is_done() {
             "add address 10.20.12.5/24 to eth1",
             "replace route 10.20.12.1 dev eth1 table 2 scope link",
             "replace route default via 10.20.12.1 dev eth1 table 2",
-            "add rule 32765: from 10.20.12.5 lookup 2",
             "add rule 1535: from all to 192.0.2.0/24 lookup main",
             "set nf_tables rules: table ip aws-cni is missing",
+            "add rule 32765: from 10.20.12.5 lookup 2",
         ]
     );
     let before = world.observe();
@@ -301,6 +312,10 @@ fn what_others_broke_is_repaired() {
             "replace route default via 10.20.12.1 dev eth1 table 2",
         ],
     );
+    let peer = || support::tool("ip", &["addr", "add", "10.20.40.7", "peer", "10.20.40.8/32", "dev", "eth1"]);
+    if world.node.run(peer).is_some() {
+        broken(&[], &["delete address 10.20.40.7/32 from eth1"]);
+    }
     broken(&[addr::add(&address(eth1, "10.20.40.7/24"))], &["delete address 10.20.40.7/24 from eth1"]);
     // Somebody flushed everything; the same process notices, though it read the rules a moment ago.
     let mut filter = world.node.run(Socket::netfilter).unwrap();
@@ -382,6 +397,7 @@ fn every_variant_reads_back_as_it_was_written() {
     for wanted in [
         Intent { snat_ports: SnatPorts::Random, ..intent() },
         Intent { snat_ports: SnatPorts::Keep, node_port: false, ..intent() },
+        Intent { keep_host_source: true, ..intent() },
         Intent { mark: 0x8000_0090, veth_prefix: "pod".into(), ..intent() },
         Intent { excluded_cidrs: vec![net("0.0.0.0/0")], ..intent() },
         Intent { egress: Egress::Snat(ip("2001:db8::5")), ..intent() },
@@ -393,6 +409,33 @@ fn every_variant_reads_back_as_it_was_written() {
         well(&again);
         assert_eq!(texts(&again), Vec::<&str>::new(), "{wanted:?}");
     }
+}
+
+#[test]
+fn a_pod_that_goes_during_a_look_is_no_fault() {
+    let world = World::new();
+    world.host(&intent());
+    let netns = Netns::new("pod");
+    let wired = pod_of("two", &[("10.20.12.60", 2)]);
+    add(&world.node, &wired, &netns).unwrap();
+    let name = &wired.interfaces[0].host_veth;
+    let mut wanted = intent();
+    wanted.pods[1].veth = name[name.len() - 11..].to_owned();
+    let mut host = world.node.run(Host::open).unwrap();
+    assert_eq!(texts(&host.host(&wanted).unwrap()), Vec::<&str>::new());
+    // DEL has taken rules and route when the look is made, and the link when the steps are.
+    let addresses = vec![RemovedAddress { address: ip("10.20.12.60"), table: 2 }];
+    world.node.run(Host::open).unwrap().del_pod(&Removal { addresses, ..Removal::default() }, None).unwrap();
+    let mut planned = Vec::new();
+    let report = host.host_with(&wanted, &mut |_, plan| {
+        planned.extend(plan.steps.iter().map(|step| step.text.clone()));
+        world.node.route().run(&[link::delete_by_name(name)]).unwrap();
+    });
+    let report = report.unwrap();
+    let route = format!("replace route 10.20.12.60 dev {name}");
+    assert!(planned.iter().any(|text| text.starts_with(&route)), "{planned:?}");
+    assert!(!texts(&report).iter().any(|text| text.starts_with(&route)), "{:?}", texts(&report));
+    assert_eq!(warnings(&report), "");
 }
 
 #[test]
@@ -441,8 +484,8 @@ fn an_ipv6_node_is_set_up_once() {
             "add address 2001:db8:12::5/64 to eth1",
             "replace route fe80:ec2::1 dev eth1 table 2 metric 1024",
             "replace route default via fe80:ec2::1 dev eth1 table 2 metric 1024",
-            "add rule 32765: from 2001:db8:12::5 lookup 2",
             "add rule 1535: from all to 192.0.2.0/24 lookup main",
+            "add rule 32765: from 2001:db8:12::5 lookup 2",
         ]
     );
     assert_eq!(texts(&world.host(&wanted)), Vec::<&str>::new());
@@ -450,41 +493,160 @@ fn an_ipv6_node_is_set_up_once() {
 }
 
 #[test]
-fn the_local_rule_moves_behind_the_branches_and_back() {
+fn what_one_pod_is_refused_holds_up_nothing_else() {
     let world = World::new();
-    let eni = HostEni { own: net("2001:db8:12::5/64"), gateway: ip("fe80:ec2::1"), ..intent().enis[0].clone() };
-    let six = Intent { v6: true, node_ip: ip("2001:db8:11::162"), vpc_cidrs: Vec::new(), enis: vec![eni], ..intent() };
-    let locals = |family: Family| {
-        let rules = world.observe().rules.into_iter().filter(|rule| rule.family == family && rule.priority <= 20);
-        rules.map(|rule| rule.to_string()).collect::<Vec<_>>()
-    };
-    for (family, plain) in [(Family::V4, intent()), (Family::V6, six)] {
-        let strict = Intent { strict_branches: true, ..plain.clone() };
-        let before = locals(family);
-        assert_eq!(before, ["0: from all lookup local"]);
-        well(&world.host(&strict));
-        let router = "0: from fe80:ec2::1 ipproto 58 lookup local";
-        let moved = "20: from all lookup local";
-        let wanted = if family == Family::V4 { vec![moved] } else { vec![router, moved] };
-        assert_eq!(locals(family), wanted);
-        assert_eq!(texts(&world.host(&strict)), Vec::<&str>::new());
-        tcp(&world.node, &world.node, ip(NODE_IP)).unwrap();
-        // A pod made in strict mode keeps it as it is.
-        let rule = Rule { iif: Some("vlan0123456789a".into()), ..Rule::any(family, 10, 107) };
-        let stub = link::Veth {
-            end: link::End { name: "vlan0123456789a", mac: None, netns: None },
-            peer: link::End { name: "stub", mac: None, netns: None },
-            mtu: 1500,
-            up: false,
-        };
-        world.node.route().run(&[link::create_veth(&stub), rule::add(&rule)]).unwrap();
-        world.host(&plain);
-        assert!(locals(family).contains(&moved.to_owned()));
-        world.node.route().run(&[link::delete_by_name("stub")]).unwrap();
-        // Its veth is gone, so the rule goes as well; the next round finds nothing that keeps the local rule where it is.
-        world.host(&plain);
-        world.host(&plain);
-        assert_eq!(texts(&world.host(&plain)), Vec::<&str>::new());
-        assert_eq!(locals(family), before);
+    world.host(&intent());
+    let netns = Netns::new("pod");
+    let wired = pod_of("two", &[("10.20.12.60", 2)]);
+    add(&world.node, &wired, &netns).unwrap();
+    let name = wired.interfaces[0].host_veth.clone();
+    let mut wanted = intent();
+    wanted.pods[1].veth = name[name.len() - 11..].to_owned();
+    assert_eq!(texts(&world.host(&wanted)), Vec::<&str>::new());
+    let mut socket = world.node.route();
+    let veth = link::by_name(&mut socket, &name).unwrap().unwrap();
+    let old = Rule { fwmark: Some((0x100, 0x100)), ..Rule::any(Family::V4, 1024, TABLE_MAIN) };
+    let stale = Rule::from(net("10.20.11.50/32"), 1536, 3);
+    let alias = enibox::model::naming::veth_alias(veth.mac.unwrap(), 99_999, &veth.name);
+    socket.run(&[link::set_alias(veth.index, &alias), rule::add(&old), rule::add(&stale)]).unwrap();
+    let report = world.host(&wanted);
+    well(&report);
+    let told = warnings(&report);
+    assert!(told.starts_with(&format!("pod-mtu: set mtu 99999 on {name}: ")), "{told}");
+    assert_eq!(
+        texts(&report),
+        ["delete rule 1024: from all fwmark 0x100/0x100 lookup main", "delete rule 1536: from 10.20.11.50 lookup 3",]
+    );
+}
+
+#[test]
+fn tables_that_somebody_deletes_at_once_are_set_again() {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    let world = World::new();
+    let mut host = world.node.run(Host::open).unwrap();
+    well(&host.host(&intent()).unwrap());
+    let right = rule_set(&world.observe());
+    for round in 1..=3 {
+        let deleted = AtomicUsize::new(0);
+        let end = clock::instant() + std::time::Duration::from_secs(20);
+        let more = || deleted.load(Ordering::SeqCst) < 3 && clock::instant() < end;
+        std::thread::scope(|scope| {
+            // As soon as it is there, three times.
+            scope.spawn(|| {
+                let mut socket = world.node.run(Socket::netfilter).unwrap();
+                while more() {
+                    if nft::has_chain(&mut socket, Family::V4, "aws-cni", "nat-postrouting").unwrap() {
+                        nft::delete(&mut socket, Family::V4, "aws-cni").unwrap();
+                        deleted.fetch_add(1, Ordering::SeqCst);
+                    }
+                }
+            });
+            while more() {
+                host.host(&intent()).unwrap();
+            }
+        });
+        assert_eq!(deleted.load(Ordering::SeqCst), 3);
+        let report = host.host(&intent()).unwrap();
+        well(&report);
+        assert_eq!((warnings(&report), rule_set(&world.observe())), (String::new(), right.clone()), "round {round}");
     }
+}
+
+#[test]
+fn only_the_table_that_differs_is_set() {
+    let world = World::new();
+    let mut socket = world.node.run(Socket::netfilter).unwrap();
+    let mut generation = || nft::generation(&mut socket).unwrap();
+    let both = Intent { egress: enibox::plan::host::Egress::Snat(ip("2001:db8::5")), ..intent() };
+    let before = generation();
+    well(&world.host(&both));
+    assert_eq!(generation(), before + 2);
+    well(&world.host(&both));
+    assert_eq!(generation(), before + 2);
+    nft::delete(&mut world.node.run(Socket::netfilter).unwrap(), Family::V6, "aws-cni").unwrap();
+    let report = world.host(&both);
+    well(&report);
+    assert_eq!(
+        (report.ruleset, generation()),
+        (Some(true), before + 4),
+        "one by us: the other table keeps its counters"
+    );
+    // No table is deleted that is not there.
+    well(&world.host(&intent()));
+    well(&world.host(&Intent { mark: 0x100, ..intent() }));
+    assert_eq!(generation(), before + 6);
+}
+
+#[test]
+fn a_link_that_copied_the_mac_is_not_the_trunk() {
+    let world = World::new();
+    let mut wanted = intent();
+    wanted.enis[0].trunk = true;
+    let mut socket = world.node.route();
+    // The bridge has the lower index: the ENI's link is made anew after it.
+    let eth1 = link::by_name(&mut socket, "eth1").unwrap().unwrap().index;
+    world.node.run(|| {
+        support::tool("ip", &["link", "add", "br0", "type", "bridge"]).unwrap();
+        support::tool("ip", &["link", "del", "eth1"]).unwrap();
+        support::tool("ip", &["link", "add", "eth1", "address", &SECOND.to_string(), "type", "veth", "peer", "far"])
+            .unwrap();
+        support::tool("ip", &["link", "set", "br0", "address", &SECOND.to_string()]).unwrap();
+    });
+    let again = link::by_name(&mut socket, "eth1").unwrap().unwrap().index;
+    let bridge = link::by_name(&mut socket, "br0").unwrap().unwrap().index;
+    assert!(eth1 < bridge && bridge < again);
+    let report = world.host(&wanted);
+    well(&report);
+    assert_eq!(report.trunks[&"eni-2".into()], again);
+}
+
+#[test]
+fn a_renamed_veth_gets_its_name_and_its_routes_back() {
+    let world = World::new();
+    world.assign("10.20.12.60");
+    let sandbox = Netns::new("pod");
+    let wired = pod_of("two", &[("10.20.12.60", 2)]);
+    add(&world.node, &wired, &sandbox).unwrap();
+    let name = wired.interfaces[0].host_veth.as_str();
+    let mut wanted = intent();
+    wanted.pods = vec![HostPod { veth: name[name.len() - 11..].into(), ..pod("10.20.12.60", 2) }];
+    let mut host = world.node.run(Host::open).unwrap();
+    well(&host.host(&wanted).unwrap());
+    let right = world.observe();
+    let mut socket = world.node.route();
+    let index = link::by_name(&mut socket, name).unwrap().unwrap().index;
+    let back = format!("set name {name} on odd0");
+    let [way, way_back] = ["odd0", name].map(|dev| format!("replace route 10.20.12.60 dev {dev}"));
+    let rename = |socket: &mut Socket| {
+        let requests = [link::set_down(index), link::rename(index, "odd0"), link::set_up(index)];
+        socket.run(&requests).unwrap();
+    };
+    // Before Linux 6.2 a link must be down for it, whoever renames it, and loses its route.
+    let live = socket.batch(&[link::rename(index, "odd0")]).unwrap().remove(0);
+    let cases = match &live {
+        Ok(_) => vec![(false, vec![back.clone()]), (true, vec![back, way])],
+        Err(error) if error.errno == libc::EBUSY => vec![(true, vec![back, way, way_back])],
+        Err(error) => panic!("{error}"),
+    };
+    for (down, steps) in cases {
+        if down {
+            rename(&mut socket);
+        }
+        let seen = world.observe();
+        let seen = enibox::plan::core::Seen::of(&seen.links, &seen.routes, &seen.rules);
+        assert!(seen.links.iter().any(|link| link == name), "its pod lives: {seen:?}");
+        let report = host.host(&wanted).unwrap();
+        well(&report);
+        assert_eq!(texts(&report), steps);
+        let now = world.observe();
+        assert_eq!((&now.links, ipv4(&now)), (&right.links, ipv4(&right)));
+        assert_eq!(tcp(&sandbox, &world.node, ip(NODE_IP)).unwrap(), ip("10.20.12.60"));
+    }
+    // Somebody has the name: it stays theirs.
+    rename(&mut socket);
+    let end = |name| link::End { name, mac: None, netns: None };
+    socket.run(&[link::create_veth(&link::Veth { end: end(name), peer: end("other"), mtu: 0, up: false })]).unwrap();
+    let report = host.host(&wanted).unwrap();
+    well(&report);
+    assert_eq!(link::by_index(&mut socket, index).unwrap().unwrap().name, "odd0");
 }

@@ -1,0 +1,121 @@
+//! Whether NetworkManager leaves alone what is ours (`spec/operations.md` 13.3): links of pods, VLAN devices, and every ENI but the
+//! primary one, which it otherwise gives addresses and a default route by DHCP.
+//!
+//! What it is told stands in its configuration (`NetworkManager.conf(5)`): `unmanaged-devices`, or `managed=0` in a section that
+//! matches devices. Rules of udev (`NM_UNMANAGED`) are not looked at.
+
+use super::Finding;
+use super::environment::{Facts, ini, says_no};
+use crate::model::naming::VLAN_PREFIX;
+use crate::model::settings::Settings;
+use crate::plan::host::{Intent, Observation, link_of};
+
+/// A link as a list of devices may name it.
+struct Device {
+    /// What the list lacks if it does not.
+    word: String,
+    name: String,
+    mac: String,
+    kind: &'static str,
+    driver: &'static str,
+}
+
+/// The finding, if it runs.
+pub(super) fn network_manager(
+    intent: Option<&Intent>,
+    seen: &Observation,
+    settings: &Settings,
+    facts: &Facts,
+) -> Option<Finding> {
+    if !facts.there.contains("/run/NetworkManager") {
+        return None;
+    }
+    let parts =
+        facts.layered(&["/etc/NetworkManager/conf.d", "/run/NetworkManager/conf.d", "/usr/lib/NetworkManager/conf.d"]);
+    let main = facts.text("/etc/NetworkManager/NetworkManager.conf");
+    let lists = parts.values().copied().chain(main).flat_map(|text| {
+        let section = ini(text, "match-device").filter(|_| ini(text, "managed").is_some_and(says_no));
+        let lists = [ini(text, "unmanaged-devices"), ini(text, "unmanaged-devices+"), section];
+        // An ENI without settings of the operator's is left as it is.
+        let idle = ini(text, "no-auto-default").map(|list| (list, true));
+        lists.into_iter().flatten().map(|list| (list, false)).chain(idle)
+    });
+    let lists = lists.collect::<Vec<_>>();
+    let mut missing = Vec::<String>::new();
+    for device in devices(intent, seen, settings) {
+        let eni = device.kind == "ethernet";
+        let spared = lists.iter().any(|(list, idle)| (eni || !idle) && covers(list, &device));
+        if !spared && !missing.contains(&device.word) {
+            missing.push(device.word);
+        }
+    }
+    let text = || format!("NetworkManager runs, and unmanaged-devices has no {}", missing.join(", no "));
+    (!missing.is_empty()).then(|| Finding::new("networkmanager", "", text()))
+}
+
+// One of each kind of pods' links, and the ENIs that are there.
+fn devices(intent: Option<&Intent>, seen: &Observation, settings: &Settings) -> Vec<Device> {
+    let virtuals = [
+        (settings.veth_prefix.as_str(), "0123456789a", "veth"),
+        (VLAN_PREFIX, "0123456789a", "veth"),
+        (VLAN_PREFIX, ".eth.1", "vlan"),
+    ];
+    let virtuals = virtuals.map(|(prefix, rest, kind)| {
+        let (word, name) = (format!("interface-name:{prefix}*"), format!("{prefix}{rest}"));
+        Device { word, name, mac: String::new(), kind, driver: kind }
+    });
+    let links = intent.into_iter().flat_map(|intent| &intent.enis).filter_map(|eni| link_of(&seen.links, eni.mac));
+    let enis = links.map(|link| {
+        let mac = link.mac.map(|mac| mac.to_string()).unwrap_or_default();
+        let word = format!("interface-name:{}", link.name);
+        Device { word, name: link.name.clone(), mac, kind: "ethernet", driver: "ena" }
+    });
+    virtuals.into_iter().chain(enis).collect()
+}
+
+/// Whether a list of devices names this one. What is excepted counts more; a list of exceptions alone names all the rest.
+fn covers(list: &str, device: &Device) -> bool {
+    let words = list.split([';', ',']).map(str::trim).filter(|word| !word.is_empty());
+    let (mut named, mut positive, mut some) = (false, false, false);
+    for word in words {
+        let (except, word) = word.strip_prefix("except:").map_or((false, word), |word| (true, word));
+        let hit = is(word, device);
+        if hit && except {
+            return false;
+        }
+        (named, positive, some) = (named || hit, positive || !except, true);
+    }
+    named || (some && !positive)
+}
+
+fn is(word: &str, device: &Device) -> bool {
+    let (key, value) = match word.split_once(':') {
+        Some((key @ ("interface-name" | "mac" | "type" | "driver"), value)) => (key, value),
+        // A bare name or MAC.
+        _ => ("", word),
+    };
+    let by_name = || like(value.trim_start_matches(['=', '~']), &device.name);
+    let by_mac = || value.eq_ignore_ascii_case(&device.mac);
+    match key {
+        "interface-name" => by_name(),
+        "mac" => by_mac(),
+        "type" => value == device.kind,
+        "driver" => like(value, device.driver),
+        _ => by_name() || by_mac(),
+    }
+}
+
+/// Whether a name is as a pattern, in which `*` stands for anything and `?` for one letter.
+fn like(pattern: &str, name: &str) -> bool {
+    match (pattern.chars().next(), name.chars().next()) {
+        (None, first) => first.is_none(),
+        (Some('*'), _) => {
+            let rest = pattern.trim_start_matches('*');
+            rest.is_empty() || name.char_indices().any(|(at, _)| like(rest, &name[at..]))
+        }
+        (Some(letter), Some(first)) if letter == '?' || letter == first => {
+            like(&pattern[letter.len_utf8()..], &name[first.len_utf8()..])
+        }
+        _ => false,
+    }
+}
