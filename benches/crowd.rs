@@ -5,6 +5,10 @@
 //!
 //! The nodes are of the sandbox, with prefixes, and every pod has its namespace and was wired by the plugin. Run as root:
 //! `cargo bench --bench crowd`. `ENIBOX_BENCH_PROGRAM` names another executable to measure, the static release one for instance.
+//! The exit status is 1 if a promise was not kept.
+
+#[path = "support/promise.rs"]
+mod promise;
 
 use enibox::clock;
 use enibox::model::naming::{self, DAEMON_SOCKET};
@@ -20,13 +24,14 @@ use enibox::sandbox::kube::Api;
 use enibox::sandbox::topology::{Node, Pod};
 use enibox::sandbox::world::{Plan, World};
 use enibox::sys;
+use promise::Promises;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -42,13 +47,17 @@ const INSTANCE: &str = "m5.4xlarge";
 const TABLE: u32 = 2;
 const MTU: u32 = 9001;
 const LIMIT: Duration = Duration::from_mins(1);
+/// What is promised: p50 beside many pods against p50 beside few, and times with many.
+const RATIO_MAX: f64 = 1.5;
+const DOCTOR_MAX_S: f64 = 2.0;
+const RESTART_MAX_S: f64 = 1.0;
 /// How often `enibox doctor` is run and the daemon restarted.
 const REPEATS: usize = 5;
 
-fn main() {
+fn main() -> ExitCode {
     // `cargo bench -- --list` and the like concern the standard harness.
     if std::env::args().any(|word| word == "--list") {
-        return;
+        return ExitCode::SUCCESS;
     }
     assert_eq!(sys::effective_uid(), 0, "the benchmark makes network namespaces: run it as root");
     // What stands below /run goes with this process.
@@ -68,18 +77,32 @@ fn main() {
     println!(
         "p50 and p10 in us, beside {FEW} pods at the same time; processor time of the daemon per ADD and DEL in us"
     );
+    let mut times = Times::new();
     for pods in CROWDS {
         crowd.fill(pods);
         bare_crowd.fill(pods);
-        step(pods, (&few, &crowd), (&mut bare_few, &mut bare_crowd));
+        times = step(pods, (&few, &crowd), (&mut bare_few, &mut bare_crowd));
     }
-    crowd.consult();
-    crowd.restart();
+    let doctor = crowd.consult();
+    let restart = crowd.restart();
+    let mut promises = Promises::default();
+    let seconds = |times: &[Duration]| percentile(times, 50).as_secs_f64();
+    for what in ["ADD", "DEL"] {
+        let (few, crowd) = &times[what];
+        let what = format!("{what} beside {} pods", CROWDS[3]);
+        promises.most(&what, seconds(crowd) / seconds(few), RATIO_MAX, "times");
+    }
+    promises.most("doctor", seconds(&doctor), DOCTOR_MAX_S, "s");
+    promises.most("from the start of a daemon to the end of an ADD", seconds(&restart), RESTART_MAX_S, "s");
+    promises.code()
 }
 
+/// What was measured on the smaller node and on the larger one, by name.
+type Times = BTreeMap<&'static str, (Vec<Duration>, Vec<Duration>)>;
+
 /// One line for each thing that is measured, of rounds on both nodes in turn.
-fn step(pods: usize, (few, crowd): (&Stage, &Stage), (bare_few, bare_crowd): (&mut Bare, &mut Bare)) {
-    let mut times = BTreeMap::<&str, (Vec<Duration>, Vec<Duration>)>::new();
+fn step(pods: usize, (few, crowd): (&Stage, &Stage), (bare_few, bare_crowd): (&mut Bare, &mut Bare)) -> Times {
+    let mut times = Times::new();
     let mut used = [BTreeMap::new(), BTreeMap::new()];
     for round in 0..WARM_UP + ROUNDS {
         let mut note = |what, few, crowd| {
@@ -124,6 +147,7 @@ fn step(pods: usize, (few, crowd): (&Stage, &Stage), (bare_few, bare_crowd): (&m
         threads.map(|(name, time)| format!("{name} {}", per(*time))).collect::<Vec<_>>().join(", ")
     };
     println!("{pods:>5} pods  daemon             {}\n            beside {FEW} pods    {}", text(crowd), text(few));
+    times
 }
 
 /// Both, in an order that changes from round to round. What a link's end leaves to the kernel is done in the pauses.
@@ -285,7 +309,7 @@ impl Stage {
         used
     }
 
-    fn consult(&self) {
+    fn consult(&self) -> Vec<Duration> {
         let ask = || {
             let mut command = self.node.command(program()).unwrap();
             command.args(["doctor", "--root", "/nonexistent"]).env_clear().stdin(Stdio::null());
@@ -306,10 +330,12 @@ impl Stage {
             output.status,
             lines[lines.len().saturating_sub(3)..].join(" / ")
         );
+        times
     }
 
     /// From the start of the new daemon to the end of the first ADD.
-    fn restart(&mut self) {
+    fn restart(&mut self) -> Vec<Duration> {
+        let mut times = Vec::new();
         for _ in 0..REPEATS {
             self.agent = None; // kills it
             let start = clock::instant();
@@ -322,6 +348,7 @@ impl Stage {
                 }
             });
             let (all, add) = (start.elapsed(), asked.elapsed());
+            times.push(all);
             println!(
                 "restart with {} pods: serves after {ready:?}, an ADD is done after {all:?} ({add:?} of it its own)",
                 self.pods.len()
@@ -329,6 +356,7 @@ impl Stage {
             self.here(|| self.call("DEL", "guest", &self.guest).unwrap());
             self.inside.lock().unwrap().run(&[link::delete_by_name("eth0").or_not_found()]).unwrap();
         }
+        times
     }
 }
 
