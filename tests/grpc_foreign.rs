@@ -124,7 +124,7 @@ fn our_client_calls_a_foreign_server() {
     let deadline = Duration::from_millis(200);
     let status = client.call::<_, NpReply>(path::ENFORCE_NP_TO_POD, &Empty {}, deadline).unwrap_err();
     assert_eq!(status.code, Code::DEADLINE_EXCEEDED, "{status}");
-    assert!(before.elapsed() < Duration::from_millis(1400));
+    assert!(before.elapsed() < Duration::from_millis(4500)); // it answers after 5 s
     add(&mut client, "the connection lives on");
     let reply: NpReply = client.call(path::ENFORCE_NP_TO_POD, &Empty {}, PATIENCE).unwrap();
     assert!(!reply.success);

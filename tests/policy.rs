@@ -265,7 +265,7 @@ fn an_agent_that_is_missing_hangs_or_comes_late() {
         let netns = Netns::new("pod");
         let agent = std::thread::scope(|scope| {
             let add = scope.spawn(|| run(node, "ADD", "web", &netns).result());
-            std::thread::sleep(Duration::from_millis(500));
+            std::thread::sleep(Duration::from_millis(100));
             let agent = Served::agent(Answers::default());
             add.join().unwrap();
             agent

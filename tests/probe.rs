@@ -104,8 +104,10 @@ fn our_server_is_healthy() {
     check("short form", &[&format!("--addr=unix:{}", socket.display())], 0, "status: SERVING");
     let failed = "error: health rpc failed: rpc error: code = NotFound desc = unknown service \"other\"";
     check("unknown service", &[&addr, "-service=other"], 3, failed);
-    let output = probe(&[&addr, "-v"]).output().unwrap();
-    let lines = lines(&output);
+    // The time-outs are a second by default, which a busy machine may need by itself.
+    let within =
+        |run: &dyn Fn() -> Output| (0..3).map(|_| run()).find(|output| output.status.success()).expect("served");
+    let lines = lines(&within(&|| probe(&[&addr, "-v"]).output().unwrap()));
     let starts = [
         "parsed options:",
         &format!("> remoteUrl={} conn-timeout=1s rpc-timeout=1s", unix(&socket)),
@@ -117,8 +119,7 @@ fn our_server_is_healthy() {
     assert_eq!(lines.len(), starts.len(), "{lines:?}");
     assert!(lines.iter().zip(starts).all(|(line, start)| line.starts_with(start)), "{lines:?}");
     // As the first word of the command line.
-    let output = Command::new(PROGRAM).args(["grpc-health-probe", &addr]).output().unwrap();
-    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    within(&|| Command::new(PROGRAM).args(["grpc-health-probe", &addr]).output().unwrap());
 }
 
 #[test]

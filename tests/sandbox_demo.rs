@@ -213,7 +213,7 @@ fn a_killed_run_leaves_a_directory_that_the_next_one_removes() {
     assert_eq!(daemons_of(&run), 1);
     child.kill().unwrap();
     child.wait().unwrap();
-    let mut patience = 100;
+    let mut patience = 1000;
     while daemons_of(&run) > 0 && patience > 0 {
         std::thread::sleep(Duration::from_millis(20));
         patience -= 1;

@@ -22,8 +22,11 @@ pub const FLOOR: Version = Version::V0_4_0;
 /// What can be pinned, and what is offered: older ones lack `prevResult` on DEL.
 pub const OFFERED: [Version; 3] = [FLOOR, Version::V1_0_0, Version::V1_1_0];
 
-/// All plugins together have so long to answer. A plugin that is not busy takes some milliseconds.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+/// All plugins together have so long to answer. One takes some milliseconds, and more on a node that is just starting up, which must
+/// not get another version of the list for it.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Between attempts to start a program that is just being written.
+const START_PAUSE: Duration = Duration::from_millis(50);
 /// Bytes of an answer; a real one has a hundred.
 const ANSWER_BYTES_MAX: usize = 16 << 10;
 
@@ -38,14 +41,14 @@ pub struct Answers {
     pub notes: Vec<String>,
 }
 
-/// Asks all at once and waits for the last one, at most a second.
+/// Asks all at once and waits for the last one, at most five seconds.
 pub fn ask(folder: &Path, names: &[&str]) -> Answers {
     ask_within(ANSWER_TIMEOUT, folder, names)
 }
 
 fn ask_within(limit: Duration, folder: &Path, names: &[&str]) -> Answers {
     let until = clock::instant() + limit;
-    let asked: Vec<_> = names.iter().map(|name| (*name, start(&folder.join(name)))).collect();
+    let asked: Vec<_> = names.iter().map(|name| (*name, start(&folder.join(name), until))).collect();
     let mut answers = Answers { common: OFFERED.to_vec(), missing: Vec::new(), notes: Vec::new() };
     for (name, started) in asked {
         let knows = match started.and_then(|mut child| {
@@ -75,13 +78,20 @@ fn ask_within(limit: Duration, folder: &Path, names: &[&str]) -> Answers {
     answers
 }
 
-fn start(program: &Path) -> Result<Child> {
+fn start(program: &Path, until: Instant) -> Result<Child> {
     // Libraries before CNI 0.3 insist on all variables (libcni sends the same).
     let dummy = ["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_PATH"].map(|name| (name, "dummy"));
     let mut command = Command::new(program);
     command.env_clear().env("CNI_COMMAND", "VERSION").envs(dummy);
     command.current_dir("/").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
-    let mut child = command.spawn()?;
+    let mut child = loop {
+        match command.spawn() {
+            Err(error) if error.kind() == ErrorKind::ExecutableFileBusy && clock::instant() < until => {
+                std::thread::sleep(START_PAUSE);
+            }
+            outcome => break outcome?,
+        }
+    };
     if let Some(mut stdin) = child.stdin.take() {
         stdin.write_all(br#"{"cniVersion":"0.4.0"}"#).ok(); // whoever does not read it answers all the same
     }
@@ -127,8 +137,8 @@ mod tests {
     #[track_caller]
     fn check(folder: &Path, names: &[&str], common: &[&str], missing: &[&str], notes: &[&str]) {
         // Shells have time on a loaded machine; what hangs is waited for all the time.
-        let limit = Duration::from_secs(if names.contains(&"hanging") { 5 } else { 30 });
-        let answers = ask_within(limit, folder, names);
+        let hangs = names.contains(&"hanging");
+        let answers = if hangs { ask(folder, names) } else { ask_within(Duration::from_secs(30), folder, names) };
         assert_eq!(answers.common, of(common), "{names:?}: {answers:?}");
         assert_eq!(answers.missing, missing, "{names:?}");
         assert_eq!(answers.notes.len(), notes.len(), "{names:?}: {answers:?}");
@@ -170,6 +180,16 @@ mod tests {
         check(&folder, &["mute"], &["0.4.0"], &[], &["ask plugin mute"]);
         check(&folder, &["broken", "endless"], &["0.4.0"], &[], &["Exec format error", "has no end"]);
         check(&folder, &["lost"], &["0.4.0"], &[], &["No such file"]);
+        // Somebody writes it: it is asked when he is done.
+        put("written", "#!/bin/sh\necho '{\"supportedVersions\":[\"0.4.0\",\"1.0.0\"]}'\n");
+        let writer = fs::File::options().append(true).open(folder.join("written")).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(300));
+                drop(writer);
+            });
+            check(&folder, &["written"], &["0.4.0", "1.0.0"], &[], &[]);
+        });
         let begin = clock::instant();
         check(
             &folder,

@@ -174,7 +174,7 @@ fn a_black_hole_costs_the_deadline() {
     bed.kube.tune(|knobs| knobs.black_hole = true);
     let begin = clock::instant();
     let failure = bed.client().execute(&pod()).unwrap_err();
-    assert!(begin.elapsed() < Duration::from_secs(7), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
     assert_eq!(failure.status, 0, "{failure}");
     bed.kube.tune(|knobs| knobs.black_hole = false);
 }

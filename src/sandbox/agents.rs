@@ -23,8 +23,8 @@ use std::time::Duration;
 
 /// How long the daemon may take until it serves.
 const READY_TIMEOUT: Duration = Duration::from_mins(1);
-/// How long it may take to end.
-const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long it may take to end: five seconds for calls that run, and the disk.
+const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a call of the plugin may take; the kubelet's own limit is two minutes.
 const CNI_TIMEOUT: Duration = Duration::from_secs(30);
 /// Pause between two looks at something that is on its way.

@@ -6,6 +6,7 @@ use super::agents::WiredPod;
 use super::nodeport;
 use super::probe::{Flow, PORT, Proto};
 use super::world::{HOSTS, Host, World};
+use crate::clock;
 use crate::error::{Error, Result};
 use crate::netlink::netns::Namespace;
 use ipnet::Ipv4Net;
@@ -14,17 +15,18 @@ use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-/// How long a flow may take; short once many have failed, so that a broken run comes to an end.
+/// How long a flow may take.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// How long one may take that is expected to get no answer; and every one, once so much time has gone by for flows that failed that the
+/// run is taken for broken, and should come to an end.
 const IMPATIENCE: Duration = Duration::from_millis(300);
+const WASTE: Duration = Duration::from_mins(1);
 
 /// What is written where no answer is expected.
 const NO_ANSWER: &str = "no answer";
 
 /// Pods of a node that flows are sent from and to. Where a node has more, these are spread evenly among them.
 pub const SAMPLE: usize = 100;
-/// Failures after which the run is taken for broken.
-const FAILURES: usize = 2;
 
 /// The first of the node ports; each node has one for its first pod and one for its last, which sits on another ENI if
 /// the node has several.
@@ -355,12 +357,13 @@ pub fn run(
         nodeport::open(&node.net, &ports.collect::<Vec<_>>())?;
     }
     let mut outcomes = Vec::new();
-    let mut failures = 0;
+    let mut wasted = Duration::ZERO;
     for planned in ends.plan(expectation) {
         for proto in [Proto::Tcp, Proto::Udp] {
             going()?;
-            let outcome = planned.run(proto, if failures < FAILURES { PATIENCE } else { IMPATIENCE });
-            failures += usize::from(!outcome.ok);
+            let begin = clock::instant();
+            let outcome = planned.run(proto, if wasted < WASTE { PATIENCE } else { IMPATIENCE });
+            wasted += if outcome.ok { Duration::ZERO } else { begin.elapsed() };
             outcomes.push(outcome);
         }
     }

@@ -261,14 +261,15 @@ fn a_new_eni_that_imds_shows_late_is_waited_for() {
     stage.world.cloud.vpc().knobs.imds_lag = Duration::from_secs(40);
     let more: Vec<_> = (4..18).map(|number| stage.add(&format!("pod-{number}"))).collect();
     let mut late = stage.subject("late");
-    let begin = clock::instant();
+    let (begin, mut refused) = (clock::instant(), 0);
     while let Err((code, text)) = stage.try_add(&mut late) {
         assert_eq!(code, TRY_AGAIN, "{text}");
         assert!(begin.elapsed() < Duration::from_secs(90), "{text}\n{}", stage.log());
         stage.del(&late);
+        refused += 1;
         std::thread::sleep(Duration::from_secs(1));
     }
-    assert!(begin.elapsed() > Duration::from_secs(20), "the ENI was not late");
+    assert!(refused > 0, "the ENI was not late");
     stage.probe_all(more.iter().chain([&late]));
     let calls = stage.calls_since(&before);
     assert_eq!((calls.get("CreateNetworkInterface"), stage.enis().1.len()), (Some(&1), 0), "{calls:?}");

@@ -68,7 +68,7 @@ fn a_torn_checkpoint_is_set_aside_and_no_living_address_is_given_out() {
     stage.write(CHECKPOINT, &text[..text.len() / 2]);
     stage.start();
     stage.wait_ready();
-    eventually(Duration::from_secs(2), "the torn file is kept", || {
+    eventually(Duration::from_secs(20), "the torn file is kept", || {
         let names = stage.list("/run/aws-node");
         if names.iter().any(|name| name.starts_with("ipam.json.corrupt-")) { Ok(()) } else { Err(names) }
     });

@@ -149,7 +149,7 @@ def server(path):
         context.abort(grpc.StatusCode.UNKNOWN, MESSAGE)
 
     def slow(request, context):
-        time.sleep(1.5)
+        time.sleep(5)
         return b""
 
     def huge(request, context):

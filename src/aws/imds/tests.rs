@@ -355,7 +355,7 @@ fn an_operation_ends_in_time() {
     let slow = Client::new(Config { limits, ..config(&server) }).unwrap();
     let start = clock::now().mono;
     assert!(slow.get("mac").unwrap_err().to_string().contains("1 attempts"));
-    assert!(clock::now().mono.since(start) < Duration::from_secs(2));
+    assert!(clock::now().mono.since(start) < Duration::from_secs(8));
 }
 
 #[test]

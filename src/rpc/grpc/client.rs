@@ -19,6 +19,11 @@ use std::time::{Duration, Instant};
 /// One read of the socket.
 const READ_SIZE: usize = 16_384;
 
+/// An interrupt that comes just before a wait begins does not end it, so that none is longer.
+const WAIT_MAX: Duration = Duration::from_secs(1);
+
+const CLOSED: &str = "connection closed by the server";
+
 /// How long the cancellation of a call may take to be handed to the kernel.
 const CANCEL_TIMEOUT: Duration = Duration::from_millis(1);
 
@@ -146,7 +151,7 @@ impl Client {
         let count = self.read(buffer, until).map_err(|error| self.failed(what, &error))?;
         if count == 0 {
             self.broken = true;
-            return Err(self.gone("connection closed by the server"));
+            return Err(self.gone(CLOSED));
         }
         self.conn.receive(&buffer[..count]);
         Ok(())
@@ -159,10 +164,13 @@ impl Client {
 
     fn read(&self, buffer: &mut [u8], until: Instant) -> std::io::Result<usize> {
         loop {
-            self.stream.set_read_timeout(Some(time_left(until)?))?;
+            self.stream.set_read_timeout(Some(time_left(until)?.min(WAIT_MAX)))?;
+            if sys::interrupted() {
+                return Err(ErrorKind::Interrupted.into());
+            }
             match (&self.stream).read(buffer) {
                 Err(error) if error.kind() == ErrorKind::Interrupted && !sys::interrupted() => {}
-                // The kernel counts in ticks and may be back up to one too early.
+                // The kernel counts in ticks and may be back up to one too early too.
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                 result => return result,
             }
@@ -200,7 +208,11 @@ impl Client {
             return Status::new(Code::CANCELLED, "context canceled");
         }
         self.broken = true;
-        self.gone(&error.to_string())
+        match error.kind() {
+            // A process that ends before it has read all that was sent resets the connection instead of closing it.
+            ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => self.gone(CLOSED),
+            _ => self.gone(&error.to_string()),
+        }
     }
 
     fn gone(&self, why: &str) -> Status {
@@ -262,6 +274,7 @@ fn status_of_http(head: &[Field]) -> Status {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rpc::proto::Empty;
 
     fn fields(list: &[(&str, &str)]) -> Vec<Field> {
         list.iter().map(|(name, value)| Field { name: (*name).into(), value: (*value).into() }).collect()
@@ -292,5 +305,29 @@ mod tests {
             let text = format!("server answered HTTP status {http}");
             check(&[(":status", http), ("content-type", "text/plain")], b"", &[], Err(Status::new(code, text)));
         }
+    }
+
+    // Whether it has read the call or not, which the kernel tells by different errors.
+    #[test]
+    fn a_server_that_ends_has_closed_the_connection() {
+        let folder = std::env::temp_dir().join(format!("enibox-client-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let socket = folder.join("s.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        for reads in [false, true] {
+            let mut client = Client::connect(&socket, Duration::from_secs(20)).unwrap();
+            let (mut end, _) = listener.accept().unwrap();
+            let status = std::thread::scope(|scope| {
+                let call =
+                    scope.spawn(|| client.call::<_, Empty>("/a/b", &Empty {}, Duration::from_secs(20)).unwrap_err());
+                let mut some = vec![0; if reads { 10_000 } else { 1 }];
+                assert!(end.read(&mut some).unwrap() > 0);
+                drop(end);
+                call.join().unwrap()
+            });
+            assert_eq!(status.code, Code::UNAVAILABLE, "{status}");
+            assert!(status.message.ends_with(CLOSED), "{status}");
+        }
+        std::fs::remove_dir_all(&folder).unwrap();
     }
 }
