@@ -30,6 +30,15 @@ const WATCHED_QUEUE: usize = 1 << 20;
 pub(super) const DUMP_ATTEMPTS: u32 = 5;
 /// Pause before a dump is repeated, from the second repeat on.
 pub(super) const DUMP_PAUSE: Duration = Duration::from_millis(100);
+/// How often a watched list is tried, with [`SPURT`] dumps each time: between changes that others make 30 times a second there is
+/// room for two dumps, but seldom for the first two. Where dumps are slow, it is tried for so long, but so often at least.
+const SPURTS: u32 = 10;
+const SPURTS_TIME: Duration = Duration::from_secs(1);
+const SPURTS_MIN: u32 = 3;
+/// Dumps that follow each other without a pause: whichever two neighbours are alike count.
+const SPURT: u32 = 3;
+/// Pause before the next of them, from the second on. A process that is held back has new time then.
+const SPURT_PAUSE: Duration = Duration::from_millis(50);
 
 const HEADER: usize = 16;
 
@@ -427,15 +436,21 @@ impl Socket {
         mut decode: impl FnMut(&Message<'_>) -> Option<T>,
     ) -> Result<Vec<T>> {
         let request = dump_of(request);
-        for attempt in 0..DUMP_ATTEMPTS {
-            if attempt > 1 {
-                std::thread::sleep(DUMP_PAUSE);
+        let begin = clock::instant();
+        let mut pair = Pair::default();
+        for spurt in 0..SPURTS {
+            if spurt > 1 {
+                std::thread::sleep(SPURT_PAUSE);
             }
-            let Some(first) = self.dump_once(&request, &mut false, &mut decode)? else { continue };
-            let mut told = false;
-            let second = self.dump_once(&request, &mut told, &mut decode)?;
-            if !told && second.as_ref() == Some(&first) {
-                return Ok(first);
+            for _ in 0..SPURT {
+                let mut told = false;
+                let list = self.dump_once(&request, &mut told, &mut decode)?;
+                if let Some(list) = pair.next(told, list) {
+                    return Ok(list);
+                }
+            }
+            if spurt + 1 >= SPURTS_MIN && begin.elapsed() > SPURTS_TIME {
+                break;
             }
         }
         Err(changed(&request))
@@ -512,12 +527,30 @@ impl Socket {
     }
 }
 
+/// The last list of a row of dumps, if it was whole.
+struct Pair<T>(Option<Vec<T>>);
+
+impl<T> Default for Pair<T> {
+    fn default() -> Pair<T> {
+        Pair(None)
+    }
+}
+
+impl<T: PartialEq> Pair<T> {
+    /// Takes the next list, none if it was spoilt; `told`: of a change before it began. It counts if the one before it is the
+    /// same and no change was told between the two. Else it may be the first of the next two.
+    fn next(&mut self, told: bool, list: Option<Vec<T>>) -> Option<Vec<T>> {
+        let last = std::mem::replace(&mut self.0, list);
+        if !told && last.is_some() && last == self.0 { last } else { None }
+    }
+}
+
 fn dump_of(request: &Request) -> Request {
     Request { flags: request.flags | NlmF::DUMP.bits(), ..request.clone() }
 }
 
 fn changed(request: &Request) -> Error {
-    Error::new(format!("{}: the list changed during each of {DUMP_ATTEMPTS} attempts", request.what))
+    Error::new(format!("{}: the list changed during each attempt", request.what))
 }
 
 #[cfg(test)]
@@ -546,6 +579,32 @@ mod tests {
         assert_eq!(messages(&bytes).count(), 1);
         assert_eq!(messages(&bytes[..19]).count(), 0);
         assert_eq!(messages(&[0; 40]).count(), 0, "length 0");
+    }
+
+    /// The list that is taken of a row of dumps, `-` for one that was spoilt and `!` before one that a change was told before, and
+    /// after how many.
+    fn check(dumps: &str, expected: Option<(&str, usize)>) {
+        let mut pair = Pair::default();
+        let found = dumps.split(' ').enumerate().find_map(|(at, dump)| {
+            let name = dump.trim_start_matches('!');
+            Some((pair.next(name != dump, (name != "-").then(|| vec![name]))?[0], at + 1))
+        });
+        assert_eq!(found, expected, "{dumps}");
+    }
+
+    #[test]
+    fn two_equal_lists_in_a_row_count_whichever_they_are() {
+        check("a a", Some(("a", 2)));
+        // What was told before the first of the two is in both.
+        check("!a a", Some(("a", 2)));
+        check("a !a", None);
+        check("a !a a", Some(("a", 3)));
+        check("a - a", None);
+        check("- - a a", Some(("a", 4)));
+        // The second of two is the first of the next two.
+        check("a b b c c", Some(("b", 3)));
+        check("a b c !d d", Some(("d", 5)));
+        check("a b a b", None);
     }
 
     proptest! {
