@@ -162,17 +162,26 @@ pub fn delete_rest(socket: &mut Socket, rule: &Rule, ours: Ours<'_>, told: Vec<V
 }
 
 /// The rules of one family, in the order in which the kernel asks them. (`dump_rules` in net/core/fib_rules.c counts its
-/// way and never flags an interruption.)
+/// way and never flags an interruption.) A kernel without IPv6, or with `ipv6.disable=1`, has none of that family.
 pub fn list(socket: &mut Socket, family: Family) -> Result<Vec<Rule>> {
-    let mut header = [0; HEADER];
-    header[0] = family_byte(family);
-    let request = Request::new(Rtm::Getrule, 0, header.to_vec(), "list rules".into());
     let group = match family {
         Family::V4 => libc::RTNLGRP_IPV4_RULE,
         Family::V6 => libc::RTNLGRP_IPV6_RULE,
     };
-    let ours = |rule: &Rule| rule.family == family;
-    socket.dump_watched(group, &request, |message: &Message<'_>| decode(message.body).filter(ours))
+    list_of(socket, family_byte(family), group, |rule| rule.family == family)
+}
+
+/// EAFNOSUPPORT is the answer for a family that has no rules here (`fib_nl_dumprule` in net/core/fib_rules.c); addresses, routes
+/// and neighbours of such a family are empty lists already.
+fn list_of(socket: &mut Socket, family: u8, group: u32, ours: impl Fn(&Rule) -> bool) -> Result<Vec<Rule>> {
+    let mut header = [0; HEADER];
+    header[0] = family;
+    let request = Request::new(Rtm::Getrule, 0, header.to_vec(), "list rules".into());
+    let none = |error: &Error| error.find::<KernelError>().is_some_and(|error| error.errno == libc::EAFNOSUPPORT);
+    match socket.dump_watched(group, &request, |message: &Message<'_>| decode(message.body).filter(&ours)) {
+        Err(error) if none(&error) => Ok(Vec::new()),
+        outcome => outcome,
+    }
 }
 
 /// Reads the body of an RTM_NEWRULE or RTM_DELRULE message; none if it is malformed or of another family. What [`Rule`]
@@ -214,4 +223,24 @@ pub fn decode(body: &[u8]) -> Option<Rule> {
         pair => Some(pair),
     };
     Some(rule)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_family_without_rules_has_an_empty_list() {
+        // DECnet, which no kernel has any more, is asked for as IPv6 is where that is switched off.
+        const DECNET: u8 = 12;
+        let body = || {
+            crate::sys::unshare_netns().unwrap();
+            let mut socket = Socket::route().unwrap();
+            let mut list = |family| list_of(&mut socket, family, libc::RTNLGRP_IPV6_RULE, |_| true);
+            assert_eq!(list(DECNET).unwrap(), []);
+            // The socket goes on as before.
+            assert_eq!(list(family_byte(Family::V4)).unwrap().len(), 3);
+        };
+        std::thread::spawn(body).join().unwrap();
+    }
 }
