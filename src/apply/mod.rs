@@ -15,7 +15,7 @@ mod rules;
 pub use host::{Censor, HostReport};
 pub use mend::{mend, side};
 
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::model::map::Map;
 use crate::model::naming::NFT_TABLE;
 use crate::model::net::{Barrier, Family, Link, Route, Rule};
@@ -110,6 +110,16 @@ impl Host {
         // What changed during the dump has a newer generation and is read again next time.
         self.known = Some((generation, tables.clone()));
         Ok(tables)
+    }
+}
+
+/// Puts back the way to the main table where it is missing, before a start asks anybody anything: who has flushed all rules while no
+/// daemon ran has cut the node off, and nobody else would mend it. What was done, or failed, is told in the log alone.
+pub fn find_a_way(v6: bool) {
+    let host = Host::open().and_then(|mut host| host.restore_main(v6));
+    match host.context("look for the way to the main route table") {
+        Ok(steps) => steps.iter().for_each(|step| log::warn!("repair {}: {}", step.what.name(), step.text)),
+        Err(error) => log::warn!("{error}"),
     }
 }
 

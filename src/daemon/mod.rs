@@ -123,18 +123,10 @@ pub fn run_then(ready: Ready) -> u8 {
     }
 }
 
-// Who has flushed all rules while no daemon ran has cut us off from all that a start asks, and nobody else would mend it.
-fn find_a_way(settings: &Settings) {
-    let host = apply::Host::open().and_then(|mut host| host.restore_main(settings.enable_ipv6 || settings.v6_egress));
-    match host.context("look for the way to the main route table") {
-        Ok(steps) => steps.iter().for_each(|step| log::warn!("repair {}: {}", step.what.name(), step.text)),
-        Err(error) => log::warn!("{error}"),
-    }
-}
-
 // The settings to start with, told in the log.
 fn settle(tuner: &mut Tuner) -> Result<Settings> {
-    find_a_way(&tuner.known().layered.settings);
+    let settings = &tuner.known().layered.settings;
+    apply::find_a_way(settings.enable_ipv6 || settings.v6_egress);
     if tuner.is_first()
         && let Some(node) = kube::look(&tuner.known().layered.settings)
     {

@@ -2,10 +2,12 @@
 //! ends.
 //!
 //! It is the only privileged one of the pod's containers, so that what needs a writable `/proc/sys` is done here, whether
-//! the daemon looks after it later or not. It must not touch anything but the plugins' folder and these sysctls, and what
-//! holds already is not written: on a node that is as it should be it can run at any time.
+//! the daemon looks after it later or not. It must not touch anything but the plugins' folder, these sysctls and the kernel's
+//! own rule `lookup main` where it is missing, without which IMDS could not be asked; and what holds already is not
+//! written: on a node that is as it should be it can run at any time.
 
 use super::{metadata, plugins};
+use crate::apply;
 use crate::clock;
 use crate::error::{Context, Error, Result, exit};
 use crate::logging;
@@ -74,6 +76,7 @@ fn prepare(settings: &Settings) -> Result<()> {
     plugins::copy(Path::new("."), Path::new(&settings.cni_bin_path)).context("Failed to install binaries")?;
     log::info!("Copied all CNI plugin binaries to {}", settings.cni_bin_path);
 
+    apply::find_a_way(settings.enable_ipv6 || settings.v6_egress);
     log::info!("Configure rp_filter loose...");
     let primary = primary_link(settings.http_timeout_s).context("Failed to get primary IF")?;
     log::info!("Found primaryIF {primary}");

@@ -3,6 +3,8 @@
 use crate::container::{Answers, Imds, MAC, Node, add_link, hold, on_a_node, put, set};
 use crate::support::tool;
 use enibox::clock;
+use enibox::model::net::{Family, Rule, TABLE_MAIN};
+use enibox::netlink::{Socket, rule};
 use enibox::rpc::http1::{Response, Verdict};
 use enibox::sys;
 use std::fs;
@@ -24,6 +26,37 @@ fn mount(arguments: &[&str]) {
 fn read_only(path: &str) {
     mount(&["--bind", path, path]);
     mount(&["-o", "remount,bind,ro", path]);
+}
+
+// `ip rule flush` between the end of a daemon and the start of the next leaves no way to IMDS, which nobody else would mend.
+#[test]
+fn a_node_whose_rules_were_flushed_gets_its_way_back_before_imds_is_asked() {
+    fn main(family: Family) -> Rule {
+        Rule::any(family, 32766, TABLE_MAIN)
+    }
+    let check = |variables: &[(&str, &str)], families: &[Family]| {
+        on_a_node(|node| {
+            // This service could be reached without it.
+            let way = |family| rule::list(&mut Socket::route().unwrap(), family).unwrap().contains(&main(family));
+            let imds = Imds::new(Box::new(move |_| match way(Family::V4) {
+                true => Response::text(200, MAC).into(),
+                false => Response::text(404, "no way to anybody").into(),
+            }));
+            node.asks(imds.address());
+            let mut socket = Socket::route().unwrap();
+            socket.run(&[Family::V4, Family::V6].map(|family| rule::delete(&main(family)))).unwrap();
+            let ended = node.run(variables);
+            for family in [Family::V4, Family::V6] {
+                let wanted = families.contains(&family);
+                assert_eq!(way(family), wanted, "{variables:?}");
+                let of = if family == Family::V6 { "IPv6 rule" } else { "rule" };
+                let line = format!("warning: repair main-rule: add {of} 32766: from all lookup main");
+                assert_eq!(ended.good().has(&line), wanted, "{:#?}", ended.lines);
+            }
+        });
+    };
+    check(&[], &[Family::V4]);
+    check(&[("ENABLE_V6_EGRESS", "true")], &[Family::V4, Family::V6]);
 }
 
 #[test]
