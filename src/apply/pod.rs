@@ -248,12 +248,21 @@ impl Host {
     }
 
     /// The address's next owner must not get answers to this one's questions. A kernel that does not list its connections fails
-    /// no DEL, which would fail again at each repetition: the pod would never be gone (`spec/plugin.md` 13.5: optional).
+    /// no DEL, which would fail again at each repetition: the pod would never be gone (`spec/plugin.md` 13.5: optional). What may
+    /// be over by then is tried once more, on a socket that waits for no answer to the first try.
     pub(super) fn forget_connections(&mut self, address: IpAddr) {
-        let socket = super::netfilter(&mut self.netfilter, &self.namespace);
-        if let Err(error) = socket.and_then(|socket| conntrack::delete_all(socket, address)) {
+        let mut outcome = self.delete_connections(address);
+        if outcome.as_ref().is_err_and(may_pass) {
+            self.netfilter = None;
+            outcome = self.delete_connections(address);
+        }
+        if let Err(error) = outcome {
             log::warn!("connections of {address} stay until they time out: {error}");
         }
+    }
+
+    fn delete_connections(&mut self, address: IpAddr) -> Result<usize> {
+        conntrack::delete_all(super::netfilter(&mut self.netfilter, &self.namespace)?, address)
     }
 
     fn remove_veths(&mut self, veths: &[(String, String)], netns: &Namespace) -> Result<()> {
@@ -285,6 +294,13 @@ impl Host {
         let inside = side(&mut inside).with_context(|| format!("look at {}", netns.path().display()))?;
         Ok(check(pod, &host, &inside))
     }
+}
+
+/// Whether the same may succeed the next moment: answers were lost or late, a list changed, memory was short. What the kernel
+/// refuses for any other reason it refuses again.
+fn may_pass(error: &Error) -> bool {
+    let passing = [libc::EAGAIN, libc::EBUSY, libc::EINTR, libc::ENOBUFS, libc::ENOMEM];
+    error.find::<KernelError>().is_none_or(|refusal| passing.contains(&refusal.errno))
 }
 
 /// Whether a rule is a pod's `from` rule: that of `selector`, whichever table it leads to. Old versions of the original made one
@@ -361,6 +377,49 @@ pub(super) fn settled(inside: &mut Socket, own: IpAddr, ifname: &str) -> Result<
 mod tests {
     use super::*;
     use crate::model::net::Family;
+    use crate::model::nft::{self as nft_model, Base, Chain, ChainKind, Expr, Hook, Table};
+    use crate::netlink::nft;
+
+    #[test]
+    fn an_answer_that_is_lost_leaves_no_connections() {
+        let body = || {
+            crate::sys::unshare_netns().unwrap();
+            let mut host = Host::open().unwrap();
+            host.route.run(&[link::set_up(1)]).unwrap();
+            let [from, to] = [1, 2].map(|last| IpAddr::from([127, 0, 0, last]));
+            let mut socket = Socket::netfilter().unwrap();
+            nft::commit(&mut socket, &tracking()).unwrap();
+            let receiver = std::net::UdpSocket::bind((to, 0)).unwrap();
+            let sender = std::net::UdpSocket::bind((from, 0)).unwrap();
+            sender.send_to(b"hello", receiver.local_addr().unwrap()).unwrap();
+            receiver.recv(&mut [0; 8]).unwrap();
+            // Nothing reaches this one.
+            let deaf = Socket::netfilter().unwrap();
+            crate::sys::set_filter(&deaf, &[crate::sys::Instruction::end(false)]).unwrap();
+            crate::sys::set_receive_timeout(&deaf, Duration::from_millis(20)).unwrap();
+            host.netfilter = Some(deaf);
+            host.forget_connections(to);
+            assert_eq!(conntrack::delete_all(&mut socket, from).unwrap(), 0, "it was forgotten");
+        };
+        std::thread::spawn(body).join().unwrap();
+    }
+
+    /// A rule that looks at connections: without one the kernel tracks none.
+    fn tracking() -> Table {
+        let rule = nft_model::Rule { exprs: vec![Expr::CtStateNew, Expr::COUNTER], comment: None };
+        let base = Some(Base { kind: ChainKind::Filter, hook: Hook::Input, priority: 0 });
+        let chains = vec![Chain { name: "in".into(), base, rules: vec![rule] }];
+        Table { family: Family::V4, name: "track".into(), comment: None, chains }
+    }
+
+    #[test]
+    fn only_refusals_are_final() {
+        let refusal = |errno| Error::from(KernelError { errno, text: None, what: "list connections".into() });
+        for errno in [libc::EINVAL, libc::EOPNOTSUPP, libc::EPERM, libc::ENOENT] {
+            assert!(!may_pass(&refusal(errno)), "{errno}");
+        }
+        assert!(may_pass(&refusal(libc::ENOBUFS)) && may_pass(&Error::new("receive: no answer within 5 s")));
+    }
 
     #[test]
     fn a_kernel_that_lists_no_connections_fails_no_del() {
