@@ -21,16 +21,9 @@ pub(super) fn confirm(socket: &mut Socket, rules: &[Option<&Rule>], outcomes: &m
     }
     let there = all(socket)?;
     doubtful.retain(|(rule, _)| !there.contains(rule));
-    for (rule, outcome) in &mut doubtful {
-        if let Err(error) = outcome
-            && !there.iter().any(|other| rule::matches(rule, other))
-        {
-            // Nor is any in its way: one more with each look would be added.
-            error.errno = libc::EAGAIN;
-            error.text = Some("the kernel has it and does not show it".into());
-        }
-    }
-    doubtful.retain(|(_, outcome)| exists(outcome));
+    let hindered = |rule: &Rule| there.iter().any(|other| rule::matches(rule, other));
+    let (doubtful, free) = doubtful.into_iter().partition::<Vec<_>, _>(|(rule, _)| hindered(rule));
+    add_again(socket, free)?;
     if doubtful.is_empty() {
         return Ok(());
     }
@@ -45,6 +38,22 @@ pub(super) fn confirm(socket: &mut Socket, rules: &[Option<&Rule>], outcomes: &m
             }
             other => other,
         };
+    }
+    Ok(())
+}
+
+/// What was in the way of these has gone since, with a sweep, say, or a late DEL.
+fn add_again(socket: &mut Socket, rules: Vec<(&Rule, &mut Outcome)>) -> Result<()> {
+    let requests = rules.iter().map(|(rule, _)| rule::add(rule)).collect::<Vec<_>>();
+    for ((_, outcome), answer) in rules.into_iter().zip(socket.batch(&requests)?) {
+        *outcome = answer;
+        if let Err(error) = outcome
+            && error.exists()
+        {
+            // Beside one that is not seen, one more with each look would be added.
+            error.errno = libc::EAGAIN;
+            error.text = Some("the kernel has it and does not show it".into());
+        }
     }
     Ok(())
 }
@@ -165,6 +174,25 @@ mod tests {
             _ => panic!("{found:?} instead of {expected:?}"),
         }
         assert_eq!(list.iter().collect::<Vec<_>>(), left);
+    }
+
+    #[test]
+    fn a_rule_whose_double_has_gone_meanwhile_is_added() {
+        let body = || {
+            crate::sys::unshare_netns().unwrap();
+            let mut socket = Socket::route().unwrap();
+            let ours = rule("10.20.12.60/32", 1536, 3);
+            // What the kernel said while there was another.
+            let refused = || Err(KernelError { errno: libc::EEXIST, text: None, what: "add".into() });
+            for round in 0..2 {
+                let mut outcomes = [refused()];
+                confirm(&mut socket, &[Some(&ours)], &mut outcomes).unwrap();
+                assert_eq!(outcomes, [if round == 0 { Ok(Vec::new()) } else { refused() }]);
+                let there = all(&mut socket).unwrap();
+                assert_eq!(there.iter().filter(|other| **other == ours).count(), 1);
+            }
+        };
+        std::thread::spawn(body).join().unwrap();
     }
 
     #[test]
