@@ -110,10 +110,7 @@ pub(super) fn run(inbox: &Inbox, events: &SyncSender<Event>, metrics: &Metrics) 
             keeper.look(clock::now().mono);
             metrics.pulse.done(Lane::Kernel);
         }
-        for (what, text) in keeper.news.drain(..) {
-            // Best effort: a core with a full queue has other things to do.
-            events.try_send(Event::Repaired(what.name(), text)).ok();
-        }
+        keeper.pass_on(clock::now().mono, events);
     }
 }
 
@@ -142,8 +139,8 @@ struct Keeper<'a> {
     former: former::Watch,
     /// When a repair of this kind was last told to the core.
     told: Map<What, Mono>,
-    /// Repairs that the core is to be told of.
-    news: Vec<(What, String)>,
+    /// Repairs that the core is to be told of, one of each kind.
+    news: Map<What, String>,
 }
 
 impl<'a> Keeper<'a> {
@@ -168,7 +165,7 @@ impl<'a> Keeper<'a> {
             warnings: Set::new(),
             former: former::Watch::default(),
             told: Map::new(),
-            news: Vec::new(),
+            news: Map::new(),
         })
     }
 
@@ -345,8 +342,7 @@ impl<'a> Keeper<'a> {
             if repair {
                 self.metrics.repaired(step.what, &step.text);
                 if self.told.get(&step.what).is_none_or(|at| now.since(*at) >= TELL_EVERY) {
-                    self.told.insert(step.what, now);
-                    self.news.push((step.what, step.text.clone()));
+                    self.news.entry(step.what).or_insert_with(|| step.text.clone());
                 }
             }
             match number {
@@ -356,6 +352,18 @@ impl<'a> Keeper<'a> {
                 _ => {}
             }
         }
+    }
+
+    /// Tells the core of repairs. One with a full queue has other things to do: it is told when it has room.
+    fn pass_on(&mut self, now: Mono, events: &SyncSender<Event>) {
+        let told = &mut self.told;
+        self.news.retain(|what, text| {
+            let sent = events.try_send(Event::Repaired(what.name(), text.clone())).is_ok();
+            if sent {
+                told.insert(*what, now);
+            }
+            !sent
+        });
     }
 
     fn warn(&mut self, error: &Error) {

@@ -132,6 +132,42 @@ fn what_the_kernel_refuses_is_not_fought_over() {
     std::thread::spawn(body).join().unwrap();
 }
 
+#[test]
+fn a_core_without_room_is_told_of_a_repair_later() {
+    let body = || {
+        crate::sys::unshare_netns().unwrap();
+        let metrics = Metrics::new();
+        let mut keeper = Keeper::open(&metrics).unwrap();
+        let (sender, events) = sync_channel(1);
+        let at = |seconds: u64| Mono::from_nanos(seconds * 1_000_000_000);
+        let mend = |keeper: &mut Keeper<'_>, seconds: u64, number: u32| {
+            let text = format!("add rule {number}");
+            let action = Action::AddRule(Rule::any(Family::V4, 512, 254));
+            let step = Step { what: What::ToPodRule, eni: None, action, text: text.clone() };
+            let report = HostReport { steps: vec![step], ..HostReport::default() };
+            keeper.tell(at(seconds), &report, &[text].into_iter().gather());
+            keeper.pass_on(at(seconds), &sender);
+        };
+        let told = |event| match event {
+            Ok(Event::Repaired(_, text)) => text,
+            other => panic!("{other:?}"),
+        };
+        sender.send(Event::Seen(Err("something else".into()))).unwrap();
+        mend(&mut keeper, 1000, 1);
+        // The same again: one of a kind is enough.
+        mend(&mut keeper, 1001, 2);
+        events.try_recv().unwrap();
+        keeper.pass_on(at(1002), &sender);
+        assert_eq!(told(events.try_recv()), "add rule 1");
+        keeper.pass_on(at(1003), &sender);
+        mend(&mut keeper, 1002 + TELL_EVERY.as_secs() - 1, 3);
+        assert!(events.try_recv().is_err(), "the core has heard of such a one");
+        mend(&mut keeper, 1002 + TELL_EVERY.as_secs(), 4);
+        assert_eq!(told(events.try_recv()), "add rule 4");
+    };
+    std::thread::spawn(body).join().unwrap();
+}
+
 const POD: &str = "10.20.13.70";
 
 /// A pod on VLAN 7.
