@@ -238,10 +238,8 @@ impl Host {
                         None => Err(error),
                     }
                 }
-                // Kernels before 6.2 rename nothing that is up. What goes with it the next look finds.
-                (Err(error), Action::Rename(index, _)) if error.errno == libc::EBUSY => {
-                    let requests = [link::set_down(*index), request.clone(), link::set_up(*index)];
-                    self.route.batch(&requests)?.into_iter().nth(1).unwrap_or(Err(error))
+                (Err(error), Action::Rename(index, name)) if error.errno == libc::EBUSY => {
+                    self.rename_down(*index, name, error)?
                 }
                 (outcome, _) => outcome,
             };
@@ -261,6 +259,17 @@ impl Host {
             Ok(_) => Ok(self.route.batch(std::slice::from_ref(request))?.pop().unwrap_or(Err(error))),
             Err(_) => Ok(Err(error)),
         }
+    }
+
+    /// Kernels before 6.2 rename nothing that is up (EBUSY), and look at the name only when the link is down. What goes with it the
+    /// next look finds. A link may have the name as its alternative one, which no list of links shows: then nobody is cut off for
+    /// nothing.
+    fn rename_down(&mut self, index: u32, name: &str, busy: KernelError) -> Result<Outcome> {
+        if link::by_name(&mut self.route, name)?.is_some() {
+            return Ok(Err(KernelError { errno: libc::EEXIST, ..busy }));
+        }
+        let requests = [link::set_down(index), link::rename(index, name), link::set_up(index)];
+        Ok(self.route.batch(&requests)?.into_iter().nth(1).unwrap_or(Err(busy)))
     }
 
     fn is_stuck(&self, wanted: &[Table]) -> bool {
@@ -374,6 +383,46 @@ fn tolerable(step: &Step, error: &KernelError) -> bool {
 mod tests {
     use super::*;
     use crate::model::nft::{Chain, Expr, Rule};
+    use crate::netlink::attr::Writer;
+
+    /// `ip link property add dev if<index> altname <name>`: RTM_NEWLINKPROP, IFLA_PROP_LIST, IFLA_ALT_IFNAME.
+    fn alternative_name(index: u32, name: &str) -> Request {
+        let mut header = [0; 16]; // struct ifinfomsg
+        header[4..8].copy_from_slice(&index.to_ne_bytes());
+        let mut writer = Writer::new(&header);
+        writer.nest_flagged(52u16, |writer| writer.text(53u16, name));
+        Request::new(108u16, 0x600, writer.finish(), "add an alternative name".into()) // NLM_F_CREATE | NLM_F_EXCL
+    }
+
+    #[test]
+    fn a_link_is_not_taken_down_for_a_name_that_is_taken() {
+        let body = || {
+            crate::sys::unshare_netns().unwrap();
+            let mut host = Host::open().unwrap();
+            let end = |name| link::End { name, mac: None, netns: None };
+            let veth = link::Veth { end: end("odd0"), peer: end("other"), mtu: 0, up: true };
+            host.route.run(&[link::create_veth(&veth), alternative_name(1, "eni1")]).unwrap();
+            let index = link::by_name(&mut host.route, "odd0").unwrap().unwrap().index;
+            // Goes when the link goes down.
+            let (table, dst) = (300, "10.20.12.60/32".parse().unwrap());
+            let scope = crate::model::net::Scope::Link;
+            let way = Route { table, dst, gateway: None, dev: index, scope, prefsrc: None, metric: 0 };
+            host.route.run(&[route::add(&way)]).unwrap();
+            let ways = |host: &mut Host| route::list(&mut host.route, Family::V4, Some(table)).unwrap();
+            // As a kernel answers that looks at the name last.
+            let busy = || KernelError { errno: libc::EBUSY, text: None, what: "rename".into() };
+            for taken in ["eni1", "other"] {
+                let refused = host.rename_down(index, taken, busy()).unwrap().unwrap_err();
+                assert!(refused.exists(), "{taken}: {refused}");
+                assert_eq!(ways(&mut host), [way], "{taken}: nothing was touched");
+            }
+            host.rename_down(index, "eni2", busy()).unwrap().unwrap();
+            assert_eq!(ways(&mut host), []);
+            let link = link::by_index(&mut host.route, index).unwrap().unwrap();
+            assert!(link.name == "eni2" && link.up, "{link:?}");
+        };
+        std::thread::spawn(body).join().unwrap();
+    }
 
     #[test]
     fn tables_that_read_back_differently_are_left_for_a_while() {

@@ -649,4 +649,18 @@ fn a_renamed_veth_gets_its_name_and_its_routes_back() {
     let report = host.host(&wanted).unwrap();
     well(&report);
     assert_eq!(link::by_index(&mut socket, index).unwrap().unwrap().name, "odd0");
+    // As its alternative one, which no list of links shows: the pod is not cut off for a name that it cannot get.
+    socket.run(&[link::delete_by_name(name)]).unwrap();
+    let lends =
+        |verb| world.node.run(|| support::tool("ip", &["link", "property", verb, "dev", "eth0", "altname", name]));
+    if lends("add").is_none() {
+        return;
+    }
+    well(&host.host(&wanted).unwrap());
+    let report = host.host(&wanted).unwrap();
+    well(&report);
+    assert_eq!(texts(&report), [""; 0], "nothing had to be put back");
+    lends("del").unwrap();
+    well(&host.host(&wanted).unwrap());
+    assert_eq!(link::by_index(&mut socket, index).unwrap().unwrap().name, name);
 }
