@@ -61,6 +61,8 @@ struct Port {
 #[derive(Debug)]
 pub struct Topology {
     router: Place,
+    /// This kernel has IPv6.
+    v6: bool,
     socket: Socket,
     gateways: Set<Ipv4Addr>,
     ports: Map<EniId, Port>,
@@ -91,7 +93,8 @@ impl Topology {
         let socket = router.socket()?;
         let (gateways, ports) = (Set::new(), Map::new());
         let (nodes, hosts) = (Map::new(), Map::new());
-        let mut topology = Topology { router, socket, gateways, ports, nodes, hosts, run };
+        let v6 = router.has_v6()?;
+        let mut topology = Topology { router, v6, socket, gateways, ports, nodes, hosts, run };
         for service in [IMDS, EC2, KUBE] {
             topology.answer_for(service)?;
         }
@@ -129,16 +132,15 @@ impl Topology {
         let port = format!("h-{name}").chars().take(15).collect::<String>();
         let index = self.plug(&port, "eth0", None, &host)?;
         let (target, target_v6) = (IpNet::from(IpAddr::V4(address)), IpNet::from(IpAddr::V6(address_v6)));
-        let requests = [
-            link::set_up(index),
-            route::add(&direct(target, index)),
-            addr::add(&gateway_on(index)),
-            route::add(&direct(target_v6, index)),
-        ];
-        self.socket.run(&requests).with_context(what)?;
-        host.sysctls(&[("net/ipv6/conf/eth0/accept_dad", "0")])?;
+        self.socket.run(&[link::set_up(index), route::add(&direct(target, index))]).with_context(what)?;
         host.configure("eth0", target, None).with_context(what)?;
-        host.configure("eth0", target_v6, Some(GATEWAY_V6.into())).with_context(what)?;
+        if self.v6 {
+            self.socket
+                .run(&[addr::add(&gateway_on(index)), route::add(&direct(target_v6, index))])
+                .with_context(what)?;
+            host.sysctls(&[("net/ipv6/conf/eth0/accept_dad", "0")])?;
+            host.configure("eth0", target_v6, Some(GATEWAY_V6.into())).with_context(what)?;
+        }
         self.hosts.insert(name.to_owned(), host);
         Ok(())
     }
@@ -226,7 +228,8 @@ impl Topology {
             self.attach(wire)?;
         }
         let Some(port) = self.ports.get_mut(&wire.eni) else { return Ok(()) };
-        let missing = wire.assigned.iter().filter(|net| !port.routed.contains(net)).copied().collect::<Vec<_>>();
+        let wanted = wire.assigned.iter().filter(|net| self.v6 || net.addr().is_ipv4());
+        let missing = wanted.filter(|net| !port.routed.contains(net)).copied().collect::<Vec<_>>();
         let requests = missing.iter().map(|net| route::add(&via(*net, port))).collect::<Vec<_>>();
         self.socket.run(&requests)?;
         port.routed.extend(missing);
@@ -260,7 +263,9 @@ impl Topology {
             // What DHCP does on an instance; all others are left to the daemon.
             let address = IpNet::V4(Ipv4Net::new(wire.own, wire.subnet.prefix_len())?);
             node.place.configure(&inner, address, Some(gateway.into()))?;
-            lead_v6(wire, node, &inner)?;
+            if self.v6 {
+                lead_v6(wire, node, &inner)?;
+            }
         }
         Ok(Port::of(wire, name, index, inner))
     }
@@ -283,9 +288,12 @@ impl Topology {
             link::set_up(index),
             route::add(&direct(IpNet::from(IpAddr::V4(wire.own)), index)),
             neigh::replace(&neighbour(wire.own.into())),
-            addr::add(&gateway_on(index)),
-            neigh::replace(&neighbour(wire.mac.link_local().into())),
-        ])
+        ])?;
+        if !self.v6 {
+            return Ok(());
+        }
+        let own = neighbour(wire.mac.link_local().into());
+        self.socket.run(&[addr::add(&gateway_on(index)), neigh::replace(&own)])
     }
 
     /// Whether this kernel has the VLAN links that branch ENIs need.

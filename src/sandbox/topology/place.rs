@@ -92,6 +92,11 @@ impl Place {
         self.net.run(set)?.with_context(|| format!("in {}", self.name))
     }
 
+    /// Whether this kernel has IPv6; with `ipv6.disable=1` it has not.
+    pub fn has_v6(&self) -> Result<bool> {
+        self.net.run(|| sysctl::read("net/ipv6/conf/all/disable_ipv6").is_ok()).with_context(|| self.name.clone())
+    }
+
     /// Gives a link that is there an address, sets it up, and makes it the default route (through `gateway`, or to
     /// everything as if it were on the link).
     pub fn configure(&self, name: &str, address: IpNet, gateway: Option<IpAddr>) -> Result<()> {
