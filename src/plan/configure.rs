@@ -2,12 +2,12 @@
 //! the planner, so that what is simulated is what will run.
 
 use super::core::{Config, Tunables};
-use super::egress::lives;
+use super::egress::is_host_end;
 use super::host::{Egress, Intent};
 use super::sizing::Targets;
 use crate::model::imds::Identity;
 use crate::model::limits::{self, Limits};
-use crate::model::net::{Family, Link};
+use crate::model::net::Link;
 use crate::model::order::Gather as _;
 use crate::model::settings::{Mode, Settings, Valid};
 use ipnet::IpNet;
@@ -90,9 +90,10 @@ pub fn tunables(settings: &Settings, identity: &Identity) -> Tunables {
 }
 
 /// Whether the node's IPv6 address is to be known: for IPv6 pods, and for the way out over IPv6, which pods from before keep when it
-/// is switched off. `links` are the node's.
+/// is switched off. `links` are the node's. What an earlier version has made tells by its name alone that it may be such a way: one
+/// too many costs a question.
 pub fn needs_v6(settings: &Settings, links: &[Link]) -> bool {
-    settings.enable_ipv6 || settings.v6_egress || lives(Family::V6, links)
+    settings.enable_ipv6 || settings.v6_egress || links.iter().any(is_host_end)
 }
 
 /// The way out of the other family. Switched off, it is kept for pods from before, as the original's chains for single pods are.
@@ -116,6 +117,22 @@ fn size(n: u32) -> usize {
 mod tests {
     use super::*;
     use crate::model::net::Mac;
+
+    #[test]
+    fn the_ipv6_address_is_asked_for_where_a_pod_may_use_it() {
+        let check = |pairs: &[(&str, &str)], name: &str, kind: Option<&str>, expected: bool| {
+            let lookup = |name: &str| pairs.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
+            let link = Link { name: name.into(), kind: kind.map(str::to_owned), ..Link::default() };
+            assert_eq!(needs_v6(&Settings::parse(lookup).0, &[link]), expected, "{pairs:?} {name}");
+        };
+        let off = [("ENABLE_V6_EGRESS", "false")];
+        check(&off, "eth0", None, false);
+        check(&off, "eni0123456789a", Some("veth"), false);
+        check(&[("ENABLE_V6_EGRESS", "true")], "eth0", None, true);
+        check(&[("ENABLE_IPv6", "true")], "eth0", None, true);
+        check(&off, "veth000000a1", Some("veth"), true); // of a version that noted nothing on it
+        check(&off, "veth000000a1", None, false);
+    }
 
     #[test]
     fn the_other_family_has_its_way_out() {

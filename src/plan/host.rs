@@ -448,7 +448,8 @@ pub(super) fn forwarding(v6: bool, egress: Egress, family: Family) -> Option<&'s
 /// the rule set cannot be made.
 pub fn diff(intent: &Intent, seen: &Observation) -> Result<Plan> {
     let primary = link_of(&seen.links, intent.primary_mac).ok_or_else(|| missing(intent.primary_mac, &seen.links))?;
-    let tables = ruleset::tables(intent, &primary.name, &seen.links)?;
+    let links = egress::told(seen);
+    let tables = ruleset::tables(intent, &primary.name, &links)?;
     let mut planner = Planner::new(intent, seen);
     if primary.mtu != intent.eni_mtu {
         planner.add(
@@ -458,7 +459,7 @@ pub fn diff(intent: &Intent, seen: &Observation) -> Result<Plan> {
             format!("set mtu {} on {}", intent.eni_mtu, primary.name),
         );
     }
-    for (path, value) in sysctls(intent, &primary.name, &seen.links) {
+    for (path, value) in sysctls(intent, &primary.name, &links) {
         if let Some(there) = seen.sysctls.get(&path).filter(|there| *there != value) {
             let text = format!("set sysctl {path} to {value} instead of {there}");
             planner.add(What::Sysctl, None, Action::SetSysctl(path, value.into()), text);

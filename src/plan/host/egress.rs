@@ -14,6 +14,7 @@ use crate::model::order::Gather as _;
 use crate::model::time::Mono;
 use crate::plan::egress::{GATEWAY_V6, HostEnd, is_host_end, number_of, range};
 use ipnet::IpNet;
+use std::borrow::Cow;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -156,6 +157,20 @@ fn end_of(action: &Action) -> Option<u32> {
     }
 }
 
+/// The links, as if on every host end stood what it was made with: whether pods still use the way out must not hang on when that is
+/// noted, as an earlier version noted nothing.
+pub(super) fn told(seen: &Observation) -> Cow<'_, [Link]> {
+    let bare = |link: &Link| link.alias.is_empty() && is_host_end(link);
+    if !seen.links.iter().any(bare) {
+        return Cow::Borrowed(&seen.links);
+    }
+    let (ways, mut links) = (ways(seen), seen.links.clone());
+    for link in links.iter_mut().filter(|link| bare(link)) {
+        link.alias = guess(link, seen, &ways).map(|end| end.alias()).unwrap_or_default();
+    }
+    Cow::Owned(links)
+}
+
 /// The links that the routes to pods' addresses lead over.
 fn ways(seen: &Observation) -> Devs {
     let mut ways = Devs::new();
@@ -194,7 +209,8 @@ fn guess(link: &Link, seen: &Observation, ways: &Devs) -> Option<HostEnd> {
 mod tests {
     use super::*;
     use crate::model::net::{Address, Barrier, Mac, Rule};
-    use crate::plan::host::Intent;
+    use crate::plan::host::{Egress, Intent, diff};
+    use crate::plan::ruleset;
 
     const OURS: HostEnd = HostEnd {
         mac: Mac([2, 0, 0, 0, 0, 9]),
@@ -424,6 +440,25 @@ mod tests {
         // It went meanwhile: the number is another link's.
         assert_eq!(look(&mut fresh, 7100, &Observation::default()), (0, None));
         assert_eq!(look(&mut fresh, 7200, &begun), (0, Some(at(7500))));
+    }
+
+    #[test]
+    fn a_way_out_that_ends_is_kept_for_a_pod_of_an_earlier_release_from_the_first_look_on() {
+        let mac = PRIMARY.unwrap();
+        let own = "2001:db8::5".parse().unwrap();
+        let intent = Intent { primary_mac: mac, egress: Egress::Ending(own), external_snat: true, ..Intent::default() };
+        let mut seen = wired(&six());
+        seen.links[0].mac = Some(mac);
+        seen.links[1].alias.clear();
+        seen.tables =
+            ruleset::tables(&Intent { egress: Egress::Snat(own), ..intent.clone() }, "eth0", &seen.links).unwrap();
+        let sets = |seen: &Observation| {
+            diff(&intent, seen).unwrap().steps.iter().any(|step| matches!(step.action, Action::SetTables(_)))
+        };
+        assert!(!sets(&seen), "the rules that translate for it stay");
+        // A veth of somebody else's, as the plugin `bridge` names them, keeps nothing.
+        seen.routes.clear();
+        assert!(sets(&seen));
     }
 
     #[test]
