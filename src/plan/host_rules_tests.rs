@@ -102,6 +102,16 @@ fn the_kernels_own_way_to_main_is_put_back() {
     }
 }
 
+/// The rule, and a way out over this link in its table.
+fn over(dev: u32, rule: Rule) -> impl Fn(&mut Observation) {
+    move |seen| {
+        if !matches!(rule.table, 2 | TABLE_MAIN) {
+            seen.routes.push(route(rule.table, "0.0.0.0/0", Some("10.20.12.1"), dev));
+        }
+        seen.rules.push(rule.clone());
+    }
+}
+
 #[test]
 fn what_an_address_had_before_its_pod_goes() {
     let (first, second) = (net("10.20.11.50/32"), net("10.20.12.60/32"));
@@ -109,10 +119,14 @@ fn what_an_address_had_before_its_pod_goes() {
     for priority in [1537, 10_001, 32_764] {
         for (pod, table) in [(first, 10_002), (first, 2), (second, 3), (second, 10_002)] {
             let rule = Rule::from(pod, priority, table);
-            check(with(rule.clone()), &[&format!("delete rule {rule}")]);
+            check(over(4, rule.clone()), &[&format!("delete rule {rule}")]);
         }
     }
     let rule = Rule::from(first, 20_000, 10_002);
+    // To where a VPN's link leads, or none yet, or the pod's own ENI.
+    check(over(9, Rule { table: 51_820, ..rule.clone() }), &[]);
+    check(with(Rule { table: 51_820, ..rule.clone() }), &[]);
+    check(over(3, rule.clone()), &[]);
     for other in [
         Rule { priority: 1535, ..rule.clone() }, // somebody's who wants it before ours
         Rule { table: 77_777, src: Some(net("10.20.11.0/24")), ..rule.clone() },
@@ -125,7 +139,7 @@ fn what_an_address_had_before_its_pod_goes() {
         Rule { foreign: true, ..rule.clone() },
         Rule::from(second, 20_000, 2), // where it goes anyway
     ] {
-        check(with(other), &[]);
+        check(over(4, other), &[]);
     }
     // That for an ENI's own address is the ENIs' to say.
     check(with(Rule::from(first, 32765, 10_002)), &["delete rule 32765: from 10.20.11.50 lookup 10002"]);
@@ -136,6 +150,22 @@ fn what_an_address_had_before_its_pod_goes() {
     seen.rules.iter_mut().filter(|rule| rule.priority == 1536).for_each(|rule| rule.table = 10_102);
     seen.rules.push(Rule::from(second, 10_001, 10_102));
     assert!(diff(&wanted, &seen).unwrap().steps.is_empty());
-    seen.rules.push(Rule::from(second, 10_001, 10_002));
+    over(4, Rule::from(second, 10_001, 10_002))(&mut seen);
     assert_eq!(texts(&diff(&wanted, &seen).unwrap()), ["delete rule 10001: from 10.20.12.60 lookup 10002"]);
+}
+
+#[test]
+fn an_address_that_somebody_else_runs_by_now_loses_only_what_a_pod_has_left() {
+    let address = net("10.20.12.9/32");
+    let [to, from] = [Rule::to(address, 512, TABLE_MAIN), Rule::from(address, 1536, 2)];
+    let theirs = [Rule::from(address, 1000, 10_002), Rule::from(address, 20_000, 2)];
+    let wanted = Intent { gone: vec![ip("10.20.12.9")], ..intent() };
+    let mut seen = right();
+    seen.rules.extend([to.clone(), from.clone()].into_iter().chain(theirs.clone()));
+    let delete = |rules: &[&Rule]| rules.iter().map(|rule| format!("delete rule {rule}")).collect::<Vec<_>>();
+    assert_eq!(texts(&diff(&wanted, &seen).unwrap()), delete(&[&to, &from, &theirs[0], &theirs[1]]), "nobody's");
+    // On the link of an ENI that is not managed, with whatever length.
+    seen.links.push(link(5, "eth2", mac(5)));
+    seen.addresses.push(Address { dev: 5, addr: net("10.20.12.9/20"), no_prefix_route: false, no_dad: false });
+    assert_eq!(texts(&diff(&wanted, &seen).unwrap()), delete(&[&to, &from]));
 }

@@ -146,7 +146,11 @@ fn picture(stage: &Stage) -> Picture {
     let seen = stage.node.place.net.run(look).unwrap().unwrap();
     let v4 = |address: IpAddr| address.is_ipv4();
     let rules = seen.rules.iter().filter(|rule| rule.family == Family::V4).map(|rule| format!("rule {rule:?}"));
-    let routes = seen.routes.iter().filter(|route| v4(route.dst.addr())).map(|route| format!("route {route:?}"));
+    let routes = seen
+        .routes
+        .iter()
+        .filter(|route| v4(route.dst.addr()) && route.table != FORMER)
+        .map(|route| format!("route {route:?}"));
     let barriers = seen.barriers.iter().filter(|barrier| v4(barrier.dst.addr())).map(|barrier| format!("{barrier:?}"));
     let addresses = seen.addresses.iter().filter(|address| v4(address.addr.addr()));
     let fixed =
@@ -274,7 +278,14 @@ fn faults(pods: &[Subject], eni: &str, own: &str) -> Vec<(&'static str, &'static
         ("rule 1536 deleted", "from-pod-rule", one(format!("rule del pref 1536 from {address}"))),
         ("rule 1536 to another table", "from-pod-rule", one(format!("rule add pref 1536 from {address} lookup 77"))),
         ("former owner's rule, primary", "from-pod-rule", one(format!("rule add pref 32764 from {first} lookup 2"))),
-        ("former owner's rule", "from-pod-rule", one(format!("rule add pref 10001 from {address} lookup 10002"))),
+        (
+            "former owner's rule",
+            "from-pod-rule",
+            vec![
+                format!("route replace default dev {eni} table {FORMER}"),
+                format!("rule add pref 10001 from {address} lookup {FORMER}"),
+            ],
+        ),
         ("rule 0 of the local table deleted", "local-rule", one("rule del pref 0".into())),
         ("rule 32766 of main deleted", "main-rule", one("rule del pref 32766".into())),
         ("all rules flushed", "main-rule", flush),
@@ -326,6 +337,9 @@ fn faults(pods: &[Subject], eni: &str, own: &str) -> Vec<(&'static str, &'static
         ("rp_filter", "sysctl", one("sysctl net/ipv4/conf/eth0/rp_filter 1".into())),
     ]
 }
+
+/// A table of the number that `amazon-ec2-net-utils` gives an ENI's. No repair has to restore what stands in it.
+const FORMER: u32 = 10_002;
 
 /// Faults that do not touch the flows that are watched.
 const QUIET: [&str; 12] = [

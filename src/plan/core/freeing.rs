@@ -12,6 +12,7 @@ use crate::plan::backoff::Backoff;
 use crate::plan::pool::Eni;
 use crate::plan::sizing::{ENI_AGE_MIN, Sizing};
 use ipnet::IpNet;
+use std::net::IpAddr;
 use std::time::Duration;
 
 /// Between two passes that give addresses back (`spec/ipamd.md` 6.1).
@@ -32,6 +33,8 @@ const AGAIN_LATER: Duration = Duration::from_mins(10);
 #[derive(Debug)]
 pub(super) struct Free {
     pub(super) attachment: Option<AttachmentId>,
+    // Its own address, where this run has set it up on the host.
+    own: Option<IpAddr>,
     stage: Stage,
     tries: u32,
     seen: Seen,
@@ -75,7 +78,7 @@ enum Stage {
 impl Free {
     /// One that was begun before, by a former run or as the end of a creation.
     pub(super) fn resumed(attachment: Option<AttachmentId>) -> Free {
-        Free { attachment, stage: Stage::Pause(Mono::default()), tries: 0, seen: Seen::Nothing }
+        Free { attachment, own: None, stage: Stage::Pause(Mono::default()), tries: 0, seen: Seen::Nothing }
     }
 }
 
@@ -253,15 +256,12 @@ impl Core {
             return;
         }
         self.log(Level::Info, format!("eni {id}: give it back"));
-        // Rules for its own address would lead the next one that has it astray.
         let own = self.wanted.remove(id).and_then(|eni| self.own_address(&eni));
-        self.gone.extend(own);
         self.ready.remove(id);
         self.host_dirty = true;
         let attachment = self.facts.get(id).map(|facts| facts.attachment.clone());
-        let generation = self.changed();
-        self.freeing
-            .insert(id.clone(), Free { attachment, stage: Stage::Journal(generation), tries: 0, seen: Seen::Nothing });
+        let stage = Stage::Journal(self.changed());
+        self.freeing.insert(id.clone(), Free { attachment, own, stage, tries: 0, seen: Seen::Nothing });
         self.acted();
     }
 
@@ -393,7 +393,13 @@ impl Core {
 
     fn freed(&mut self, id: &EniId) {
         self.log(Level::Info, format!("eni {id}: gone"));
-        self.freeing.remove(id);
+        let own = self.freeing.remove(id).and_then(|free| free.own);
+        // Rules for its own address would lead the next one that has it astray. As long as the link was there the address
+        // sat on it, and what others have made for it was theirs (`spec/dataplane.md` 8.4).
+        if let Some(own) = own.filter(|own| !self.pool.allocations().any(|held| held.address == *own)) {
+            self.gone.insert(own);
+            self.host_dirty = true;
+        }
         self.devices.remove(id);
         self.facts.remove(id);
         self.attached.remove(id);

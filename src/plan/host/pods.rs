@@ -1,13 +1,14 @@
 //! Entries of pods in shared tables, which the plugin makes and the daemon watches (`spec/dataplane.md` 9).
 
 use super::planner::Planner;
-use super::{Action, HostPod, Intent, Observation, What, single};
+use super::{Action, HostPod, Intent, Observation, What, link_of, single};
 use crate::model::map::{Map, Set};
 use crate::model::naming::{self, priority};
 use crate::model::net::{Link, Mac, Route, Rule, TABLE_MAIN};
 use crate::model::order::Gather as _;
 use crate::plan::branch::link_route;
 use ipnet::IpNet;
+use std::cell::LazyCell;
 use std::net::IpAddr;
 
 impl Planner<'_> {
@@ -15,7 +16,7 @@ impl Planner<'_> {
     /// the middle of an ADD, which makes them itself, or of a DEL, after which they would be left over.
     pub(super) fn pods(&mut self, branches: &[HostPod]) {
         let (intent, seen) = (self.intent, self.seen);
-        let (index, veths) = (PodEntries::new(seen), veths_of(intent, &seen.links));
+        let (index, veths) = (PodEntries::new(intent, seen), veths_of(intent, &seen.links));
         for pod in &intent.branches {
             if let Some(link) = veths.get(pod.veth.as_str()) {
                 self.pod_name(link, &pod.veth);
@@ -115,17 +116,19 @@ impl Planner<'_> {
     }
 
     /// Nobody has these addresses: entries of pods go, and whatever else sends from them to the table of an ENI, at any priority
-    /// (`spec/dataplane.md` 8.4).
+    /// (`spec/dataplane.md` 8.4). One that sits on a link belongs to an ENI that somebody else runs, and so does all but what has
+    /// the shape of ours.
     pub(super) fn gone(&mut self) {
         let pods = self.intent.pods.iter().map(|pod| pod.address);
         let enis = self.intent.enis.iter().map(|eni| eni.own.addr()).chain([self.intent.node_ip]);
         let alive = pods.chain(self.intent.branches.iter().map(|pod| pod.address)).chain(enis).gather::<Set<_>>();
         let gone = self.intent.gone.iter().filter(|address| !alive.contains(address)).copied().gather::<Set<_>>();
+        let here = self.seen.addresses.iter().map(|address| address.addr.addr()).gather::<Set<_>>();
         self.drop_rules(What::GonePod, |rule| {
             let to = rule.dst.filter(|dst| *rule == Rule::to(*dst, priority::TO_POD, TABLE_MAIN)).and_then(single);
             let to_eni = naming::in_eni_ranges(rule.table) && rule.priority != priority::FROM_ENI; // that is for the ENIs to say
             let plain = |source: &IpNet| to_eni && *rule == Rule::from(*source, rule.priority, rule.table);
-            let from = || rule.src.filter(plain).and_then(single);
+            let from = || rule.src.filter(plain).and_then(single).filter(|address| !here.contains(address));
             to.or_else(|| source(rule)).or_else(from).is_some_and(|address| gone.contains(&address))
         });
     }
@@ -186,12 +189,21 @@ pub(in crate::plan) fn veths_of<'a>(intent: &'a Intent, links: &'a [Link]) -> Ma
     found.into_iter().filter_map(|(digits, (count, link))| Some((digits, link.filter(|_| count == 1)?))).gather()
 }
 
-/// The address whose packets a rule of somebody else's behind those of pods sends to the table of an ENI: what an address had before a
-/// pod got it (`spec/dataplane.md` 9.4). Those for ENIs' own addresses are looked at by themselves.
+/// The address whose packets a rule of somebody else's behind those of pods sends to a table that may be an ENI's: what an address had
+/// before a pod got it (`spec/dataplane.md` 9.4). Those for ENIs' own addresses are looked at by themselves.
 pub(in crate::plan) fn diverted(rule: &Rule) -> Option<IpAddr> {
     let plain = |source: &IpNet| *rule == Rule::from(*source, rule.priority, rule.table);
     let behind = rule.priority > priority::FROM_POD && rule.priority != priority::FROM_ENI;
     rule.src.filter(|source| behind && naming::in_eni_ranges(rule.table) && plain(source)).and_then(single)
+}
+
+/// The tables of the secondary ENIs, and those in which somebody else has routes over them. A table of such a number that leads
+/// elsewhere, or nowhere, is an operator's or a VPN's (`spec/dataplane.md` 29).
+fn eni_tables(intent: &Intent, seen: &Observation) -> Set<u32> {
+    let links = intent.enis.iter().filter_map(|eni| link_of(&seen.links, eni.mac));
+    let links = links.map(|link| link.index).gather::<Set<_>>();
+    let led = seen.routes.iter().filter(|route| links.contains(&route.dev)).map(|route| route.table);
+    intent.enis.iter().map(|eni| eni.table).chain(led).gather()
 }
 
 /// Rules at 1536 and behind by pod address, and the veths that routes to single addresses lead over: a node has hundreds of each.
@@ -201,10 +213,11 @@ struct PodEntries<'a> {
 }
 
 impl<'a> PodEntries<'a> {
-    fn new(seen: &'a Observation) -> Self {
+    fn new(intent: &Intent, seen: &'a Observation) -> Self {
         let mut rules = Map::<_, Vec<_>>::new();
+        let tables = LazyCell::new(|| eni_tables(intent, seen));
         for rule in seen.rules.iter().filter(|rule| !rule.foreign) {
-            if let Some(pod) = source(rule).or_else(|| diverted(rule)) {
+            if let Some(pod) = source(rule).or_else(|| diverted(rule).filter(|_| tables.contains(&rule.table))) {
                 rules.entry(pod).or_default().push(rule);
             }
         }

@@ -78,7 +78,7 @@ pub const FAULTS: &[Fault] = &[
     ours("second way out", "from-pod-rule", "ip rule add pref 1536 from $A2 lookup 7"),
     ours("way out of the primary's pod", "from-pod-rule", "ip rule add pref 1536 from $A1 lookup $T"),
     ours("way out of an earlier owner, primary", "from-pod-rule", "ip rule add pref 32764 from $A1 lookup $T"),
-    ours("way out of an earlier owner, secondary", "from-pod-rule", "ip rule add pref 10001 from $A2 lookup 10002"),
+    ours("way out of an earlier owner, secondary", "from-pod-rule", "ip route replace default dev $ENI table 10002; ip rule add pref 10001 from $A2 lookup 10002"),
     ours("way in to nobody", "stray-rule", "ip rule add pref 512 to 10.99.0.8 lookup main"),
     ours("way out of nobody", "stray-rule", "ip rule add pref 1536 from 10.99.0.8 lookup $T"),
     // nf_tables.
