@@ -5,6 +5,7 @@ use super::metrics::Metrics;
 use super::pulse::Lane;
 use super::{End, files, spawn};
 use crate::aws::{ec2, imds};
+use crate::clock;
 use crate::error::{Context, Result};
 use crate::model::checkpoint::Draft;
 use crate::model::ec2::{Call, Failure};
@@ -86,8 +87,9 @@ impl Executors {
     pub(super) fn released(&self, reply: &DelNetworkReply) {
         let texts = reply.allocations.iter().flat_map(|allocation| [&allocation.ipv4, &allocation.ipv6]);
         let addresses = texts.filter_map(|text| text.parse().ok()).collect();
+        let work = Work::Released(addresses, clock::now().mono);
         // If the queue is full, the rules may be put back; the core sweeps such rules away after a while.
-        self.give(Lane::Kernel, || put(self.kernel.try_send(Work::Released(addresses))));
+        self.give(Lane::Kernel, || put(self.kernel.try_send(work)));
     }
 
     // Counted before it can be done; why it could not be handed over.

@@ -28,6 +28,9 @@ const SLEEP_MAX: Duration = Duration::from_hours(1);
 const NOTICES_MAX: usize = 4096;
 /// How long the links of a pod with a branch ENI that is being deleted are left alone, if they do not go earlier.
 const DEPARTURE_MAX: Duration = Duration::from_mins(1);
+/// How long after its DEL an address is certainly nobody else's, in time for a round: the core lets it rest for
+/// [`REST_MIN`](crate::plan::core::REST_MIN) at least. What is left of it then the core sweeps.
+const LEAVING_MAX: Duration = Duration::from_secs(2);
 /// Until a look that failed is made again.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// Repairs of one kind are told to the core at most so often: what it makes of them is an event, and those are folded.
@@ -41,8 +44,8 @@ pub(super) enum Work {
     Apply(OpId, Box<Intent>),
     /// Tell the core which links and pods the host shows.
     List,
-    /// Pods with these addresses are being deleted.
-    Released(Vec<IpAddr>),
+    /// Pods with these addresses are being deleted, since then.
+    Released(Vec<IpAddr>, Mono),
 }
 
 impl Work {
@@ -50,7 +53,7 @@ impl Work {
         match self {
             Work::Apply(..) => "make the host's network",
             Work::List => "list links and pods",
-            Work::Released(_) => "let released pods go",
+            Work::Released(..) => "let released pods go",
         }
     }
 }
@@ -123,8 +126,8 @@ struct Keeper<'a> {
     quarrels: Quarrels,
     /// Addresses of pods for which the last round has put something back.
     mended: Set<IpAddr>,
-    /// Of those, the ones whose pods turned out to be on their way out.
-    leaving: Set<IpAddr>,
+    /// Of those, the ones whose pods turned out to be on their way out, and since when.
+    leaving: Map<IpAddr, Mono>,
     /// Pods with a branch ENI that are being deleted: index of the veth, and since when. The core has them in its intent until
     /// the API server tells otherwise.
     departing: Map<IpAddr, (u32, Mono)>,
@@ -157,7 +160,7 @@ impl<'a> Keeper<'a> {
             pace: Pace::default(),
             quarrels: Quarrels::default(),
             mended: Set::new(),
-            leaving: Set::new(),
+            leaving: Map::new(),
             departing: Map::new(),
             idle: Idle::default(),
             fresh: Fresh::default(),
@@ -176,7 +179,7 @@ impl<'a> Keeper<'a> {
                 self.departing.retain(|_, (_, since)| now.since(*since) < DEPARTURE_MAX);
                 intent.branches.retain(|pod| !self.departing.contains_key(&pod.address));
                 // The look that was asked for because of them does not come after this one.
-                intent.gone.extend(&self.leaving);
+                intent.gone.extend(self.leaving(now));
                 let mut primary = String::new();
                 let result = self.round(now, &intent, true).and_then(|mut report| {
                     primary = std::mem::take(&mut report.primary);
@@ -193,8 +196,8 @@ impl<'a> Keeper<'a> {
                 Event::Kernel(op, result)
             }
             Work::List => Event::Seen(files::look_at_host().map_err(|error| error.to_string())),
-            Work::Released(addresses) => {
-                self.release(now, &addresses);
+            Work::Released(addresses, since) => {
+                self.release(now, &addresses, since);
                 return Ok(());
             }
         };
@@ -203,17 +206,24 @@ impl<'a> Keeper<'a> {
 
     // The plugin removes what these pods have, as soon as it has its answer. A round that saw it do so, and did not know,
     // has put rules back: this message was in the queue then, and they go again.
-    fn release(&mut self, now: Mono, addresses: &[IpAddr]) {
+    fn release(&mut self, now: Mono, addresses: &[IpAddr], since: Mono) {
         let Some(watch) = &mut self.watch else { return };
         for address in addresses {
             if let Some(veth) = watch.release(*address) {
                 self.departing.insert(*address, (veth, now));
             }
             if self.mended.remove(address) {
-                self.leaving.insert(*address);
+                self.leaving.insert(*address, since);
                 self.pace.ask(now);
             }
         }
+    }
+
+    // Addresses of pods on their way out. Rounds may have failed for so long that one is the next pod's by now, of which the
+    // intent at hand does not tell.
+    fn leaving(&mut self, now: Mono) -> Vec<IpAddr> {
+        self.leaving.retain(|_, since| now.since(*since) < LEAVING_MAX);
+        self.leaving.keys().copied().collect()
     }
 
     /// Reads what the kernel tells.
@@ -238,7 +248,7 @@ impl<'a> Keeper<'a> {
     fn look(&mut self, now: Mono) {
         let Some(watch) = &self.watch else { return };
         let mut intent = watch.intent().clone();
-        intent.gone = self.leaving.iter().copied().collect();
+        intent.gone = self.leaving(now);
         let report = self.round(now, &intent, false);
         if report.is_ok() {
             self.leaving.clear();

@@ -3,12 +3,12 @@
 
 use super::*;
 use crate::model::cni::EnforcingMode;
-use crate::model::net::{Family, Link, Mac, Rule};
+use crate::model::net::{Family, Link, Mac, Rule, TABLE_MAIN};
 use crate::model::wire::{AddNetworkReply, IpAllocation};
 use crate::netlink::netns::Namespace;
 use crate::netlink::{Socket, link, route, rule};
-use crate::plan::branch::Branch;
-use crate::plan::host::{HostBranch, HostEni};
+use crate::plan::branch::{Branch, link_route};
+use crate::plan::host::{HostBranch, HostEni, HostPod};
 use crate::plan::pod::{Pod, Removal, RemovedAddress, Request};
 
 const PRIMARY: Mac = Mac([2, 0, 0, 0, 11, 162]);
@@ -225,7 +225,7 @@ fn live_and_die(socket: &mut Socket, queue: &Queue, intents: [&Intent; 2], pod: 
     std::thread::sleep(Duration::from_millis(round % 7 * 5));
     socket.run(&fault).unwrap();
     std::thread::sleep(Duration::from_millis(round % 20));
-    give(Work::Released(vec![interface.address]));
+    give(Work::Released(vec![interface.address], clock::now().mono));
     let removal = Removal {
         addresses: vec![RemovedAddress { address: interface.address, table: interface.table }],
         branch: interface.removed_branch(),
@@ -301,6 +301,53 @@ fn a_branch_pod_that_goes_while_it_is_mended_leaves_nothing() {
             drop(queue);
             keeper.join().unwrap().unwrap();
         });
+    };
+    std::thread::spawn(body).join().unwrap();
+}
+
+#[test]
+fn what_was_put_back_for_a_pod_goes_only_while_it_cannot_be_the_next_ones() {
+    let body = || {
+        crate::sys::unshare_netns().unwrap();
+        let mut socket = Socket::route().unwrap();
+        let (without, _) = node(&mut socket);
+        let address = "10.20.11.50".parse().unwrap();
+        let eth0 = link::by_name(&mut socket, "eth0").unwrap().unwrap().index;
+        socket.run(&[route::replace(&link_route(TABLE_MAIN, address, eth0))]).unwrap();
+        let pod = HostPod { address, table: TABLE_MAIN, name: "default/one".into(), veth: String::new() };
+        let with = Intent { pods: vec![pod], ..without.clone() };
+        let broken = Intent { primary_mac: Mac([2, 0, 0, 0, 0, 9]), ..with.clone() };
+        let way_in = Rule::to(address.into(), 512, TABLE_MAIN);
+        let metrics = Metrics::new();
+        let mut keeper = Keeper::open(&metrics).unwrap();
+        let (sender, events) = sync_channel(1);
+        // How long after the DEL the thread hears of it, and how long after it a round succeeds; and whether the rules go with that.
+        for (case, (heard, round, gone)) in [(0, 1000, true), (0, 1900, true), (0, 2000, false), (2500, 2500, false)]
+            .into_iter()
+            .chain([(1900, 31_000, false)])
+            .enumerate()
+        {
+            for regular in [false, true] {
+                let begin = 1000 + 200 * case as u64 + 100 * u64::from(regular);
+                let at = |millis: u64| Mono::from_nanos(begin * 1_000_000_000 + millis * 1_000_000);
+                let apply = |keeper: &mut Keeper<'_>, now, intent: &Intent| {
+                    keeper.work(now, Work::Apply(0, Box::new(intent.clone())), &sender).unwrap();
+                    let Event::Kernel(_, result) = events.recv().unwrap() else { panic!("another event") };
+                    result.is_ok()
+                };
+                socket.run(&[rule::delete(&way_in).or_not_found()]).unwrap();
+                assert!(apply(&mut keeper, at(0), &with));
+                keeper.work(at(heard), Work::Released(vec![address], at(0)), &sender).unwrap();
+                assert!(!apply(&mut keeper, at(heard), &broken), "no link has that MAC");
+                if regular {
+                    assert!(apply(&mut keeper, at(round), &without));
+                } else {
+                    keeper.look(at(round));
+                }
+                let there = rule::list(&mut socket, Family::V4).unwrap().contains(&way_in);
+                assert_eq!(there, !gone, "heard of after {heard} ms, a round after {round} ms, regular: {regular}");
+            }
+        }
     };
     std::thread::spawn(body).join().unwrap();
 }

@@ -214,6 +214,9 @@ const PATIENCE: Duration = Duration::from_millis(500);
 const TRUST: Duration = Duration::from_secs(3);
 /// When tags or security groups that EC2 refused to set are tried again.
 const AMEND_AGAIN: Duration = Duration::from_mins(10);
+/// A pod's address rests for so long after its DEL, however short the cooldown is: what the daemon put back while it did not know
+/// of the DEL goes again meanwhile, and must not be the next pod's.
+pub const REST_MIN: Duration = Duration::from_secs(3);
 /// A plugin needs less than this between the answer of the daemon and the end of its work on the host.
 const PLUGIN_MAX: Duration = Duration::from_secs(5);
 /// When a new pod's network is looked at for the first time: when its plugin has ended for sure, and then some, so that one

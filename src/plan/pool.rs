@@ -137,13 +137,13 @@ impl Cidr {
 pub struct Slot {
     /// Who has it.
     pub owner: Option<Arc<Owner>>,
-    /// When it was last released.
+    /// When it was last released; later than that if it is to rest beyond the cooldown.
     pub freed: Option<Mono>,
 }
 
 impl Slot {
     fn cooling(&self, now: Mono, cooldown: Duration) -> bool {
-        self.owner.is_none() && self.freed.is_some_and(|freed| now.since(freed) < cooldown)
+        self.owner.is_none() && self.freed.is_some_and(|freed| now < freed.plus(cooldown))
     }
 }
 

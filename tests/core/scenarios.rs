@@ -93,6 +93,31 @@ fn spare_enis_go_back_when_the_pods_are_gone() {
 }
 
 #[test]
+fn what_others_have_made_for_the_address_of_an_eni_is_swept_when_it_is_gone() {
+    let mut world = World::new("m5.large", DEFAULT);
+    world.settle();
+    let own = |world: &World| -> BTreeSet<IpAddr> {
+        world.vpc.interfaces().filter_map(|interface| Some(interface.primary_ipv4?.into())).collect()
+    };
+    for n in 0..20 {
+        assert!(world.add(&format!("pod-{n}")));
+    }
+    world.settle();
+    let before = own(&world);
+    for n in 0..20 {
+        world.del(&format!("pod-{n}"));
+    }
+    for _ in 0..6000 {
+        world.pass(Duration::from_millis(100));
+        let (swept, here) = (&world.swept, own(&world));
+        assert!(swept.is_disjoint(&here), "the address still sits on its link: {swept:?}, {here:?}");
+    }
+    let after = own(&world);
+    let gone: BTreeSet<_> = before.difference(&after).copied().collect();
+    assert!(gone.len() == 2 && world.swept.is_superset(&gone), "{gone:?}, {:?}", world.swept);
+}
+
+#[test]
 fn single_addresses_go_back_under_ip_targets() {
     let mut world = World::new("m5.large", Targets { warm_ip: 2, minimum_ip: 5, ..DEFAULT });
     world.settle();
@@ -277,6 +302,37 @@ fn an_address_that_is_being_swept_is_nobodys() {
     assert_eq!(world.pods["next"], address);
     world.settle();
     world.check_at_rest();
+}
+
+#[test]
+fn an_address_rests_for_a_moment_after_its_del_even_without_a_cooldown() {
+    for cooldown in [0, 1, 2] {
+        let mut world = World::asleep("t3.small", DEFAULT);
+        world.configure = match cooldown {
+            0 => |config| config.tunables.ip_cooldown = Duration::ZERO,
+            1 => |config| config.tunables.ip_cooldown = Duration::from_secs(1),
+            _ => |config| config.tunables.ip_cooldown = Duration::from_secs(2),
+        };
+        world.start();
+        world.settle();
+        assert!((0..9).all(|number| world.add(&format!("pod-{number}"))));
+        world.settle();
+        world.pass(Duration::from_mins(2));
+        let address = world.pods["pod-4"];
+        let given =
+            |world: &World| world.core.as_ref().unwrap().pool().allocations().any(|held| held.address == address);
+        world.del("pod-4");
+        assert!(!given(&world));
+        world.pass(Duration::from_secs(1)); // the DEL has taken as long
+        world.ask("next");
+        world.pass(Duration::from_millis(900));
+        assert!(!given(&world), "the kernel thread may still sweep its rules: {:#?}", world.log);
+        world.pass(Duration::from_millis(500));
+        assert!(world.wired("next"), "as soon as it may: {:#?}", world.log);
+        assert_eq!(world.pods["next"], address);
+        world.settle();
+        world.check_at_rest();
+    }
 }
 
 #[test]

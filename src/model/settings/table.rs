@@ -119,7 +119,7 @@ pub(super) const GROUPS: &[Group] = &[
         live("MINIMUM_IP_TARGET", "0", count(|s| &mut s.minimum_ip_target), "Addresses to hold at least, free or in use; 0 is off."),
         live("WARM_PREFIX_TARGET", "0", count(|s| &mut s.warm_prefix_target), "Wholly free prefixes to keep; with prefix delegation only."),
         node("MAX_ENI", "", Kind::Cap { slot: |s| &mut s.max_eni }, "ENIs per network card, the primary one included; unset or below 1: the instance type's limit."),
-        live("IP_COOLDOWN_PERIOD", "30", Kind::Strict { least: 0, most: SECONDS_MOST, slot: |s| &mut s.ip_cooldown_s }, "Seconds before a released address is given out again."),
+        live("IP_COOLDOWN_PERIOD", "30", Kind::Strict { least: 0, most: SECONDS_MOST, slot: |s| &mut s.ip_cooldown_s }, "Seconds before a released address is given out again; a pod's rests for at least 3 after its DEL."),
         live("ENIBOX_ADD_WAIT", "3", Kind::Count { least: 0, most: 30, slot: |s| &mut s.add_wait_s }, "Seconds that a new pod waits for an address that is on its way, before the runtime is told to try again; at most 30."),
         live("AWS_MANAGE_ENIS_NON_SCHEDULABLE", "false", Kind::Bool(|s| &mut s.manage_non_schedulable), "Grow and shrink the pool also while the node is cordoned."),
     ]},

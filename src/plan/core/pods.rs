@@ -1,7 +1,7 @@
 //! Requests of the plugins: an address for a pod, and back (`spec/ipamd.md` 10.2, 10.3).
 
 use super::saver::Undo;
-use super::{Answer, CallId, Core, Effect, Level, Op, PLUGIN_MAX, Phase, SETTLED, Seen, Tally, Timer};
+use super::{Answer, CallId, Core, Effect, Level, Op, PLUGIN_MAX, Phase, REST_MIN, SETTLED, Seen, Tally, Timer};
 use crate::model::ids::{PodKey, PodName};
 use crate::model::kube::Regarding;
 use crate::model::map::{Map, Set};
@@ -215,6 +215,7 @@ impl Core {
         for Released { address, owner, place, .. } in &released {
             self.log(Level::Info, format!("release {address} of {} ({key}): {}", owner.pod, request.reason));
             self.released.insert(*address, self.now.mono);
+            self.rest(*address);
             // Without a place, table 0: the plugin removes the pod's rules whatever table they name.
             let mut given = place.as_ref().map(allocation).unwrap_or_default();
             set_address(&mut given, *address);
@@ -233,6 +234,15 @@ impl Core {
             self.unannotate(first);
         }
         self.when_durable(Effect::Reply(call, Answer::Del(reply)), Undo::Release(released));
+    }
+
+    // Lets a pod's address rest beyond a short cooldown.
+    fn rest(&mut self, address: IpAddr) {
+        let more = REST_MIN.saturating_sub(self.pool.cooldown());
+        if !more.is_zero() {
+            self.pool.restore_cooling(address, self.now.mono.plus(more));
+            self.wake_for(Timer::Shrink, self.now.mono.plus(REST_MIN)); // somebody may wait for it
+        }
     }
 
     // Takes the addresses of a key back. Where a CIDR has not been seen yet, its cooldown is kept here until it has.
