@@ -10,7 +10,7 @@ use crate::apply::Host;
 use crate::error::{Context, Error, Result, exit};
 use crate::model::naming::DAEMON_SOCKET;
 use crate::model::settings::Settings;
-use crate::plan::cleanup::enis::{Enis, of_living_pods, sort};
+use crate::plan::cleanup::enis::{Enis, living, sort};
 use crate::plan::cleanup::{Cleanup, cleanup};
 use serde_json::json;
 use std::io::ErrorKind;
@@ -70,14 +70,14 @@ fn work(args: &Args) -> Result<u8> {
     let ec2 = args.enis.then(|| enis::Ec2::open(&settings)).transpose()?;
     let enis = match &ec2 {
         Some(ec2) => {
-            let pods = of_living_pods(&seen);
+            let pods = living(&seen, &found.pods);
             sort(&ec2.list()?, &ec2.identity.instance, &ec2.identity.primary_eni, &pods)
         }
         None => Enis::default(),
     };
-    enis.kept.iter().for_each(|line| complain(line));
+    let stays = [enis.kept.as_slice(), &found.stays].concat();
     if !args.json {
-        found.stays.iter().for_each(|line| complain(line));
+        stays.iter().for_each(|line| complain(line));
     }
     if args.apply && !args.force {
         refuse(&found)?;
@@ -101,7 +101,7 @@ fn work(args: &Args) -> Result<u8> {
     let errors = errors.iter().map(ToString::to_string).collect::<Vec<_>>();
     let printed = if args.json {
         let document = json!({"applied": args.apply, "steps": texts, "errors": errors,
-            "live_pods": found.pods, "stays": found.stays});
+            "live_pods": found.pods, "stays": stays});
         print(&format!("{document:#}\n"))
     } else {
         for error in &errors {

@@ -400,7 +400,8 @@ mod tests {
     fn a_pod_is_known_whatever_was_done_to_its_veth() {
         let address = net("10.0.0.9/32");
         let noted = naming::veth_alias(crate::model::net::Mac::default(), 9001, "enicc21c2d7785");
-        let check = |name: &str, alias: &str, change: &dyn Fn(&mut Observation), guarded: bool, kept: bool| {
+        // Whether its network is not taken without --force, whether its address is known, and whether it is known that one is not.
+        let check = |name: &str, alias: &str, change: &dyn Fn(&mut Observation), (guarded, kept, nameless): (bool, bool, bool)| {
             let (name, alias, kind) = (name.into(), alias.into(), Some("veth".into()));
             let link = Link { index: 7, name, alias, kind, up: true, ..Link::default() };
             let eth0 = Link { index: 3, name: "eth0".into(), up: true, ..Link::default() };
@@ -409,32 +410,42 @@ mod tests {
             let mut seen = Observation { links: vec![eth0, link], routes, rules, ..Observation::default() };
             change(&mut seen);
             let name = seen.links[1].name.clone();
-            assert_eq!(cleanup(&seen, "eni", false).pods, if guarded { vec![name.clone()] } else { vec![] }, "{name}");
-            assert_eq!(enis::of_living_pods(&seen), kept.then(|| address.addr()).into_iter().gather(), "{name}");
+            let named = |there: bool| there.then(|| name.clone()).into_iter().collect::<Vec<_>>();
+            let veths = cleanup(&seen, "eni", false).pods;
+            assert_eq!(veths, named(guarded), "{name}");
+            let living = enis::living(&seen, &veths);
+            assert_eq!(living.addresses, kept.then(|| address.addr()).into_iter().gather(), "{name}");
+            assert_eq!(living.nameless, named(nameless), "{name}");
         };
         let name = "enicc21c2d7785";
-        check(name, "", &|_| {}, true, true);
-        check(name, "", &|seen| seen.rules.clear(), true, true);
-        // Set down by somebody, which takes the route along; and the route flushed alone.
+        let (known, unknown) = ((true, true, false), (true, true, true));
+        check(name, "", &|_| {}, known);
+        check(name, "", &|seen| seen.rules.clear(), known);
+        // Set down by somebody, which takes the route along; and the route flushed alone. Whose the rule is nobody can tell.
         let down = |seen: &mut Observation| {
             seen.links[1].up = false;
             seen.routes.clear();
         };
-        check(name, "", &down, true, true);
-        check(name, "", &|seen| seen.routes.clear(), true, true);
+        check(name, "", &down, unknown);
+        check(name, "", &|seen| seen.routes.clear(), unknown);
         let from = |seen: &mut Observation| seen.rules = vec![Rule::from(address, priority::FROM_POD, 2)];
-        check(name, "", &|seen| (down(seen), from(seen)).1, true, true);
+        check(name, "", &|seen| (down(seen), from(seen)).1, unknown);
+        // All flushed, as by a clean-up that was forced.
+        let flushed = |seen: &mut Observation| (seen.routes.clear(), seen.rules.clear()).1;
+        check(name, "", &flushed, (true, false, true));
         // Renamed, or made with another prefix: with our note, and one of the original's.
-        check("odd0", &noted, &|_| {}, true, true);
-        check("odd0", &noted, &|seen| seen.rules.clear(), true, true);
-        check("odd0", &noted, &down, true, true);
-        check("azvcc21c2d7785", "", &|_| {}, true, true);
-        check("azvcc21c2d7785", "", &from, true, true);
+        check("odd0", &noted, &|_| {}, known);
+        check("odd0", &noted, &|seen| seen.rules.clear(), known);
+        check("odd0", &noted, &down, unknown);
+        check("odd0", &noted, &flushed, (true, false, true));
+        check("azvcc21c2d7785", "", &|_| {}, known);
+        check("azvcc21c2d7785", "", &from, known);
         // Of somebody else, as far as can be told. That keeps an ENI, and nobody from cleaning up.
-        check("azvcc21c2d7785", "", &|seen| seen.rules.clear(), false, true);
-        check("docker0", "", &|seen| (down(seen), seen.rules.clear()).1, false, false);
-        check("odd0", "", &|seen| (seen.routes[0].dev = 3, seen.rules.clear()).1, false, false);
-        check("odd0", "", &|seen| (seen.routes[0].gateway = Some(address.addr()), seen.rules.clear()).1, false, false);
+        check("azvcc21c2d7785", "", &|seen| seen.rules.clear(), (false, true, false));
+        let others = (false, false, false);
+        check("docker0", "", &|seen| (down(seen), seen.rules.clear()).1, others);
+        check("odd0", "", &|seen| (seen.routes[0].dev = 3, seen.rules.clear()).1, others);
+        check("odd0", "", &|seen| (seen.routes[0].gateway = Some(address.addr()), seen.rules.clear()).1, others);
     }
 
     #[test]

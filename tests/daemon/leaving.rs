@@ -52,6 +52,18 @@ fn enis_that_serve_no_pod_are_given_back() {
     let left = || -> Vec<_> { stage.world.cloud.vpc().interfaces().map(|eni| eni.id.clone()).collect() };
     assert!(left().contains(&busy) && left().contains(&primary) && !left().contains(&spare), "{:?}", left());
 
+    // The pods live, and nothing on the node tells their addresses any more.
+    let told = format!("{busy} stays: there are living pods whose addresses are not known (eni");
+    let again = cleanup(&stage, &["--apply", "--force"]);
+    assert_eq!((again.code, again.out.as_str()), (0, ""), "{}", again.err);
+    assert!(again.err.contains(&told), "{}", again.err);
+    let again = cleanup(&stage, &["--apply", "--force", "--json"]);
+    let document: serde_json::Value = serde_json::from_str(&again.out).unwrap();
+    assert_eq!((&document["steps"], again.err.as_str()), (&serde_json::json!([]), ""));
+    let stays = document["stays"].as_array().unwrap();
+    assert!(stays.iter().any(|line| line.as_str().unwrap().starts_with(&told)), "{document}");
+    assert!(left().contains(&busy), "{:?}", left());
+
     for pod in pods {
         stage.bury(pod);
     }

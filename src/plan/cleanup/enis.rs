@@ -29,25 +29,43 @@ pub struct Enis {
     pub kept: Vec<String>,
 }
 
-/// Every address that might be a living pod's: one to which a route leads over whatever veth, or that has a pod's rule. Somebody
-/// may have renamed a veth, set it down or flushed its route. One too many keeps an ENI until the clean-up runs again; with one
-/// too few a pod loses its address.
-pub fn of_living_pods(seen: &Observation) -> Set<IpAddr> {
+/// What is known of living pods.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Living {
+    /// Every address that might be one's: one to which a route leads over whatever veth, or that has a pod's rule. Somebody may
+    /// have renamed a veth, set it down or flushed its route. One too many keeps an ENI until the clean-up runs again; with one
+    /// too few a pod loses its address.
+    pub addresses: Set<IpAddr>,
+    /// Veths whose address nothing tells: a clean-up that was forced, or somebody's flush, has taken the routes along. A rule
+    /// does not say over which veth its pod is reached.
+    pub nameless: Vec<String>,
+}
+
+/// What is known of living pods, whose host ends have these names ([`super::Cleanup::pods`]).
+pub fn living(seen: &Observation, veths: &[String]) -> Living {
     // The links were listed first, so that one which is not among them is a new veth.
     let others = seen.links.iter().filter(|link| link.kind.as_deref() != Some("veth"));
     let others = others.map(|link| link.index).gather::<Set<_>>();
     let led = super::ways(seen).filter(|route| !others.contains(&route.dev)).map(|route| route.dst.addr());
-    led.chain(seen.rules.iter().filter_map(super::of_rule)).gather()
+    let addresses = led.chain(seen.rules.iter().filter_map(super::of_rule)).gather();
+    let devs = super::ways(seen).map(|route| route.dev).gather::<Set<_>>();
+    let nameless = seen.links.iter().filter(|link| veths.contains(&link.name) && !devs.contains(&link.index));
+    Living { addresses, nameless: nameless.map(|link| link.name.clone()).collect() }
 }
 
 /// Sorts the ENIs that EC2 lists. Trunks, EFAs, ENIs that are not to be managed and those of somebody else's making are not
-/// looked at: the instance takes them along when it goes.
-pub fn sort(listed: &[Interface], instance: &InstanceId, primary: &EniId, pods: &Set<IpAddr>) -> Enis {
+/// looked at: the instance takes them along when it goes. Any may be the ENI of a pod whose address is not known.
+pub fn sort(listed: &[Interface], instance: &InstanceId, primary: &EniId, pods: &Living) -> Enis {
     let mut enis = Enis::default();
     for interface in listed.iter().filter(|interface| interface.id != *primary && ours(interface, instance)) {
         let id = &interface.id;
-        if let Some(pod) = pods.iter().find(|pod| has(interface, **pod)) {
+        if let Some(pod) = pods.addresses.iter().find(|pod| has(interface, **pod)) {
             enis.kept.push(format!("{id} stays: a pod has its address {pod}, by a route or a rule"));
+            continue;
+        }
+        if !pods.nameless.is_empty() {
+            let veths = pods.nameless.join(", ");
+            enis.kept.push(format!("{id} stays: there are living pods whose addresses are not known ({veths})"));
             continue;
         }
         let first = if interface.attachment.is_some() { "detach and delete" } else { "delete" };
@@ -105,11 +123,24 @@ mod tests {
         eni
     }
 
-    fn check(change: impl FnOnce(&mut Interface), expected: &[&str]) {
-        let pods = ["10.0.0.9", "10.0.1.17", "2001:db8::7"].map(|pod| pod.parse().unwrap()).into();
+    fn check_beside(nameless: &[&str], change: impl FnOnce(&mut Interface), expected: &[&str]) {
+        let addresses = ["10.0.0.9", "10.0.1.17", "2001:db8::7"].map(|pod| pod.parse().unwrap()).into();
+        let pods = Living { addresses, nameless: nameless.iter().map(|name| (*name).to_owned()).collect() };
         let enis = sort(&[eni(change)], &InstanceId("i-1".into()), &EniId("eni-0".into()), &pods);
         let texts = enis.spare.iter().map(|spare| spare.text.as_str());
         assert_eq!(texts.chain(enis.kept.iter().map(String::as_str)).collect::<Vec<_>>(), expected);
+    }
+
+    fn check(change: impl FnOnce(&mut Interface), expected: &[&str]) {
+        check_beside(&[], change, expected);
+    }
+
+    #[test]
+    fn any_may_be_that_of_a_pod_whose_address_is_not_known() {
+        let stays = "eni-1 stays: there are living pods whose addresses are not known (eni0, odd0)";
+        check_beside(&["eni0", "odd0"], |_| {}, &[stays]);
+        check_beside(&["eni0", "odd0"], |eni| eni.attachment = None, &[stays]);
+        check_beside(&["eni0"], |eni| eni.description = "somebody's".into(), &[]);
     }
 
     #[test]
