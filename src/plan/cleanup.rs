@@ -10,7 +10,7 @@ mod pods;
 
 use super::branch::{link_route, way_out};
 use super::egress;
-use super::host::{Action, Observation, Step, What, gateway_rule};
+use super::host::{Action, Observation, Step, What, gateway_rule, leads_out, to_eni};
 use crate::model::map::Set;
 use crate::model::naming::{self, priority};
 use crate::model::net::{Family, Link, Route, Rule, TABLE_LOCAL, TABLE_MAIN};
@@ -207,16 +207,6 @@ fn digits(rest: &str) -> bool {
     rest.len() == naming::SUFFIX_LEN && rest.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// Whether a table is that of an ENI of ours, for a rule to it of our shape: the kernel gives one that names no priority that
-/// of ours, and others number the tables of their ENIs as we do (amazon-ec2-net-utils: 10000 and more). Empty it leads nowhere,
-/// as when its link has gone.
-fn to_eni(table: u32, seen: &Observation) -> bool {
-    let routes = inside(table, seen);
-    routes.is_empty()
-        || leads_out(&routes)
-        || seen.rules.iter().any(|rule| rule.table == table && shape(rule) == Some(What::FromPodRule))
-}
-
 fn inside(table: u32, seen: &Observation) -> Vec<Route> {
     seen.routes.iter().filter(|route| route.table == table).copied().collect()
 }
@@ -267,13 +257,6 @@ fn route_text(route: &Route, seen: &Observation) -> String {
 /// A gateway on the link, the default route through it, and nothing else.
 fn of_eni(routes: &[Route]) -> bool {
     routes.len() == 2 && leads_out(routes)
-}
-
-/// Whether a gateway on the link and the default route through it are among these, just as we make them: amazon-ec2-net-utils
-/// gives both a source and a metric.
-fn leads_out(routes: &[Route]) -> bool {
-    let pair = |route: &Route| route.gateway.map(|gateway| way_out(route.table, gateway, route.dev));
-    routes.iter().any(|route| pair(route).is_some_and(|pair| pair[1] == *route && routes.contains(&pair[0])))
 }
 
 #[cfg(test)]
@@ -401,7 +384,10 @@ mod tests {
         let address = net("10.0.0.9/32");
         let noted = naming::veth_alias(crate::model::net::Mac::default(), 9001, "enicc21c2d7785");
         // Whether its network is not taken without --force, whether its address is known, and whether it is known that one is not.
-        let check = |name: &str, alias: &str, change: &dyn Fn(&mut Observation), (guarded, kept, nameless): (bool, bool, bool)| {
+        let check = |name: &str,
+                     alias: &str,
+                     change: &dyn Fn(&mut Observation),
+                     (guarded, kept, nameless): (bool, bool, bool)| {
             let (name, alias, kind) = (name.into(), alias.into(), Some("veth".into()));
             let link = Link { index: 7, name, alias, kind, up: true, ..Link::default() };
             let eth0 = Link { index: 3, name: "eth0".into(), up: true, ..Link::default() };

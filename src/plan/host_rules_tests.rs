@@ -1,6 +1,7 @@
 //! Tables for the rules of the host plan: those that are compared, the kernel's own, and those that stand in the way of pods.
 
 use super::*;
+use crate::plan::branch::way_out;
 
 #[test]
 fn rules_are_compared_and_not_rewritten() {
@@ -168,4 +169,42 @@ fn an_address_that_somebody_else_runs_by_now_loses_only_what_a_pod_has_left() {
     seen.links.push(link(5, "eth2", mac(5)));
     seen.addresses.push(Address { dev: 5, addr: net("10.20.12.9/20"), no_prefix_route: false, no_dad: false });
     assert_eq!(texts(&diff(&wanted, &seen).unwrap()), delete(&[&to, &from]));
+}
+
+/// Rules of our shape at 32765, which the kernel also gives to those that name no priority.
+#[test]
+fn a_stale_rule_goes_if_its_table_is_ours() {
+    let judge = |source: &str, routes: &[Route], rule: Option<Rule>, stale: bool| {
+        let stray = Rule::from(net(source), 32765, 50);
+        let text = format!("delete rule {stray}");
+        let text = if stale { vec![text.as_str()] } else { vec![] };
+        let add = |seen: &mut Observation| {
+            seen.routes.extend(routes);
+            seen.rules.extend([stray.clone()].into_iter().chain(rule.clone()));
+        };
+        check(add, &text);
+    };
+    // Those of an address that moves between nodes, which is on the other one just now.
+    let moved = "10.20.50.7/32";
+    let [way, default] = way_out(50, ip("10.20.12.1"), 4);
+    let subnet = route(50, "10.20.50.0/24", None, 2);
+    judge(moved, &[route(50, "0.0.0.0/0", Some("10.20.11.1"), 2)], None, false);
+    judge(moved, &[subnet, default], None, false);
+    judge(moved, &[Route { metric: 100, ..way }, Route { metric: 100, ..default }], None, false);
+    // Those of an ENI that has gone, whose table is empty or another's now.
+    judge(moved, &[], None, true);
+    judge(moved, &[way, default, subnet], None, true);
+    judge(moved, &[subnet], Some(Rule::from(net("10.20.12.99/32"), 1536, 50)), true);
+    judge(moved, &[subnet], Some(Rule::from(net("10.20.12.99/32"), 1537, 50)), false);
+    // What an ENI's own address or a pod's has is ours.
+    judge("10.20.12.5/32", &[subnet, default], None, true);
+    judge("10.20.12.60/32", &[subnet, default], None, true);
+    // The table of an ENI whose routes somebody has taken is known all the same.
+    let stray = Rule::from(net(moved), 32765, 2);
+    let mut seen = right();
+    seen.routes.iter_mut().filter(|route| route.table == 2).for_each(|route| route.dst = net("10.20.50.0/24"));
+    seen.rules.retain(|rule| rule.priority != 1536);
+    seen.rules.push(stray.clone());
+    let found = diff(&intent(), &seen).unwrap();
+    assert!(found.steps.iter().any(|step| step.action == Action::DeleteRule(stray.clone())), "{found:?}");
 }

@@ -1,9 +1,11 @@
 //! Secondary ENIs: their links, addresses, tables and rules (`spec/dataplane.md` 8).
 
 use super::planner::Planner;
-use super::{Action, HostEni, What, link_of, missing, single};
+use super::{Action, HostEni, Observation, What, link_of, missing, single, source};
+use crate::model::map::Set;
 use crate::model::naming::{self, priority};
 use crate::model::net::{Address, Link, Route, Rule, TABLE_LOCAL, TABLE_MAIN};
+use crate::model::order::Gather as _;
 use crate::plan::branch::way_out;
 use ipnet::IpNet;
 use std::net::IpAddr;
@@ -94,11 +96,16 @@ impl Planner<'_> {
     }
 
     /// A rule for the own address of an ENI that is no longer here would send a pod that gets the address to a wrong table
-    /// (`spec/dataplane.md` 8.4). One whose address sits on a link belongs to an ENI that somebody else runs.
+    /// (`spec/dataplane.md` 8.4). One whose address sits on a link belongs to an ENI that somebody else runs. One for an address
+    /// that is ours to route goes wherever it leads, any other only if its table is one of ours: it may be an operator's, for an
+    /// address that moves between nodes.
     pub(super) fn stale_eni_rules(&mut self) {
         let intent = self.intent;
         let seen = self.seen;
         let family = self.family();
+        let pods = intent.pods.iter().map(|pod| pod.address).chain(intent.branches.iter().map(|pod| pod.address));
+        let pods = pods.gather::<Set<_>>();
+        let of_ours = |table: u32| intent.enis.iter().any(|eni| eni.table == table) || to_eni(table, seen);
         self.drop_rules(What::EniRule, |rule| {
             let Some(source) = rule.src.and_then(single) else { return false };
             let ours = *rule == Rule::from(IpNet::from(source), priority::FROM_ENI, rule.table);
@@ -108,10 +115,29 @@ impl Planner<'_> {
                 && naming::in_eni_ranges(rule.table)
                 && match attached {
                     Some(eni) => !eni.trunk && eni.table != rule.table,
-                    None => !seen.addresses.iter().any(|address| address.addr.addr() == source),
+                    None => {
+                        !seen.addresses.iter().any(|address| address.addr.addr() == source)
+                            && (pods.contains(&source) || of_ours(rule.table))
+                    }
                 }
         });
     }
+}
+
+/// Whether a table is that of an ENI of ours, for a rule to it of our shape: while there are only its own rules the kernel gives
+/// one that names no priority that of ours (`fib_default_rule_pref` in net/core/fib_rules.c), and others number the tables of
+/// their ENIs as we do (amazon-ec2-net-utils: 10000 and more). Empty it leads nowhere, as when its link has gone.
+pub(in crate::plan) fn to_eni(table: u32, seen: &Observation) -> bool {
+    let routes = seen.routes.iter().filter(|route| route.table == table).copied().collect::<Vec<_>>();
+    let pods = |rule: &Rule| rule.table == table && source(rule).is_some();
+    routes.is_empty() || leads_out(&routes) || seen.rules.iter().any(pods)
+}
+
+/// Whether a gateway on the link and the default route through it are among these, just as we make them: amazon-ec2-net-utils
+/// gives both a source and a metric.
+pub(in crate::plan) fn leads_out(routes: &[Route]) -> bool {
+    let pair = |route: &Route| route.gateway.map(|gateway| way_out(route.table, gateway, route.dev));
+    routes.iter().any(|route| pair(route).is_some_and(|pair| pair[1] == *route && routes.contains(&pair[0])))
 }
 
 /// Whether it is the route in main that the kernel or DHCP makes for the subnet of an ENI with an address of its own.
