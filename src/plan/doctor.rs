@@ -14,10 +14,10 @@ mod rules;
 mod texts;
 mod ways;
 
-use super::host::{Action, HostBranch, HostPod, Intent, Observation, Step, What, diff, link_of, source};
+use super::host::{Action, HostBranch, HostPod, Intent, Observation, Step, What, diff, link_of, source, strangers};
 use super::ruleset;
 use crate::model::map::{Map, Set};
-use crate::model::naming::priority;
+use crate::model::naming::{self, priority};
 use crate::model::net::{Link, Rule, TABLE_MAIN};
 use crate::model::order::{self, Gather as _};
 use ipnet::IpNet;
@@ -224,10 +224,14 @@ fn address_of(rule: &Rule) -> Option<IpAddr> {
 }
 
 /// Rules of ours that lead to or from an address which no pod has and no route serves: what a DEL has left behind. The
-/// daemon knows the addresses of the pods that it has seen go; these are older.
+/// daemon knows the addresses of the pods that it has seen go; these are older. Those of pods with a branch ENI go when there is
+/// no veth that may be such a pod's: while the daemon is away nobody knows these pods, and somebody may have flushed their routes.
 pub fn strays(intent: &Intent, seen: &Observation) -> Vec<Rule> {
     let known = intent.pods.iter().map(|pod| pod.address).chain(intent.gone.iter().copied());
-    let known = known.chain(intent.branches.iter().map(|pod| pod.address)).gather::<Set<_>>();
+    let known = known.chain(intent.branches.iter().map(|pod| pod.address));
+    let branch = |rule: &&Rule| naming::vlan_of_table(rule.table).is_some();
+    let branches = strangers(intent, seen).then(|| seen.rules.iter().filter(branch).filter_map(source));
+    let known = known.chain(branches.into_iter().flatten()).gather::<Set<_>>();
     let main = seen.routes.iter().filter(|route| route.table == TABLE_MAIN && route.gateway.is_none());
     let linked = main.filter_map(|route| single(route.dst)).gather::<Set<_>>();
     let stray = |rule: &&Rule| {

@@ -1,5 +1,6 @@
 use super::*;
 use crate::model::net::{Barrier, Neighbour, Route};
+use crate::plan::branch::Branch;
 use crate::plan::egress;
 use crate::plan::host::{HostEni, What};
 use crate::plan::pod::Side;
@@ -133,6 +134,37 @@ fn node() -> (Intent, Observation) {
         route(2, "0.0.0.0/0", Some("10.20.12.1"), 4),
     ];
     (intent, Observation { links, routes, ..Observation::default() })
+}
+
+/// A pod in standard mode has its rules in these two places, and its veth; that of VLAN 8 is the daemon's to tell.
+#[test]
+fn rules_of_branch_pods_are_strays_only_without_a_veth() {
+    let address = net("10.20.13.90/32");
+    let ours = [Rule::to(address, 512, TABLE_MAIN), Rule::from(address, 1536, 108)];
+    let plain = [Rule::to(net("10.99.0.8/32"), 512, TABLE_MAIN), Rule::from(net("10.99.0.9/32"), 1536, 2)];
+    let check = |change: &dyn Fn(&mut Intent, &mut Observation), branch: bool| {
+        let (mut intent, mut seen) = node();
+        seen.links.push(made(10, "eni0000000000b", "veth"));
+        seen.rules = [&ours[..], &plain].concat();
+        change(&mut intent, &mut seen);
+        let expected = if branch { [&ours[..], &plain].concat() } else { plain.to_vec() };
+        assert_eq!(strays(&intent, &seen), expected, "{:?}", seen.links);
+    };
+    let led = route(254, "10.20.13.90/32", None, 10);
+    check(&|_, seen| seen.routes.push(led), false);
+    // Somebody has flushed the routes.
+    check(&|_, _| {}, false);
+    check(&|_, seen| seen.routes.retain(|route| route.dst.prefix_len() < 32), false);
+    let told = |intent: &mut Intent| {
+        let (address, name, veth) = (address.addr(), "default/two".into(), "0000000000b".into());
+        let eni = Branch::new(8, mac(8), ip("10.20.13.1")).unwrap();
+        intent.branches = vec![HostBranch { address, eni, name, veth }];
+    };
+    check(&|intent, _| told(intent), false);
+    // The pod has gone; what veths there are is known.
+    check(&|_, seen| seen.links.retain(|link| link.index != 10), true);
+    check(&|_, seen| seen.routes.push(Route { dst: net("10.20.13.91/32"), table: 109, ..led }), true);
+    check(&|intent, _| intent.pods[0].veth = "0000000000b".into(), true);
 }
 
 #[test]

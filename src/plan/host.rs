@@ -19,6 +19,7 @@ use self::planner::Planner;
 pub use self::planner::main_rules;
 pub(super) use self::{
     enis::{global, is_connected, leads_out, to_eni},
+    leftovers::strangers,
     planner::{leads_to_main, serves},
     pods::{diverted, made_with, source, strange_mac, veths_of},
 };

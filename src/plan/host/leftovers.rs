@@ -132,7 +132,7 @@ fn in_use(intent: &Intent, seen: &Observation, signs: &Signs<'_>, device: &Link,
 }
 
 /// Whether there is a pod's veth that might belong to a pod of any VLAN.
-fn strangers(intent: &Intent, seen: &Observation) -> bool {
+pub(in crate::plan) fn strangers(intent: &Intent, seen: &Observation) -> bool {
     let branch = |table: u32| naming::vlan_of_table(table).is_some();
     let known = intent.pods.iter().map(|pod| pod.veth.as_str()).gather::<Set<_>>();
     let addresses = intent.pods.iter().map(|pod| pod.address);
