@@ -1,9 +1,10 @@
 //! Single changes of the host's or a pod's network that the doctor makes where the host's plan has none.
 
 use crate::error::Result;
-use crate::model::net::{Address, Route};
+use crate::model::net::{Address, Family, Route, Rule};
 use crate::netlink::netns::Namespace;
 use crate::netlink::{KernelError, Request, Socket, addr, link, neigh, route, rule, sysctl};
+use crate::plan::pod::Side;
 use crate::plan::pod::inside::Mend;
 
 fn request(mend: &Mend) -> Request {
@@ -34,10 +35,24 @@ pub fn mend(namespace: &Namespace, mend: &Mend) -> Result<String> {
     outcome.map(|()| request.what)
 }
 
-/// What one namespace holds of links, addresses, routes, rules and neighbours.
-pub fn side(socket: &mut Socket) -> Result<crate::plan::pod::Side> {
+/// What a pod's namespace holds of links, addresses, routes, rules and neighbours. A node has a thousand of these.
+pub fn side(socket: &mut Socket) -> Result<Side> {
+    let (mut routes, mut rules) = (Vec::new(), Vec::new());
+    for family in [Family::V4, Family::V6] {
+        rules.extend(rule::list_few(socket, family)?);
+        routes.extend(route::list(socket, family, None)?);
+    }
+    beside(socket, routes, rules)
+}
+
+/// The same of the host, where plugins are at work.
+pub(super) fn host_side(socket: &mut Socket) -> Result<Side> {
     let (routes, rules, _) = super::routes_and_rules(socket)?;
-    Ok(crate::plan::pod::Side {
+    beside(socket, routes, rules)
+}
+
+fn beside(socket: &mut Socket, routes: Vec<Route>, rules: Vec<Rule>) -> Result<Side> {
+    Ok(Side {
         links: link::list(socket)?,
         addresses: addr::list(socket, None)?,
         routes,

@@ -6,6 +6,7 @@
 
 mod branch;
 
+use super::mend::host_side;
 use super::{Host, make_link, side};
 use crate::clock;
 use crate::error::{Context, Error, List, Result};
@@ -289,7 +290,7 @@ impl Host {
 
     /// What is missing or wrong of the pod's network, a line each.
     pub fn check_pod(&mut self, pod: &Pod, netns: &Namespace) -> Result<Vec<String>> {
-        let host = side(&mut self.route).context("look at the host's network")?;
+        let host = host_side(&mut self.route).context("look at the host's network")?;
         let mut inside = Socket::route_in(netns)?;
         let inside = side(&mut inside).with_context(|| format!("look at {}", netns.path().display()))?;
         Ok(check(pod, &host, &inside))

@@ -443,9 +443,8 @@ impl Socket {
                 std::thread::sleep(SPURT_PAUSE);
             }
             for _ in 0..SPURT {
-                let mut told = false;
-                let list = self.dump_once(&request, &mut told, &mut decode)?;
-                if let Some(list) = pair.next(told, list) {
+                let dump = self.dump_once(&request, &mut decode)?;
+                if let Some(list) = pair.next(dump) {
                     return Ok(list);
                 }
             }
@@ -464,24 +463,33 @@ impl Socket {
             if attempt > 1 {
                 std::thread::sleep(DUMP_PAUSE);
             }
-            if let Some(list) = self.dump_once(&request, &mut false, &mut decode)? {
-                return Ok(list);
+            if let Some(dump) = self.dump_once(&request, &mut decode)? {
+                return Ok(dump.list);
             }
         }
         Err(changed(&request))
     }
 
-    /// One dump: the list, or none if it changed meanwhile. `told` is set when a change was told before its first part.
+    /// For lists as those of [`Socket::dump_watched`]: the list if it comes in one part, in which the kernel skips nothing.
+    pub(super) fn dump_in_one<T>(
+        &mut self,
+        request: &Request,
+        mut decode: impl FnMut(&Message<'_>) -> Option<T>,
+    ) -> Result<Option<Vec<T>>> {
+        let dump = self.dump_once(&dump_of(request), &mut decode)?;
+        Ok(dump.filter(|dump| dump.parts <= 1).map(|dump| dump.list))
+    }
+
+    /// One dump, or none if the list changed meanwhile.
     fn dump_once<T>(
         &mut self,
         request: &Request,
-        told: &mut bool,
         decode: &mut impl FnMut(&Message<'_>) -> Option<T>,
-    ) -> Result<Option<Vec<T>>> {
+    ) -> Result<Option<Dump<T>>> {
         let what = || request.what.clone();
         let sequence = self.send(std::slice::from_ref(request), usize::MAX).with_context(what)?;
-        let (mut list, mut interrupted) = (Vec::new(), false);
-        let (mut begun, mut changed) = (false, false);
+        let mut dump = Dump { list: Vec::new(), parts: 0, told: false };
+        let (mut interrupted, mut changed) = (false, false);
         let end = clock::instant() + RECEIVE_TIMEOUT * 4;
         self.unfinished = true;
         loop {
@@ -493,11 +501,12 @@ impl Socket {
                 }
                 other => other.with_context(what)?,
             };
+            let part = dump.parts + 1;
             for message in messages(&self.buffer[..length]) {
                 if message.port != self.port || message.sequence != sequence {
                     // A notification, if this socket asked for them.
-                    *told |= !begun;
-                    changed |= begun;
+                    dump.told |= dump.parts == 0;
+                    changed |= dump.parts > 0;
                     continue;
                 }
                 // The kernel makes a part when the one before was read: a change told between two parts, or before the end,
@@ -515,16 +524,25 @@ impl Socket {
                     if errno != 0 {
                         return Err(KernelError { errno, text, what: what() }.into());
                     }
-                    return Ok((!interrupted).then_some(list));
+                    return Ok((!interrupted).then_some(dump));
                 }
-                begun = true;
-                list.extend(decode(&message));
+                dump.parts = part;
+                dump.list.extend(decode(&message));
             }
             if clock::instant() > end {
                 return Err(Error::new("the list did not end within 20 s").context(what()));
             }
         }
     }
+}
+
+/// A list as it came.
+struct Dump<T> {
+    list: Vec<T>,
+    /// Datagrams with entries.
+    parts: usize,
+    /// A change was told before the first of them.
+    told: bool,
 }
 
 /// The last list of a row of dumps, if it was whole.
@@ -537,10 +555,11 @@ impl<T> Default for Pair<T> {
 }
 
 impl<T: PartialEq> Pair<T> {
-    /// Takes the next list, none if it was spoilt; `told`: of a change before it began. It counts if the one before it is the
-    /// same and no change was told between the two. Else it may be the first of the next two.
-    fn next(&mut self, told: bool, list: Option<Vec<T>>) -> Option<Vec<T>> {
-        let last = std::mem::replace(&mut self.0, list);
+    /// Takes the next dump, none if it was spoilt. Its list counts if the one before it is the same and no change was told between
+    /// the two. Else it may be the first of the next two.
+    fn next(&mut self, dump: Option<Dump<T>>) -> Option<Vec<T>> {
+        let told = dump.as_ref().is_some_and(|dump| dump.told);
+        let last = std::mem::replace(&mut self.0, dump.map(|dump| dump.list));
         if !told && last.is_some() && last == self.0 { last } else { None }
     }
 }
@@ -587,7 +606,8 @@ mod tests {
         let mut pair = Pair::default();
         let found = dumps.split(' ').enumerate().find_map(|(at, dump)| {
             let name = dump.trim_start_matches('!');
-            Some((pair.next(name != dump, (name != "-").then(|| vec![name]))?[0], at + 1))
+            let dump = (name != "-").then(|| Dump { list: vec![name], parts: 1, told: name != dump });
+            Some((pair.next(dump)?[0], at + 1))
         });
         assert_eq!(found, expected, "{dumps}");
     }

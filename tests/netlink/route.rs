@@ -168,6 +168,34 @@ fn rules_are_added_listed_and_deleted() {
     });
 }
 
+type List = fn(&mut Socket, Family) -> enibox::error::Result<Vec<Rule>>;
+
+/// Bytes that are read for a list.
+fn bytes(socket: &mut Socket, list: List) -> usize {
+    let before = socket.bytes_read();
+    list(socket, Family::V4).unwrap();
+    socket.bytes_read() - before
+}
+
+#[test]
+fn few_rules_are_listed_once() {
+    in_fresh_netns(|| {
+        let mut socket = Socket::route().unwrap();
+        assert_eq!(rule::list_few(&mut socket, Family::V4).unwrap(), rule::list(&mut socket, Family::V4).unwrap());
+        assert_eq!(2 * bytes(&mut socket, rule::list_few), bytes(&mut socket, rule::list));
+        let rules = (0..1000u16).map(|n| {
+            let [high, low] = n.to_be_bytes();
+            Rule::to(IpNet::from(IpAddr::from([10, 0, high, low])), 512, TABLE_MAIN)
+        });
+        must(&mut socket, &rules.map(|rule| rule::add(&rule)).collect::<Vec<_>>());
+        assert_eq!(
+            2 * bytes(&mut socket, rule::list_few),
+            3 * bytes(&mut socket, rule::list),
+            "in parts it is watched"
+        );
+    });
+}
+
 #[test]
 fn ipv6_rules_have_their_own_list() {
     in_fresh_netns(|| {
@@ -215,7 +243,9 @@ fn large_batches_are_cut_and_each_outcome_is_told() {
         });
         let requests = addresses.map(|rule| rule::add(&rule)).collect::<Vec<_>>();
         must(&mut socket, &requests);
-        assert_eq!(rule::list(&mut socket, Family::V4).unwrap().len(), 453, "a dump of several messages");
+        let seen = rule::list(&mut socket, Family::V4).unwrap();
+        assert_eq!(seen.len(), 453, "a dump of several messages");
+        assert_eq!(rule::list_few(&mut socket, Family::V4).unwrap(), seen);
         let outcomes = socket.batch(&requests).unwrap();
         assert_eq!(outcomes.len(), 450);
         for (request, outcome) in requests.iter().zip(&outcomes) {
@@ -330,7 +360,13 @@ fn a_list_that_changes_meanwhile_is_whole_or_refused() {
         assert_eq!(rule::list(&mut socket, Family::V4).unwrap().len(), rules.len() + 3);
         let (fast, even) = (Duration::from_millis(1), begin.elapsed());
         let slow = Duration::from_millis(20).max(5 * even);
-        for (pause, count) in [(fast, 10), (even, 10), (slow, 20)] {
+        let lists = [
+            (fast, 10, rule::list as List),
+            (even, 10, rule::list),
+            (slow, 20, rule::list),
+            (slow, 20, rule::list_few),
+        ];
+        for (pause, count, list) in lists {
             let done = AtomicBool::new(false);
             std::thread::scope(|scope| {
                 scope.spawn(|| {
@@ -343,7 +379,7 @@ fn a_list_that_changes_meanwhile_is_whole_or_refused() {
                         std::thread::sleep(pause);
                     }
                 });
-                let lists = (0..count).map(|_| rule::list(&mut socket, Family::V4)).collect::<Vec<_>>();
+                let lists = (0..count).map(|_| list(&mut socket, Family::V4)).collect::<Vec<_>>();
                 done.store(true, Ordering::Relaxed);
                 let whole = lists.iter().filter(|list| list.is_ok()).count();
                 println!("changes every {pause:?}: {whole} of {count} lists were whole");
