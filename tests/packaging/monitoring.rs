@@ -110,6 +110,31 @@ fn every_alert_says_what_and_what_to_do() {
     }
 }
 
+/// What is left of a pod that has gone is tried once an hour, whenever the links are listed: two tries must fit into the window
+/// of the alert at any time. The rest is tried at every regular look, several times within five minutes.
+#[test]
+fn the_alert_of_what_cannot_be_mended_goes_by_how_often_it_is_tried() {
+    let (_, expression) = alerts().into_iter().find(|(name, _)| name == "CniHostNetworkNotMended").unwrap();
+    let sources = ["src/plan/core.rs", "src/plan/core/pods.rs", "src/plan/host.rs"].map(text).concat();
+    for constant in [
+        "const WATCH: Duration = Duration::from_secs(30);",
+        "const LINK_CHECK: Duration = Duration::from_secs(150);",
+        "const SWEEP_AGAIN: Duration = Duration::from_hours(1);",
+    ] {
+        assert!(sources.contains(constant), "the alert goes by {constant}");
+    }
+    assert!(2 * (60 * 60 + 150) < 130 * 60);
+    let failed = "enibox_repairs_failed_total{what";
+    assert!(expression.contains(&format!("(changes({failed}=\"gone-pod\"}}[130m])) > 1")), "{expression}");
+    let (rest, _) = expression.split_once("}[5m])) > 0 or ").unwrap();
+    let (_, others) = rest.split_once(&format!("increase({failed}!~\"")).unwrap();
+    let others: Vec<_> = others.trim_end_matches('"').split('|').collect();
+    assert!(others.contains(&"gone-pod"), "{others:?}");
+    for kind in others {
+        assert!(sources.contains(&format!("=> \"{kind}\",")), "no kind {kind}");
+    }
+}
+
 /// The rule file is YAML of the operator's form; the queries are parsed with the chart's rendering.
 #[test]
 fn the_queries_are_promql() {
