@@ -77,7 +77,9 @@ fn work(args: &Args) -> Result<u8> {
     };
     let stays = [enis.kept.as_slice(), &found.stays].concat();
     if !args.json {
-        stays.iter().for_each(|line| complain(line));
+        for line in &stays {
+            complain(line);
+        }
     }
     if args.apply && !args.force {
         refuse(&found)?;
