@@ -278,14 +278,7 @@ fn faults(pods: &[Subject], eni: &str, own: &str) -> Vec<(&'static str, &'static
         ("rule 1536 deleted", "from-pod-rule", one(format!("rule del pref 1536 from {address}"))),
         ("rule 1536 to another table", "from-pod-rule", one(format!("rule add pref 1536 from {address} lookup 77"))),
         ("former owner's rule, primary", "from-pod-rule", one(format!("rule add pref 32764 from {first} lookup 2"))),
-        (
-            "former owner's rule",
-            "from-pod-rule",
-            vec![
-                format!("route replace default dev {eni} table {FORMER}"),
-                format!("rule add pref 10001 from {address} lookup {FORMER}"),
-            ],
-        ),
+        ("former owner's rule", "from-pod-rule", of_former(address, eni)),
         ("rule 0 of the local table deleted", "local-rule", one("rule del pref 0".into())),
         ("rule 32766 of main deleted", "main-rule", one("rule del pref 32766".into())),
         ("all rules flushed", "main-rule", flush),
@@ -340,6 +333,12 @@ fn faults(pods: &[Subject], eni: &str, own: &str) -> Vec<(&'static str, &'static
 
 /// A table of the number that `amazon-ec2-net-utils` gives an ENI's. No repair has to restore what stands in it.
 const FORMER: u32 = 10_002;
+
+/// What `amazon-ec2-net-utils` makes for an address of that ENI.
+fn of_former(address: Ipv4Addr, eni: &str) -> Vec<String> {
+    let route = format!("route replace default dev {eni} table {FORMER}");
+    vec![route, format!("rule add pref 10001 from {address} lookup {FORMER}")]
+}
 
 /// Faults that do not touch the flows that are watched.
 const QUIET: [&str; 12] = [
