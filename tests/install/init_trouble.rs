@@ -38,9 +38,9 @@ fn a_node_whose_rules_were_flushed_gets_its_way_back_before_imds_is_asked() {
         on_a_node(|node| {
             // This service could be reached without it.
             let way = |family| rule::list(&mut Socket::route().unwrap(), family).unwrap().contains(&main(family));
-            let imds = Imds::new(Box::new(move |_| match way(Family::V4) {
-                true => Response::text(200, MAC).into(),
-                false => Response::text(404, "no way to anybody").into(),
+            let imds = Imds::new(Box::new(move |_| {
+                let (status, text) = if way(Family::V4) { (200, MAC) } else { (404, "no way to anybody") };
+                Response::text(status, text).into()
             }));
             node.asks(imds.address());
             let mut socket = Socket::route().unwrap();
