@@ -21,7 +21,7 @@ pub(super) fn confirm(socket: &mut Socket, rules: &[Option<&Rule>], outcomes: &m
     }
     let there = all(socket)?;
     doubtful.retain(|(rule, _)| !there.contains(rule));
-    let hindered = |rule: &Rule| there.iter().any(|other| rule::matches(rule, other));
+    let hindered = |rule: &Rule| there.iter().any(|other| rule.deletes(other));
     let (doubtful, free) = doubtful.into_iter().partition::<Vec<_>, _>(|(rule, _)| hindered(rule));
     add_again(socket, free)?;
     if doubtful.is_empty() {
@@ -84,7 +84,7 @@ fn way(there: &mut Vec<Rule>, rule: &Rule) -> Way {
     }
     let router = gateway_rule();
     let first = |rule: &Rule, there: &[Rule], but: Option<&Rule>| {
-        there.iter().position(|other| rule::matches(rule, other) && Some(other) != but)
+        there.iter().position(|other| rule.deletes(other) && Some(other) != but)
     };
     let mut at = match first(rule, there, Some(&router).filter(|router| *router != rule)) {
         Some(at) if there[at] == *rule => at,
@@ -92,7 +92,7 @@ fn way(there: &mut Vec<Rule>, rule: &Rule) -> Way {
         _ => return Way::Gone,
     };
     let mut requests = Vec::new();
-    if *rule != router && rule::matches(rule, &router) && there[..at].contains(&router) {
+    if *rule != router && rule.deletes(&router) && there[..at].contains(&router) {
         // Ours goes behind the rule that somebody has put after it, and is there all the time.
         match first(&router, there, None) {
             Some(at) if there[at] != router => return hidden(&there[at]),

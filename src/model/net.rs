@@ -315,6 +315,25 @@ impl Rule {
     pub fn to(destination: IpNet, priority: u32, table: u32) -> Rule {
         Rule { dst: part(destination), ..Rule::any(Family::of(destination.addr()), priority, table) }
     }
+
+    /// Whether a delete that names this rule would take `there`: absent selectors and table 0 are wildcards, and so is all that
+    /// this type cannot say (`rule_find` in net/core/fib_rules.c). An explicit address of length 0 is a wildcard as well. Of several
+    /// the kernel takes the first.
+    pub fn deletes(&self, there: &Rule) -> bool {
+        let net = |asked: Option<IpNet>, there: Option<IpNet>| asked.is_none_or(|net| there == Some(net.trunc()));
+        let number = |asked: u32, there: u32| asked == 0 || asked == there;
+        let bits = |fwmark: Option<(u32, u32)>| fwmark.unwrap_or((0, 0));
+        let (asked, found) = (bits(self.fwmark), bits(there.fwmark));
+        self.family == there.family
+            && self.priority == there.priority
+            && number(self.table, there.table)
+            && net(self.src, there.src)
+            && net(self.dst, there.dst)
+            && number(asked.0, found.0)
+            && number(asked.1, found.1)
+            && (self.iif.is_none() || self.iif == there.iif)
+            && (self.ipproto.is_none() || self.ipproto == there.ipproto)
+    }
 }
 
 fn part(net: IpNet) -> Option<IpNet> {

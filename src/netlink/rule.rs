@@ -85,27 +85,9 @@ pub fn add_beside(rule: &Rule) -> Request {
     request
 }
 
-/// Deletes the first rule that [`matches`]; ENOENT if none does.
+/// Deletes the first rule that [`Rule::deletes`] says; ENOENT if there is none.
 pub fn delete(rule: &Rule) -> Request {
     Request::new(Rtm::Delrule, 0, body(rule, FrAct::FrActToTbl.into()), format!("delete {}", words(rule)))
-}
-
-/// Whether [`delete`] of `rule` would take `there`: absent selectors and table 0 are wildcards, and so is all that [`Rule`]
-/// cannot say (`rule_find` in net/core/fib_rules.c). An explicit address of length 0 is a wildcard as well.
-pub fn matches(rule: &Rule, there: &Rule) -> bool {
-    let net = |asked: Option<IpNet>, there: Option<IpNet>| asked.is_none_or(|net| there == Some(net.trunc()));
-    let number = |asked: u32, there: u32| asked == 0 || asked == there;
-    let bits = |fwmark: Option<(u32, u32)>| fwmark.unwrap_or((0, 0));
-    let (asked, found) = (bits(rule.fwmark), bits(there.fwmark));
-    rule.family == there.family
-        && rule.priority == there.priority
-        && number(rule.table, there.table)
-        && net(rule.src, there.src)
-        && net(rule.dst, there.dst)
-        && number(asked.0, found.0)
-        && number(asked.1, found.1)
-        && (rule.iif.is_none() || rule.iif == there.iif)
-        && (rule.ipproto.is_none() || rule.ipproto == there.ipproto)
 }
 
 /// The same; the answer is the body of the message that tells of it.
@@ -148,7 +130,7 @@ pub fn delete_rest(socket: &mut Socket, rule: &Rule, ours: Ours<'_>, told: Vec<V
         if !wrong.is_empty() {
             socket.run(&wrong)?;
             let there = list(socket, rule.family)?;
-            if !there.iter().any(|there| matches(rule, there) && ours(there)) {
+            if !there.iter().any(|there| rule.deletes(there) && ours(there)) {
                 return Ok(());
             }
         }
