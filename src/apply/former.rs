@@ -4,8 +4,9 @@
 use super::{Host, netfilter};
 use crate::error::{Context, Result};
 use crate::model::net::Family;
+use crate::model::nft::Forward;
 use crate::netlink::nft_outline;
-use crate::netlink::xtables::{self, Forward};
+use crate::netlink::xtables;
 use crate::plan::former::{self, TABLES};
 
 /// How often leftovers are looked for until none is found.

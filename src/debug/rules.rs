@@ -119,8 +119,8 @@ fn settings(intent: &Intent, seen: &Observation) -> Vec<Entry> {
 }
 
 fn neighbours(facts: &Facts, others: &mut Vec<Entry>) {
-    for AnyChain { family, table, name, hook, drops, .. } in &facts.chains {
-        if *drops && *hook == Some(Hook::Forward) {
+    for AnyChain { family, table, name, hook, forward } in &facts.chains {
+        if forward.drops && *hook == Some(Hook::Forward) {
             let text = format!("chain {family} {table} {name} {{ hook forward; policy drop; }}");
             others.push(Entry { text, why: "drops what is forwarded to and from pods".into() });
         }

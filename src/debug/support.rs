@@ -244,7 +244,7 @@ fn network() -> Result<String> {
     }
     for chain in &facts.chains {
         let hook = chain.hook.map(|hook| hook.to_string()).unwrap_or_default();
-        let policy = if chain.drops { "drop" } else { "" };
+        let policy = if chain.forward.drops { "drop" } else { "" };
         let _ = writeln!(text, "chain {} {} {} {hook} {policy}", chain.family, chain.table, chain.name);
     }
     for chain in &facts.legacy {

@@ -73,10 +73,23 @@ pub struct AnyChain {
     pub name: String,
     /// Where it is hooked in, if it is a base chain of a hook that we know.
     pub hook: Option<Hook>,
+    /// What it does to packets that nothing in it is for. Of other hooks than `forward` only its policy is told.
+    pub forward: Forward,
+}
+
+/// What a chain at the hook `forward` does to packets.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Forward {
     /// Its policy is drop.
     pub drops: bool,
-    /// A rule of it drops or rejects whatever has come as far. Told of the hook `forward` alone.
+    /// A rule of it drops or rejects whatever has come as far.
     pub bars: bool,
+    /// A rule accepts whatever has come as far: the policy has nothing to say.
+    pub accepts: bool,
+    /// Before that a rule may let packets pass: it accepts some, or leads to another chain.
+    pub spares: bool,
+    /// Before that all packets are accepted that come by such links, and that leave by such: names, with `*` for all that begin so.
+    pub links: [Vec<String>; 2],
 }
 
 /// A rule.

@@ -8,7 +8,7 @@ use super::socket::{DUMP_ATTEMPTS, DUMP_PAUSE, KernelError, Message, Request, So
 use super::{family_byte, nft_expr};
 use crate::error::{Context, Error, Result};
 use crate::model::net::Family;
-use crate::model::nft::{AnyChain, Base, Chain, ChainKind, Expr, Hook, Rule, Table};
+use crate::model::nft::{AnyChain, Base, Chain, ChainKind, Expr, Forward, Hook, Rule, Table};
 use neli::consts::nl::NlmF;
 
 /// NFNL_SUBSYS_NFTABLES in the upper byte of the message type.
@@ -324,42 +324,102 @@ pub fn chains(socket: &mut Socket) -> Result<Vec<AnyChain>> {
             writer.text(2u16, &chain.name);
             let list = Request::new(GET_RULE, 0, writer.finish(), format!("list rules of chain {}", chain.name));
             let (table, name) = (chain.table.clone(), chain.name.clone());
-            let ends = |message: &Message<'_>| ends(message.body, &table, &name);
-            chain.bars = socket.dump(&list, ends)?.first() == Some(&true);
+            let fates = socket.dump(&list, |message: &Message<'_>| fate(message.body, &table, &name))?;
+            fates.into_iter().for_each(|fate| note(&mut chain.forward, fate));
         }
         chains.push(chain);
     }
     Ok(chains)
 }
 
-/// Whether a rule of this chain that asks for nothing, and so has the last word on every packet, lets none through: its verdict is drop,
-/// or it rejects. None if it is not such a rule.
-fn ends(body: &[u8], table: &str, chain: &str) -> Option<bool> {
+/// What becomes of packets that reach a rule.
+#[derive(Debug, PartialEq, Eq)]
+enum Fate {
+    /// None of them goes on: the rule asks for nothing, and accepts or lets none through.
+    All { accepted: bool },
+    /// Those that come by such a link (0) or leave by it (1) are accepted.
+    Link(usize, String),
+    /// Some may be accepted, here or in another chain.
+    Some,
+    /// All go on to the next rule, unless they are dropped.
+    None,
+}
+
+/// Notes the fate of packets at a chain's next rule, if any get as far.
+fn note(forward: &mut Forward, fate: Fate) {
+    if forward.bars || forward.accepts {
+        return;
+    }
+    match fate {
+        Fate::All { accepted } => (forward.bars, forward.accepts) = (!accepted, accepted),
+        Fate::Link(side, name) => {
+            forward.spares = true;
+            forward.links[side].push(name);
+        }
+        Fate::Some => forward.spares = true,
+        Fate::None => {}
+    }
+}
+
+/// Expressions that only look at a packet.
+const SELECTORS: &[&str] =
+    &["meta", "payload", "cmp", "bitwise", "range", "ct", "fib", "exthdr", "limit", "socket", "rt"];
+
+/// The fate of packets at a rule of this chain; none if it is of another one.
+fn fate(body: &[u8], table: &str, chain: &str) -> Option<Fate> {
     let attrs = Attrs::after(body, HEADER);
     let text = |attrs: Attrs<'_>, kind: u16| attrs.clone().find(kind).map(|attr| attr.text()).unwrap_or_default();
     // Kernels that do not filter by chain list all.
     if text(attrs.clone(), 1) != table || text(attrs.clone(), 2) != chain {
         return None;
     }
-    let mut ends = None;
-    for elem in attrs.find(4u16).iter().flat_map(Attr::nested) {
+    let list = attrs.find(4u16);
+    let (mut asks, mut more, mut accepted, mut plain) = (false, false, None, true);
+    for elem in list.iter().flat_map(Attr::nested) {
         let data = elem.nested().find(2u16);
         let inner = |kind: u16| data.and_then(|data| data.nested().find(kind));
+        let called = |name: &str| inner(1).is_some_and(|attr| attr.text() == name);
         match text(elem.nested(), 1).as_str() {
             "counter" | "log" => {}
-            "match" if inner(1).is_some_and(|name| name.text() == "comment") => {}
-            "reject" => ends = Some(true),
-            "target" if inner(1).is_some_and(|name| name.text() == "REJECT") => ends = Some(true),
-            // NFTA_IMMEDIATE_DATA, NFTA_DATA_VERDICT, NFTA_VERDICT_CODE: NF_DROP is 0, NF_ACCEPT 1.
+            "match" if called("comment") => {}
+            "match" => (asks, plain) = (true, false),
+            "reject" => accepted = Some(false),
+            "target" if called("REJECT") => accepted = Some(false),
+            "target" if called("LOG") || called("NFLOG") => {}
+            // NFTA_IMMEDIATE_DATA, NFTA_DATA_VERDICT, NFTA_VERDICT_CODE: NF_DROP is 0, NF_ACCEPT 1, others lead elsewhere.
             "immediate" => {
                 let verdict = inner(2).and_then(|data| data.nested().find(2u16));
-                let code = verdict.and_then(|verdict| verdict.nested().find(1u16)?.u32_be());
-                ends = code.filter(|code| *code < 2).map(|code| code == 0).or(ends);
+                match verdict.and_then(|verdict| verdict.nested().find(1u16)?.u32_be()) {
+                    Some(code @ (0 | 1)) => accepted = Some(code == 1),
+                    Some(_) => more = true,
+                    None => {}
+                }
             }
-            _ => return None,
+            // Without NFTA_LOOKUP_DREG it is a set, and no map to verdicts.
+            "lookup" if inner(3).is_none() => asks = true,
+            name if SELECTORS.contains(&name) => asks = true,
+            _ => (asks, more) = (true, true),
         }
     }
-    ends
+    Some(match (asks, accepted) {
+        _ if more => Fate::Some,
+        (false, Some(accepted)) => Fate::All { accepted },
+        (true, Some(true)) => list.filter(|_| plain).and_then(|list| by_link(list.value)).unwrap_or(Fate::Some),
+        _ => Fate::None,
+    })
+}
+
+/// Of a rule that accepts and asks for nothing but a link.
+fn by_link(expressions: &[u8]) -> Option<Fate> {
+    let mut exprs = nft_expr::decode(Family::V4, expressions);
+    let silent = |name: &String| matches!(name.as_str(), "log" | "match");
+    exprs.retain(|expr| !matches!(expr, Expr::Counter { .. }) && !matches!(expr, Expr::Foreign(name) if silent(name)));
+    let named = |name: &str, prefix: bool| format!("{name}{}", if prefix { "*" } else { "" });
+    match &exprs[..] {
+        [Expr::IifName { name, prefix, negate: false }, Expr::Accept] => Some(Fate::Link(0, named(name, *prefix))),
+        [Expr::OifName { name, prefix, negate: false }, Expr::Accept] => Some(Fate::Link(1, named(name, *prefix))),
+        _ => None,
+    }
 }
 
 fn any_chain(body: &[u8]) -> Option<AnyChain> {
@@ -379,8 +439,7 @@ fn any_chain(body: &[u8]) -> Option<AnyChain> {
         table: text(1)?,
         name: text(3)?,
         hook,
-        drops: policy.is_some_and(|policy| policy != POLICY_ACCEPT),
-        bars: false,
+        forward: Forward { drops: policy.is_some_and(|policy| policy != POLICY_ACCEPT), ..Forward::default() },
     })
 }
 
@@ -488,7 +547,7 @@ mod tests {
             });
             writer.bytes(5u16, &[0; 4]);
             let chain = any_chain(&writer.finish()).unwrap();
-            assert_eq!((chain.hook, chain.drops), (hook, true), "{family} {number}");
+            assert_eq!((chain.hook, chain.forward.drops), (hook, true), "{family} {number}");
         };
         for family in [1, 2, 10] {
             check(family, 2, Some(Hook::Forward));
@@ -501,6 +560,71 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_becomes_of_packets_at_a_rule() {
+        let named = |prefix, negate| Expr::IifName { name: "eni".into(), prefix, negate };
+        let out = Expr::OifName { name: "eni".into(), prefix: true, negate: false };
+        let drop = |writer: &mut Writer| {
+            writer.nest(1u16, |elem| {
+                elem.text(1u16, "immediate");
+                elem.nest(2u16, |data| {
+                    data.bytes(1u16, &[0; 4]);
+                    data.nest(2u16, |data| data.nest(2u16, |verdict| verdict.bytes(1u16, &[0; 4])));
+                });
+            });
+        };
+        let check = |exprs: &[Expr], drops: bool, expected: Option<Fate>| {
+            let mut writer = Writer::new(&header(2, 0));
+            writer.text(1u16, "filter");
+            writer.text(2u16, "FORWARD");
+            writer.nest(4u16, |list| {
+                exprs.iter().for_each(|expr| nft_expr::encode(list, Family::V4, expr).unwrap());
+                if drops {
+                    drop(list);
+                }
+            });
+            let body = writer.finish();
+            assert_eq!(fate(&body, "filter", "FORWARD"), expected, "{exprs:?} {drops}");
+            assert_eq!(fate(&body, "filter", "INPUT"), None);
+            assert_eq!(fate(&body, "fw", "FORWARD"), None);
+        };
+        let by = |side| Some(Fate::Link(side, "eni*".into()));
+        check(&[], true, Some(Fate::All { accepted: false }));
+        check(&[Expr::COUNTER], true, Some(Fate::All { accepted: false }));
+        check(&[Expr::Reject], false, Some(Fate::All { accepted: false }));
+        check(&[Expr::COUNTER, Expr::Accept], false, Some(Fate::All { accepted: true }));
+        check(&[Expr::COUNTER], false, Some(Fate::None));
+        check(&[named(true, false)], true, Some(Fate::None));
+        check(&[Expr::CtStateNew], true, Some(Fate::None));
+        check(&[Expr::CtStateNew, Expr::Accept], false, Some(Fate::Some));
+        check(&[Expr::Jump("DOCKER-USER".into())], false, Some(Fate::Some));
+        check(&[Expr::Return], false, Some(Fate::Some));
+        check(&[named(true, false), Expr::COUNTER, Expr::Accept], false, by(0));
+        check(&[out.clone(), Expr::Accept], false, by(1));
+        check(&[named(false, false), Expr::Accept], false, Some(Fate::Link(0, "eni".into())));
+        check(&[named(true, true), Expr::Accept], false, Some(Fate::Some));
+        check(&[named(true, false), out, Expr::Accept], false, Some(Fate::Some));
+        check(&[named(true, false), Expr::CtStateNew, Expr::Accept], false, Some(Fate::Some));
+    }
+
+    #[test]
+    fn the_first_rule_with_the_last_word_counts() {
+        let all = |accepted| Fate::All { accepted };
+        let mut forward = Forward::default();
+        note(&mut forward, Fate::None);
+        note(&mut forward, Fate::Link(1, "eni*".into()));
+        note(&mut forward, all(false));
+        let bars = Forward { bars: true, spares: true, links: [Vec::new(), vec!["eni*".into()]], ..Forward::default() };
+        assert_eq!(forward, bars);
+        note(&mut forward, all(true));
+        note(&mut forward, Fate::Link(0, "eni*".into()));
+        assert_eq!(forward, bars);
+        let mut forward = Forward { drops: true, ..Forward::default() };
+        note(&mut forward, all(true));
+        note(&mut forward, Fate::Some);
+        assert_eq!(forward, Forward { drops: true, accepts: true, ..Forward::default() });
+    }
+
     proptest! {
         #[test]
         fn hostile_bodies_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
@@ -509,6 +633,8 @@ mod tests {
                 decode_rule(&bytes, family, "");
             }
             any_chain(&bytes);
+            fate(&bytes, "", "");
+            by_link(&bytes);
             read_comment(&Attr { kind: 7, value: &bytes });
         }
     }

@@ -3,6 +3,7 @@
 
 use crate::error::{Context, Error, Result};
 use crate::model::net::Family;
+use crate::model::nft::Forward;
 use crate::sys;
 
 /// IPT_SO_GET_INFO and IPT_SO_GET_ENTRIES, the same for IPv6.
@@ -35,6 +36,10 @@ const SELECTORS: usize = 84;
 const SELECTORS_V6: usize = 136;
 const HEAD: usize = 112;
 const HEAD_V6: usize = 168;
+/// Where among the selectors the names of links stand, and how long one is (IFNAMSIZ).
+const NAMES: usize = 16;
+const NAMES_V6: usize = 64;
+const NAME_SIZE: usize = 16;
 /// Bytes of the head of a match, as of a target: its length, its name, its revision.
 const MATCH: usize = 32;
 /// A larger table is not looked at: the kernel gives it out only in one piece.
@@ -46,19 +51,10 @@ pub fn chains(family: Family, table: &str) -> Result<Vec<String>> {
     Ok(table.map(|table| chain_names(&table.entries, table.offsets)).unwrap_or_default())
 }
 
-/// What chain FORWARD of a table `filter` does to packets that nothing in it is for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Forward {
-    /// Its policy drops.
-    pub drops: bool,
-    /// A rule of it drops or rejects whatever has come as far, and none accepts that before.
-    pub bars: bool,
-}
-
-/// Chain FORWARD of table `filter`, in the calling thread's namespace.
+/// What chain FORWARD of table `filter` does to packets that are forwarded, in the calling thread's namespace.
 pub fn forward(family: Family) -> Result<Forward> {
     let table = read(family, "filter")?;
-    Ok(table.map(|table| Forward { drops: drops(&table), bars: bars(&table).unwrap_or(false) }).unwrap_or_default())
+    Ok(table.map(|table| judged(&table)).unwrap_or_default())
 }
 
 /// A table as the kernel gives it out.
@@ -115,34 +111,77 @@ fn drops(table: &Raw) -> bool {
     policy() == Some(DROP)
 }
 
-/// Whether the first rule of chain FORWARD that is for every packet and has the last word on it, before the policy, lets none through. None
-/// if there is no such rule. Chains that rules lead to are not followed.
-fn bars(table: &Raw) -> Option<bool> {
+fn judged(table: &Raw) -> Forward {
+    let mut forward = Forward { drops: drops(table), ..Forward::default() };
+    // One that is cut off is taken as far as it goes.
+    rules(table, &mut forward);
+    forward
+}
+
+/// The rules of chain FORWARD before the policy, up to one that has the last word. Chains that rules lead to are not followed.
+fn rules(table: &Raw, forward: &mut Forward) -> Option<()> {
     let (begin, end) = (place(table, INFO_CHAINS)?, place(table, INFO_POLICIES)?);
     let mut entries = table.entries.get(begin..end)?;
-    loop {
+    while !entries.is_empty() {
         let target = half(entries, table.offsets)?;
         let next = half(entries, table.offsets + 2)?;
         let entry = entries.get(..next)?;
-        let ends = match (text(entry, target + 2, 29)?, verdict(entry.get(target..)?)) {
-            (b"REJECT", _) | (b"", Some(DROP)) => Some(true),
-            (b"", Some(ACCEPT | RETURN)) => Some(false),
-            _ => None,
-        };
-        if ends.is_some() && asks_nothing(entry, target, table.offsets) {
-            return ends;
+        let fate = (text(entry, target + 2, 29)?, verdict(entry.get(target..)?));
+        let drops = matches!(fate, (b"REJECT", _) | (b"", Some(DROP)));
+        let all = asks_nothing(entry, target, table.offsets);
+        match fate {
+            _ if all && drops => {
+                forward.bars = true;
+                return Some(());
+            }
+            (b"", Some(ACCEPT)) if all => {
+                forward.accepts = true;
+                return Some(());
+            }
+            // On to the policy.
+            (b"", Some(RETURN)) if all => return Some(()),
+            (b"LOG" | b"NFLOG", _) => {}
+            (b"", Some(ACCEPT)) => {
+                forward.spares = true;
+                if let Some((side, name)) = link(entry, target, table.offsets) {
+                    forward.links[side].push(name);
+                }
+            }
+            _ => forward.spares |= !drops,
         }
         // It leads on: an entry is longer than its own head.
         entries = entries.get(next..).filter(|_| next > table.offsets)?;
     }
+    Some(())
+}
+
+/// The link that an entry asks for, if it asks for nothing else: whether packets come by it (0) or leave by it (1), and its name, with
+/// `*` if only its beginning counts.
+fn link(entry: &[u8], target: usize, offsets: usize) -> Option<(usize, String)> {
+    let (length, names) = if offsets == OFFSETS_V6 { (SELECTORS_V6, NAMES_V6) } else { (SELECTORS, NAMES) };
+    let selectors = entry.get(..length).filter(|_| only_comments(entry, target, offsets))?;
+    let one = |side: usize| {
+        // The names of both sides stand before their masks.
+        let (name, mask) = (names + side * NAME_SIZE, names + (2 + side) * NAME_SIZE);
+        let own = |at: usize| (name..name + NAME_SIZE).contains(&at) || (mask..mask + NAME_SIZE).contains(&at);
+        let others = selectors.iter().enumerate().any(|(at, byte)| !own(at) && *byte != 0);
+        let asked = selectors.get(mask..mask + NAME_SIZE)?.iter().take_while(|byte| **byte == u8::MAX).count();
+        let text = std::str::from_utf8(selectors.get(name..name + asked)?).ok()?;
+        let text = text.strip_suffix('\0').map_or_else(|| format!("{text}*"), str::to_owned);
+        (!others && asked > 0).then_some((side, text))
+    };
+    one(0).or_else(|| one(1))
 }
 
 /// Whether an entry is for every packet: no selector is set, and none of its matches is more than a comment.
 fn asks_nothing(entry: &[u8], target: usize, offsets: usize) -> bool {
-    let (selectors, mut at) = if offsets == OFFSETS_V6 { (SELECTORS_V6, HEAD_V6) } else { (SELECTORS, HEAD) };
-    if !entry.get(..selectors).is_some_and(|selectors| selectors.iter().all(|byte| *byte == 0)) {
-        return false;
-    }
+    let selectors = if offsets == OFFSETS_V6 { SELECTORS_V6 } else { SELECTORS };
+    let none = entry.get(..selectors).is_some_and(|selectors| selectors.iter().all(|byte| *byte == 0));
+    none && only_comments(entry, target, offsets)
+}
+
+fn only_comments(entry: &[u8], target: usize, offsets: usize) -> bool {
+    let mut at = if offsets == OFFSETS_V6 { HEAD_V6 } else { HEAD };
     while at < target {
         let length = half(entry, at).filter(|length| *length >= MATCH);
         match (length, text(entry, at + 2, 29)) {
@@ -249,7 +288,7 @@ mod tests {
         for (verdict, expected) in [(DROP, true), (ACCEPT, false)] {
             let mut table = table(&[standard(verdict)]);
             assert_eq!(drops(&table), expected);
-            assert_eq!(bars(&table), None, "the policy is no rule");
+            assert_eq!(judged(&table), Forward { drops: expected, ..Forward::default() }, "the policy is no rule");
             table.entries.truncate(200);
             assert!(!drops(&table), "cut off");
             table.info[INFO_HOOKS] = 0;
@@ -263,26 +302,47 @@ mod tests {
             rule[at] = 1;
             rule
         };
+        let by = |side: usize, name: &str, asked: usize, mut rule: Vec<u8>| {
+            let (name_at, mask) = (NAMES + side * 16, NAMES + (2 + side) * 16);
+            rule[name_at..name_at + name.len()].copy_from_slice(name.as_bytes());
+            rule[mask..mask + asked].fill(0xff);
+            rule
+        };
         let (reject, drop, accept) = (|| entry("REJECT", ""), || standard(DROP), || standard(ACCEPT));
-        let check = |rules: &[Vec<u8>], expected: Option<bool>| {
+        let check = |rules: &[Vec<u8>], expected: &str| {
             let found = table(&[rules, &[standard(ACCEPT)]].concat());
-            assert_eq!(bars(&found), expected, "{rules:?}");
+            let forward = judged(&found);
+            let said = [(forward.bars, "bars"), (forward.accepts, "accepts"), (forward.spares, "spares")];
+            let said = said.iter().filter(|said| said.0).map(|said| said.1.to_owned());
+            let links = forward.links.iter().zip(["in", "out"]).filter(|(names, _)| !names.is_empty());
+            let links = links.map(|(names, side)| format!("{side} {}", names.join(" ")));
+            assert_eq!(said.chain(links).collect::<Vec<_>>().join(", "), expected, "{rules:?}");
             for length in 0..found.entries.len() {
                 let entries = found.entries[..length].to_vec();
-                bars(&Raw { info: found.info.clone(), entries, offsets: OFFSETS });
+                judged(&Raw { info: found.info.clone(), entries, offsets: OFFSETS });
             }
         };
-        check(&[], None);
-        check(&[reject()], Some(true));
-        check(&[drop()], Some(true));
-        check(&[entry("LOG", ""), standard(7), drop()], Some(true)); // one that only notes, and a chain of users
-        check(&[matching(reject(), "comment")], Some(true));
-        check(&[matching(reject(), "conntrack")], None);
-        check(&[selecting(0, drop()), selecting(83, reject())], None); // an address, an inverted flag
-        check(&[selecting(0, accept()), drop()], Some(true));
-        check(&[accept(), drop()], Some(false));
-        check(&[standard(RETURN), drop()], Some(false));
-        check(&[matching(accept(), "conntrack"), drop()], Some(true));
+        check(&[], "");
+        check(&[reject()], "bars");
+        check(&[drop()], "bars");
+        check(&[entry("LOG", ""), drop()], "bars"); // only notes
+        check(&[standard(7), drop()], "bars, spares"); // a chain of users
+        check(&[matching(reject(), "comment")], "bars");
+        check(&[matching(reject(), "conntrack")], "");
+        check(&[selecting(0, drop()), selecting(83, reject())], ""); // an address, an inverted flag
+        check(&[selecting(0, accept()), drop()], "bars, spares");
+        check(&[selecting(0, drop()), drop()], "bars");
+        check(&[accept(), drop()], "accepts");
+        check(&[standard(RETURN), drop()], "");
+        check(&[matching(accept(), "conntrack"), drop()], "bars, spares");
+        check(&[by(0, "eni+", 3, accept()), by(1, "eni+", 3, accept()), drop()], "bars, spares, in eni*, out eni*");
+        check(&[matching(by(0, "eni+", 3, accept()), "comment"), drop()], "bars, spares, in eni*");
+        check(&[matching(by(0, "eni+", 3, accept()), "conntrack"), drop()], "bars, spares");
+        check(&[by(0, "eni+", 3, selecting(0, accept())), drop()], "bars, spares");
+        check(&[by(0, "eni+", 3, selecting(83, accept())), drop()], "bars, spares"); // all but those
+        check(&[by(0, "docker0", 8, accept()), drop()], "bars, spares, in docker0");
+        check(&[by(0, "eni+", 3, by(1, "eth0", 5, accept())), drop()], "bars, spares");
+        check(&[drop(), by(0, "eni+", 3, accept())], "bars");
     }
 
     proptest! {
@@ -296,8 +356,7 @@ mod tests {
             chain_names(&bytes, OFFSETS_V6);
             for offsets in [OFFSETS, OFFSETS_V6] {
                 let hostile = Raw { info: bytes.clone(), entries: bytes.clone(), offsets };
-                drops(&hostile);
-                bars(&hostile);
+                judged(&hostile);
             }
         }
 
@@ -318,10 +377,9 @@ mod tests {
             hostile.entries = entries.collect();
             hostile.info[INFO_CHAINS + 8..INFO_CHAINS + 12].copy_from_slice(&begin.to_ne_bytes());
             hostile.info[INFO_POLICIES + 8..INFO_POLICIES + 12].copy_from_slice(&end.to_ne_bytes());
-            bars(&hostile);
-            drops(&hostile);
+            judged(&hostile);
             hostile.offsets = OFFSETS_V6;
-            bars(&hostile);
+            judged(&hostile);
         }
     }
 }

@@ -6,6 +6,7 @@
 
 pub mod cloud;
 pub mod environment;
+mod forward;
 mod managers;
 pub mod pods;
 pub mod reasons;

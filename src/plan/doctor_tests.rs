@@ -1,5 +1,7 @@
 use super::*;
 use crate::model::net::{Barrier, Neighbour, Route};
+use crate::model::nft::{AnyChain, Forward};
+use crate::model::settings::Settings;
 use crate::plan::branch::Branch;
 use crate::plan::egress;
 use crate::plan::host::{HostEni, What};
@@ -383,19 +385,32 @@ fn files_of_the_host_that_speak_of_others() {
         move |facts: &mut environment::Facts| {
             facts.legacy_kube = legacy;
             let (family, table, name) = ("ip".into(), "nat".into(), chain.into());
-            facts.chains.push(crate::model::nft::AnyChain {
-                family,
-                table,
-                name,
-                hook: None,
-                drops: false,
-                bars: false,
-            });
+            facts.chains.push(AnyChain { family, table, name, hook: None, forward: Forward::default() });
         }
     };
     check(&kube(true, "KUBE-SERVICES"), &[("kube-proxy-twice", Severity::Warn)]);
     check(&kube(true, "KUBE-KUBELET-CANARY"), &[]); // the kubelet's
     check(&kube(false, "KUBE-SERVICES"), &[]);
+}
+
+#[test]
+fn tables_of_the_kernel_that_are_too_small() {
+    let check = |v6: bool, files: &[(&str, &str)], wanted: &[&str]| {
+        let intent = Intent { v6, ..node().0 };
+        let files = files.iter().map(|(path, text)| (format!("/proc/sys/net/{path}"), (*text).to_owned())).collect();
+        let facts = environment::Facts { files, ..environment::Facts::default() };
+        let found = environment::findings(Some(&intent), &node().1, &Settings::parse(|_| None).0, &facts);
+        let found = found.iter().filter(|finding| matches!(finding.name, "neighbour-table" | "conntrack-full"));
+        assert_eq!(found.map(|finding| finding.remedy.as_str()).collect::<Vec<_>>(), wanted, "{:?}", facts.files);
+    };
+    let entries = |count| [("netfilter/nf_conntrack_count", count), ("netfilter/nf_conntrack_max", "100")];
+    check(false, &entries("90"), &["sysctl -w net.netfilter.nf_conntrack_max=200"]);
+    check(false, &entries("89"), &[]);
+    check(false, &entries("89")[..1], &[]);
+    let neighbours = [("ipv4/neigh/default/gc_thresh3", "1"), ("ipv6/neigh/default/gc_thresh3", "1")];
+    check(false, &neighbours, &["sysctl -w net.ipv4.neigh.default.gc_thresh3=1024"]);
+    check(true, &neighbours, &["sysctl -w net.ipv6.neigh.default.gc_thresh3=1024"]);
+    check(false, &[("ipv4/neigh/default/gc_thresh3", "2")], &[]);
 }
 
 #[test]
@@ -667,4 +682,28 @@ fn what_network_manager_leaves_alone() {
     check(&["[main]\nno-auto-default=*"], Some("interface-name:eni*, no interface-name:vlan*"));
     check(&["[device-ours]\nmatch-device=interface-name:eni*;vlan*;eth*\nmanaged=0"], None);
     check(&["[device-ours]\nmatch-device=interface-name:eni*;vlan*;eth*\nmanaged=1"], Some(all));
+}
+
+/// Veths are left alone by rules that NetworkManager brings along; VLAN devices and ENIs are not.
+#[test]
+fn what_network_managers_own_rules_leave_alone() {
+    let stock = "# pairs\nENV{ID_NET_DRIVER}==\"veth\", ENV{NM_UNMANAGED}=\"1\"\n";
+    let check = |folder: &str, text: &str, missing: &str| {
+        let mut facts = environment::Facts::default();
+        facts.there.insert("/run/NetworkManager".into());
+        facts.files.insert(format!("/usr/lib/udev/rules.d/{}", managers::UDEV_RULES), stock.into());
+        facts.files.insert(format!("{folder}/{}", managers::UDEV_RULES), text.into());
+        let (intent, seen) = node();
+        let found = managers::network_manager(Some(&intent), &seen, &Settings::parse(|_| None).0, &facts).unwrap();
+        assert_eq!(found.seen, format!("NetworkManager runs, and unmanaged-devices has no {missing}"), "{text}");
+    };
+    let (usr, all) = ("/usr/lib/udev/rules.d", "interface-name:eni*, no interface-name:vlan*, no interface-name:eth1");
+    let rest = "interface-name:vlan*, no interface-name:eth1";
+    check(usr, stock, rest);
+    check(usr, &stock.replace("\", E", "\",E"), rest);
+    check(usr, &format!("# {}", &stock[8..]), all);
+    check(usr, &stock.replace("=\"1\"", "=\"0\""), all);
+    check(usr, &stock.replace("==", "!="), all);
+    check("/etc/udev/rules.d", "", all); // in its place
+    check("/etc/udev/rules.d", stock, rest);
 }

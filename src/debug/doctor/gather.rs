@@ -92,22 +92,28 @@ fn processes(root: &Path) -> impl Iterator<Item = PathBuf> {
 
 // The kubelet's command line. Below another root no process of this machine counts but those that are seen there.
 fn kubelet(root: &Path) -> Option<String> {
-    let seen = root == Path::new("/") || under(root, "/proc/1").exists();
+    if root != Path::new("/") && !under(root, "/proc/1").exists() {
+        return None;
+    }
     let mut kubelets = processes(root).filter(|path| {
         super::super::read(&path.join("comm"), FILE_BYTES_MAX).is_ok_and(|name| name.trim() == "kubelet")
     });
-    super::super::read(&kubelets.next().filter(|_| seen)?.join("cmdline"), FILE_BYTES_MAX).ok()
+    super::super::read(&kubelets.next()?.join("cmdline"), FILE_BYTES_MAX).ok()
 }
 
 // Where containerd looks for network configurations and plugins. Nothing else of its file is kept: it may hold passwords.
 fn runtime(root: &Path) -> Vec<(String, String)> {
     let text = super::super::read(&under(root, "/etc/containerd/config.toml"), FILE_BYTES_MAX).unwrap_or_default();
-    let wanted = |line: &str| {
-        let (key, value) = line.split_once('=')?;
-        let (key, value) = (key.trim(), value.trim().trim_matches(['"', '\'']));
-        (matches!(key, "conf_dir" | "bin_dir") && !value.is_empty()).then(|| (key.to_owned(), value.to_owned()))
-    };
-    text.lines().filter_map(wanted).collect()
+    text.lines().filter_map(folder).collect()
+}
+
+// A line of it that names such a folder. Behind a value may stand a comment (toml.io, "Comment").
+fn folder(line: &str) -> Option<(String, String)> {
+    let (key, value) = line.split_once('=')?;
+    let (key, value) = (key.trim(), value.trim());
+    let quoted = value.strip_prefix(['"', '\'']).and_then(|rest| Some(rest.split_once(value.get(..1)?)?.0));
+    let value = quoted.unwrap_or_else(|| value.split('#').next().unwrap_or_default().trim_end());
+    (matches!(key, "conf_dir" | "bin_dir") && !value.is_empty()).then(|| (key.to_owned(), value.to_owned()))
 }
 
 // The plugin on the host: in the folder of runtimes' default, or in that of the settings, which is as a container sees it.
@@ -151,9 +157,7 @@ pub(in crate::debug) fn chains(facts: &mut Facts, host: &Host, ours: &[Table]) -
     facts.legacy_kube = chains.iter().any(|chain| kube_proxys(chain));
     facts.legacy = former::legacy_chains(chains);
     for family in [Family::V4, Family::V6] {
-        let forward = host.legacy_forward(family)?;
-        facts.legacy_drops.extend(forward.drops.then_some(family));
-        facts.legacy_bars.extend(forward.bars.then_some(family));
+        facts.legacy_forward.push((family, host.legacy_forward(family)?));
     }
     Ok(())
 }
@@ -188,4 +192,26 @@ fn look(path: &Path) -> Result<Inside> {
     let namespace = Namespace::open(path)?;
     let mut socket = Socket::route_in(&namespace)?;
     Ok(Inside { path: path.display().to_string(), id: namespace.id()?, side: apply::side(&mut socket)? })
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn folders_that_containerd_names() {
+        let check = |line: &str, wanted: Option<(&str, &str)>| {
+            let wanted = wanted.map(|(key, value)| (key.to_owned(), value.to_owned()));
+            assert_eq!(super::folder(line), wanted, "{line}");
+        };
+        let folder = Some(("conf_dir", "/etc/cni/net.d"));
+        check("conf_dir = \"/etc/cni/net.d\"", folder);
+        check("  conf_dir = \"/etc/cni/net.d\" # as the kubelet has it", folder);
+        check("conf_dir='/etc/cni/net.d'#'", folder);
+        check("conf_dir = /etc/cni/net.d # not TOML", folder);
+        check("bin_dir = \"/opt/#1/bin\"", Some(("bin_dir", "/opt/#1/bin")));
+        check("bin_dir = \"\" # none", None);
+        check("bin_dir = # none", None);
+        check("# bin_dir = \"/opt\"", None);
+        check("bin_dir", None);
+        check("max_conf_num = 1", None);
+    }
 }

@@ -3,10 +3,10 @@
 //! Files come by the path they have on the host. What is not there was not found, or could not be read, and gives no
 //! finding of its own: a look from inside a container sees less.
 
-use super::{Finding, Severity, managers, room, rules, single};
+use super::{Finding, Severity, forward, managers, room, rules, single};
 use crate::model::map::{Map, Set};
 use crate::model::net::{Family, Route, TABLE_MAIN};
-use crate::model::nft::{AnyChain, Hook, Removal};
+use crate::model::nft::{AnyChain, Forward, Removal};
 use crate::model::order::Gather as _;
 use crate::model::settings::Settings;
 use crate::plan::former;
@@ -56,6 +56,8 @@ pub const DIRECTORIES: &[(&str, &str)] = &[
     ("/etc/cni/net.d", ""),
     (room::KUBELET_PIECES, ".conf"),
     ("/usr/lib/udev/rules.d", "99-vpc-policy-routes.rules"),
+    ("/usr/lib/udev/rules.d", managers::UDEV_RULES),
+    ("/etc/udev/rules.d", managers::UDEV_RULES),
 ];
 
 /// Paths of which only it matters whether they are there.
@@ -113,10 +115,8 @@ pub struct Facts {
     pub leftovers: Vec<Removal>,
     /// The same in `iptables-legacy`: chains.
     pub legacy: Vec<String>,
-    /// Families of which `iptables-legacy` drops what is forwarded.
-    pub legacy_drops: Vec<Family>,
-    /// Families of which it has a rule against everything that is forwarded.
-    pub legacy_bars: Vec<Family>,
+    /// What `iptables-legacy` does to packets that are forwarded.
+    pub legacy_forward: Vec<(Family, Forward)>,
     /// Counters of drivers: link, name, count.
     pub counters: Vec<(String, String, u64)>,
     /// The plugin on the host, if its folder is seen.
@@ -190,12 +190,7 @@ pub fn findings(intent: Option<&Intent>, seen: &Observation, settings: &Settings
         if intent.strict_branches && seen.links.iter().any(|link| link.name == IPVS_LINK) {
             note("ipvs", format!("link {IPVS_LINK} of kube-proxy in ipvs mode, and pods with branch ENIs are strict"));
         }
-        let version = if intent.v6 { 6 } else { 4 };
-        let most = facts.number(&format!("/proc/sys/net/ipv{version}/neigh/default/gc_thresh3"));
-        if let Some(most) = most.filter(|most| *most < 2 * intent.pods.len() as u64) {
-            let setting = format!("net.ipv{version}.neigh.default.gc_thresh3");
-            note("neighbour-table", format!("{setting} is {most}, with {} pods", intent.pods.len()));
-        }
+        found.extend(neighbours(intent, facts));
         found.extend(primary_forwards(intent, seen));
         found.extend(reverse_path(intent, seen, facts));
         ways(intent, seen, &mut found);
@@ -216,8 +211,29 @@ pub fn findings(intent: Option<&Intent>, seen: &Observation, settings: &Settings
         }
     }
     found.extend(managers::network_manager(intent, seen, settings, facts));
-    barred(facts, &mut found);
+    found.extend(configurations(facts));
+    found.extend(connections(facts));
+    forward::barred(settings, facts, &mut found);
     found
+}
+
+fn connections(facts: &Facts) -> Option<Finding> {
+    let count = facts.number("/proc/sys/net/netfilter/nf_conntrack_count")?;
+    let most = facts.number("/proc/sys/net/netfilter/nf_conntrack_max").filter(|most| *most > 0)?;
+    let finding = Finding::new("conntrack-full", "", format!("{count} of {most} connections"));
+    let command = format!("sysctl -w net.netfilter.nf_conntrack_max={}", most.saturating_mul(2));
+    (count >= most - most / 10).then(|| finding.mended_by(command))
+}
+
+/// The kernel's neighbours, against pods: each may have one on the host and one for its gateway.
+fn neighbours(intent: &Intent, facts: &Facts) -> Option<Finding> {
+    let (version, pods) = (if intent.v6 { 6 } else { 4 }, intent.pods.len() as u64);
+    let most = facts.number(&format!("/proc/sys/net/ipv{version}/neigh/default/gc_thresh3"))?;
+    let setting = format!("net.ipv{version}.neigh.default.gc_thresh3");
+    let finding = Finding::new("neighbour-table", "", format!("{setting} is {most}, with {pods} pods"));
+    // The kernel's default at least.
+    let command = format!("sysctl -w {setting}={}", pods.saturating_mul(4).max(1024));
+    (most < 2 * pods).then(|| finding.mended_by(command))
 }
 
 fn kernel(settings: &Settings, facts: &Facts, v6: bool, note: &mut impl FnMut(&'static str, String)) {
@@ -244,11 +260,6 @@ fn kernel(settings: &Settings, facts: &Facts, v6: bool, note: &mut impl FnMut(&'
             note(id, format!("net.ipv4.{name} is 1, and pods with branch ENIs are strict"));
         }
     }
-    let count = facts.number("/proc/sys/net/netfilter/nf_conntrack_count").unwrap_or(0);
-    let most = facts.number("/proc/sys/net/netfilter/nf_conntrack_max").unwrap_or(0);
-    if most > 0 && count >= most - most / 10 {
-        note("conntrack-full", format!("{count} of {most} connections"));
-    }
     let release = facts.text("/proc/sys/kernel/osrelease").unwrap_or_default();
     let mut numbers = release.split(['.', '-']).map(|part| part.parse::<u32>().unwrap_or(0));
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
@@ -273,20 +284,40 @@ fn policies(settings: &Settings) -> bool {
     settings.network_policy_mode.as_deref().is_some_and(|mode| !mode.eq_ignore_ascii_case("none"))
 }
 
-fn files(facts: &Facts, note: &mut impl FnMut(&'static str, String)) {
-    if facts.there.contains("/etc/cni/net.d") {
-        let configs = facts.below("/etc/cni/net.d").map(|(name, _)| name);
-        let configs = configs.filter(|name| [".conflist", ".conf", ".json"].iter().any(|end| name.ends_with(end)));
-        let configs = configs.collect::<Vec<_>>();
-        match configs.first() {
-            Some(_) if !configs.contains(&CONFLIST) => {
-                note("conflist-missing", format!("/etc/cni/net.d has {} and no {CONFLIST}", configs.join(", ")));
-            }
-            Some(&CONFLIST) => {}
-            Some(_) => note("conflist-order", format!("/etc/cni/net.d has, in this order, {}", configs.join(", "))),
-            None => note("conflist-missing", "/etc/cni/net.d has none".into()),
-        }
+/// What the runtime takes: the first of the files. Another plugin's may run ours itself, as Cilium's does when it is chained, or lead on to
+/// our file, as that of Multus.
+fn configurations(facts: &Facts) -> Option<Finding> {
+    let ends = [".conflist", ".conf", ".json"];
+    let configs = facts.below("/etc/cni/net.d").filter(|(name, _)| ends.iter().any(|end| name.ends_with(end)));
+    let configs = configs.collect::<Vec<_>>();
+    let names = configs.iter().map(|(name, _)| *name).collect::<Vec<_>>();
+    if !facts.there.contains("/etc/cni/net.d") {
+        return None;
     }
+    let Some((first, text)) = configs.first() else {
+        return Some(Finding::new("conflist-missing", "", "/etc/cni/net.d has none"));
+    };
+    let text = text.split_whitespace().collect::<String>();
+    if text.contains("\"type\":\"aws-cni\"") {
+        return None;
+    }
+    let all = names.join(", ");
+    if !names.contains(&CONFLIST) {
+        return Some(Finding::new("conflist-missing", "", format!("/etc/cni/net.d has {all} and no {CONFLIST}")));
+    }
+    if *first == CONFLIST || text.contains(CONFLIST) {
+        return None;
+    }
+    let mut finding = Finding::new("conflist-order", "", format!("/etc/cni/net.d has, in this order, {all}"));
+    // Its delegate may be a resource of the cluster's.
+    if text.contains("\"type\":\"multus") {
+        finding.severity = Severity::Note;
+        finding.remedy = format!("look whether its delegates or its clusterNetwork lead to {CONFLIST}");
+    }
+    Some(finding)
+}
+
+fn files(facts: &Facts, note: &mut impl FnMut(&'static str, String)) {
     // Where ours is laid is where the runtime must look.
     let ours = facts.below("/etc/cni/net.d").any(|(name, _)| name == CONFLIST);
     for (key, value) in facts.runtime.iter().filter(|_| ours) {
@@ -417,30 +448,6 @@ fn throttled(facts: &Facts, note: &mut impl FnMut(&'static str, String)) {
     }
 }
 
-// What drops packets that are to be forwarded.
-fn barred(facts: &Facts, found: &mut Vec<Finding>) {
-    let finding = |text: String| Finding::new("forward-drop", "", text);
-    for AnyChain { family, table, name, hook, drops, bars } in &facts.chains {
-        if *bars {
-            found.push(finding(format!("chain {family} {table} {name} ends with a rule against everything")));
-        }
-        if *hook == Some(Hook::Forward) && *drops {
-            let command = format!("nft chain {family} {table} {name} '{{ policy accept; }}'");
-            found.push(finding(format!("chain {family} {table} {name} has policy drop")).mended_by(command));
-        }
-    }
-    let tool = |family: Family| if family == Family::V6 { "ip6tables-legacy" } else { "iptables-legacy" };
-    for family in &facts.legacy_drops {
-        let tool = tool(*family);
-        let text = format!("{tool}: chain FORWARD of table filter has policy DROP");
-        found.push(finding(text).mended_by(format!("{tool} -P FORWARD ACCEPT")));
-    }
-    for family in &facts.legacy_bars {
-        let tool = tool(*family);
-        found.push(finding(format!("{tool}: chain FORWARD of table filter ends with a rule against everything")));
-    }
-}
-
 fn chains(facts: &Facts, note: &mut impl FnMut(&'static str, String)) {
     for removal in &facts.leftovers {
         note("former-rules", former::text(removal));
@@ -510,4 +517,42 @@ fn primary_forwards(intent: &Intent, seen: &Observation) -> Option<Finding> {
     let mut finding = Finding::new("link-forwarding", "", format!("{path} is 0"));
     finding.mendable = false;
     (primary.forwards == Some(false)).then(|| finding.mended_by(format!("sysctl -w {path}=1")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn configurations_of_other_plugins_that_lead_to_ours() {
+        let check = |files: &[(&str, &str)], wanted: Option<(&str, Severity)>| {
+            let mut facts = Facts::default();
+            facts.there.insert("/etc/cni/net.d".into());
+            let path = |name: &str| format!("/etc/cni/net.d/{name}");
+            facts.files.extend(files.iter().map(|(name, text)| (path(name), (*text).to_owned())));
+            let found = findings(None, &Observation::default(), &Settings::parse(|_| None).0, &facts);
+            let found = found.iter().map(|finding| (finding.name, finding.severity)).collect::<Vec<_>>();
+            assert_eq!(found, wanted.into_iter().collect::<Vec<_>>(), "{files:?}");
+        };
+        let ours = ("10-aws.conflist", r#"{"name": "aws-cni", "plugins": [{"type": "aws-cni"}]}"#);
+        let cilium = r#"{"name": "cilium", "plugins": [{"type": "aws-cni"}, {"type": "cilium-cni"}]}"#;
+        let alone = r#"{"name": "cilium", "plugins": [{"type": "cilium-cni"}]}"#;
+        let led = r#"{"type": "multus-shim", "clusterNetwork": "/host/etc/cni/net.d/10-aws.conflist"}"#;
+        let delegates = r#"{"type": "multus", "delegates": [{"plugins": [{"name": "x", "type":"aws-cni"}]}]}"#;
+        let resource = r#"{"type": "multus", "clusterNetwork": "default"}"#;
+        let (missing, order) = (("conflist-missing", Severity::Fail), ("conflist-order", Severity::Fail));
+        check(&[ours], None);
+        check(&[ours, ("99-loopback.conf", "{}")], None);
+        check(&[], Some(missing));
+        check(&[("05-cilium.conflist", cilium), ours], None);
+        check(&[("05-cilium.conflist", cilium), ("10-aws.conflist.cilium_bak", ours.1)], None);
+        check(&[("05-cilium.conflist", alone), ours], Some(order));
+        check(&[("05-cilium.conflist", alone)], Some(missing));
+        check(&[("00-multus.conf", led), ours], None);
+        check(&[("00-multus.conf", led)], Some(missing));
+        check(&[("00-multus.conf", delegates), ours], None);
+        check(&[("00-multus.conf", resource), ours], Some(("conflist-order", Severity::Note)));
+        check(&[("05-other.conflist", "{}"), ours], Some(order));
+        check(&[("05-other.conflist", r#"{"name": "aws-cni"}"#), ours], Some(order));
+    }
 }

@@ -2,13 +2,16 @@
 //! primary one, which it otherwise gives addresses and a default route by DHCP.
 //!
 //! What it is told stands in its configuration (`NetworkManager.conf(5)`): `unmanaged-devices`, or `managed=0` in a section that
-//! matches devices. Rules of udev (`NM_UNMANAGED`) are not looked at.
+//! matches devices. For veths the rules that it brings along for udev may say it as well.
 
 use super::Finding;
 use super::environment::{Facts, ini, says_no};
 use crate::model::naming::VLAN_PREFIX;
 use crate::model::settings::Settings;
 use crate::plan::host::{Intent, Observation, link_of};
+
+/// NetworkManager's own rules for udev, which leave veths alone unless somebody has taken that out.
+pub(super) const UDEV_RULES: &str = "85-nm-unmanaged.rules";
 
 /// A link as a list of devices may name it.
 struct Device {
@@ -41,16 +44,25 @@ pub(super) fn network_manager(
         lists.into_iter().flatten().map(|list| (list, false)).chain(idle)
     });
     let lists = lists.collect::<Vec<_>>();
+    let rules = facts.layered(&["/etc/udev/rules.d", "/usr/lib/udev/rules.d"]);
+    let veths = rules.get(UDEV_RULES).is_some_and(|text| text.lines().any(spares_veths));
     let mut missing = Vec::<String>::new();
     for device in devices(intent, seen, settings) {
         let eni = device.kind == "ethernet";
-        let spared = lists.iter().any(|(list, idle)| (eni || !idle) && covers(list, &device));
+        let listed = lists.iter().any(|(list, idle)| (eni || !idle) && covers(list, &device));
+        let spared = listed || (veths && device.kind == "veth");
         if !spared && !missing.contains(&device.word) {
             missing.push(device.word);
         }
     }
     let text = || format!("NetworkManager runs, and unmanaged-devices has no {}", missing.join(", no "));
     (!missing.is_empty()).then(|| Finding::new("networkmanager", "", text()))
+}
+
+/// Whether a rule of udev's says of all veths, and of them alone, that they are not NetworkManager's.
+fn spares_veths(line: &str) -> bool {
+    let words = line.split(',').map(str::trim).collect::<Vec<_>>();
+    words == ["ENV{ID_NET_DRIVER}==\"veth\"", "ENV{NM_UNMANAGED}=\"1\""]
 }
 
 // One of each kind of pods' links, and the ENIs that are there.
