@@ -96,7 +96,8 @@ fn attempt(args: &Args) -> Result<(Look, Vec<String>)> {
     let mut look = look(args, &settings, &mut host)?;
     let wait = Duration::from_secs(args.wait);
     // Half of an ADD or DEL looks like a fault.
-    if look.daemon && look.findings.iter().any(|finding| finding.subject.contains('/')) {
+    let of_pod = |finding: &Finding| finding.subject.contains('/') || finding.name.starts_with("egress-");
+    if look.daemon && look.findings.iter().any(of_pod) {
         std::thread::sleep(wait);
         look = self::look(args, &settings, &mut host)?;
     }

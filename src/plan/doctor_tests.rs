@@ -273,7 +273,40 @@ fn ends_of_other_plugins_are_not_set_up() {
     check("", "10.88.0.5/16", &[]);
     check("", "fd00::ac:2/118", &[down, way]);
     let end = egress::HostEnd { mac: mac(9), mtu: 9001, pod: ip("fd00::ac:2"), gateway: ip("fe80::1"), number: None };
-    check(&end.alias(), "10.88.0.5/16", &[down]);
+    check(&end.alias(), "fd00::ac:2/118", &[]); // the host's plan sees to it
+}
+
+/// A pod and a namespace that was forgotten, both with the address.
+#[test]
+fn of_two_ends_for_an_address_neither_takes_the_others_route() {
+    let check = |aliases: [&str; 2], way: Option<u32>, wanted: &[u32]| {
+        let (intent, mut seen) = node();
+        for ((index, name), alias) in [(20, "veth00000014"), (21, "veth00000015")].into_iter().zip(aliases) {
+            seen.links.push(Link { parent: Some(7), alias: alias.into(), ..made(index, name, "veth") });
+        }
+        seen.routes.extend(way.map(|dev| route(254, "fd00::ac:2/128", None, dev)));
+        let address = "fd00::ac:2/118";
+        let namespaces = [inside("/run/netns/old", 20, 7, address), inside("/run/netns/one", 21, 7, address)];
+        let found = pods::pods(&intent, &seen, &namespaces, 9001, None);
+        let ways = found.mends.iter().filter_map(|mend| match &mend.1 {
+            Mend::Route(route) if route.dst == net("fd00::ac:2/128") => Some(route.dev),
+            _ => None,
+        });
+        assert_eq!(ways.collect::<Vec<_>>(), wanted, "{aliases:?} {way:?}");
+        let told = found.findings.iter().filter(|finding| finding.name == "egress-way");
+        assert_eq!(told.count(), wanted.len(), "{aliases:?} {way:?}");
+    };
+    let end = egress::HostEnd { mac: mac(9), mtu: 9001, pod: ip("fd00::ac:2"), gateway: ip("fe80::1"), number: None };
+    let alias = end.alias();
+    for way in [None, Some(20), Some(21)] {
+        for aliases in [[alias.as_str(); 2], [&alias, ""], ["", &alias]] {
+            check(aliases, way, &[]);
+        }
+    }
+    for way in [Some(20), Some(21), Some(99)] {
+        check(["", ""], way, &[]);
+    }
+    check(["", ""], None, &[20, 21]);
 }
 
 #[test]
@@ -586,6 +619,66 @@ fn rules_of_others_that_take_what_is_ours() {
     check(strange(any(100, 254)), false);
     check(any(32_765, 2), true);
     check(from("2001:db8::/32", 200, 2), false);
+    // What selects everything: Tailscale's table has its peers alone, or the default of an exit node.
+    check(any(5270, 5), false);
+    check(any(5270, 77), false);
+    check(any(5270, 8), true);
+    check(any(5270, 7), true);
+    check(any(5270, 254), true);
+    // At our first priority by marks, as of Cilium's proxy.
+    let first = |fwmark, table| Rule { fwmark, ..any(10, table) };
+    check(first(Some((0xa00, 0xf00)), 2), false);
+    check(first(Some((0x80, 0x80)), 2), true);
+    check(first(Some((0, 0xf00)), 2), true);
+    check(strange(first(Some((0xa00, 0xf00)), 2)), true);
+    check(from("10.20.0.0/16", 10, 2), true);
+    check(Rule { iif: Some("eth0".into()), ipproto: Some(6), ..any(10, 2) }, true);
+    check(marked(0x200, 0xf00, 254), false);
+    check(Rule { fwmark: Some((0x200, 0xf00)), ..any(9, 2) }, false);
+}
+
+#[test]
+fn a_command_takes_the_rule_that_it_is_told_for() {
+    let check = |rules: &[Rule], wanted: &[&str]| {
+        let (intent, mut seen) = node();
+        seen.rules = rules.to_vec();
+        let mut found = Vec::new();
+        rules::findings(&intent, &seen, &mut found);
+        let found = found.iter().map(|finding| finding.remedy.as_str()).collect::<Vec<_>>();
+        assert_eq!(found, wanted, "{rules:?}");
+    };
+    let general = "find its owner: ip rule";
+    let pods = Rule::from(net("10.20.0.0/16"), 200, 2);
+    let strange = |rule: &Rule| Rule { foreign: true, ..rule.clone() };
+    let tcp = Rule { ipproto: Some(6), ..pods.clone() };
+    let own = Rule::from(net("10.20.12.60/32"), 1536, 2);
+    let (plain, any) = ("ip rule del pref 200 from 10.20.0.0/16 lookup 2", "ip rule del pref 200 from 10.20.0.0/16");
+    check(std::slice::from_ref(&pods), &[plain]);
+    check(&[strange(&pods)], &[any]);
+    // Two with what is not named, of which the first would go twice.
+    check(&[strange(&pods), strange(&pods)], &[any, general]);
+    check(&[pods.clone(), strange(&pods)], &[plain, general]);
+    check(&[strange(&pods), pods.clone()], &[any, general]);
+    check(&[tcp.clone(), pods.clone()], &["ip rule del pref 200 from 10.20.0.0/16 ipproto 6 lookup 2", general]);
+    check(&[pods.clone(), tcp], &[plain, "ip rule del pref 200 from 10.20.0.0/16 ipproto 6 lookup 2"]);
+    // Beside one of ours.
+    check(&[own.clone(), strange(&own)], &[general]);
+    check(&[strange(&own), own], &["ip rule del pref 1536 from 10.20.12.60"]);
+}
+
+#[test]
+fn more_routes_than_are_told_are_counted() {
+    let check = |count: u8, told: usize, more: Option<&str>| {
+        let (intent, mut seen) = node();
+        seen.routes.extend((0..count).map(|number| route(2, &format!("192.0.{number}.0/24"), None, 3)));
+        let found = ways::findings(&intent, &seen);
+        let last = found.last().map(|finding| finding.seen.as_str()).filter(|seen| seen.ends_with("more routes"));
+        assert_eq!((found.len(), last), (told, more), "{count}");
+    };
+    let most = u8::try_from(RULESET_MAX).unwrap();
+    check(0, 0, None);
+    check(most, RULESET_MAX, None);
+    check(most + 3, RULESET_MAX + 1, Some("3 more routes"));
 }
 
 #[test]

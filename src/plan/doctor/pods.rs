@@ -3,13 +3,14 @@
 use super::{Finding, single};
 use crate::model::map::{Map, Set};
 use crate::model::naming;
-use crate::model::net::{Family, Link, Mac, TABLE_MAIN};
+use crate::model::net::{Family, Link, Mac, Route, TABLE_MAIN};
 use crate::model::order::Gather as _;
 use crate::plan::branch::{self, Branch, is_vlan};
 use crate::plan::egress;
 use crate::plan::host::{Action, HostBranch, HostPod, Intent, Observation, wiring};
 use crate::plan::pod::inside::{Mend, flaws};
-use crate::plan::pod::{Pod, PodBranch, PodInterface, Side, has_route};
+use crate::plan::pod::{Pod, PodBranch, PodInterface, Side};
+use ipnet::IpNet;
 use std::net::IpAddr;
 
 /// Interfaces of one pod, at most: ENIs that a multi-card instance gives one pod.
@@ -118,11 +119,23 @@ struct Wired<'a> {
     branch: Option<Branch>,
 }
 
+/// A route without scope and metric: for IPv6 the kernel keeps no scope and sets a metric of its own.
+type Way = (u32, IpNet, Option<IpAddr>, u32);
+
+fn way(route: &Route) -> Way {
+    (route.table, route.dst, route.gateway, route.dev)
+}
+
+/// What the host has, arranged for look-ups.
+struct Known<'a> {
+    links: &'a [Link],
+    ways: Set<Way>,
+}
+
 /// Looks at every pod of the intent, or only at the one of this name. `mtu` is that of pods, in bytes.
 pub fn pods(intent: &Intent, seen: &Observation, namespaces: &[Inside], mtu: u32, only: Option<&str>) -> Found {
     let seats = Seats::new(seen, namespaces);
-    let (links, routes) = (seen.links.clone(), seen.routes.clone());
-    let host = Side { links, routes, ..Side::default() };
+    let host = Known { links: &seen.links, ways: seen.routes.iter().map(way).gather() };
     let holders = seats.holders(namespaces);
     let (mut found, mut names) = (Found::default(), Map::new());
     let plain = intent.pods.iter().map(|pod| {
@@ -153,7 +166,8 @@ pub fn pods(intent: &Intent, seen: &Observation, namespaces: &[Inside], mtu: u32
     found
 }
 
-/// The ways of pods in the other family, of which the daemon knows nothing: what leads to them tells their own side.
+/// The ways of pods in the other family that no alias tells of: what leads to them tells their own side. Ends with an alias are the
+/// host's plan's, which alone knows the one that counts of several with an address.
 fn egress_ways(
     seen: &Observation,
     names: &Map<usize, &str>,
@@ -161,31 +175,29 @@ fn egress_ways(
     namespaces: &[Inside],
     found: &mut Found,
 ) {
-    for outer in seen.links.iter().filter(|link| egress::is_host_veth(&link.name, link.kind.as_deref())) {
+    let bare =
+        |link: &&Link| egress::is_host_veth(&link.name, link.kind.as_deref()) && egress::HostEnd::of(link).is_none();
+    let told = seen.links.iter().filter_map(|link| Some(egress::HostEnd::of(link)?.pod)).gather::<Set<_>>();
+    for outer in seen.links.iter().filter(bare) {
         let Some((number, inner)) = seats.inner.get(&outer.index) else { continue };
         let addresses = namespaces[*number].side.addresses.iter().filter(|address| address.dev == inner.index);
         let addresses = addresses.map(|address| address.addr.addr());
         let addresses = addresses.filter(|address| egress::range(Family::of(*address)).contains(address));
         let addresses = addresses.collect::<Vec<_>>();
-        // The plugin `bridge` names its ends like that too.
-        if addresses.is_empty() && egress::HostEnd::of(outer).is_none() {
-            continue;
-        }
         let mut note = |text: String, mend: Mend| {
             let name = names.get(number).copied().unwrap_or_default();
             found.findings.push(Finding::new("egress-way", name, text));
             found.mends.push((Place::Host, mend));
         };
-        if !outer.works() {
+        // The plugin `bridge` names its ends like that too.
+        if !addresses.is_empty() && !outer.works() {
             note(format!("{} {}", outer.name, outer.fault().0), Mend::Up(outer.index));
         }
         for address in addresses {
             let route = branch::link_route(TABLE_MAIN, address, outer.index);
-            let leads = seen
-                .routes
-                .iter()
-                .any(|there| (there.table, there.dst, there.dev) == (TABLE_MAIN, route.dst, route.dev));
-            if !leads {
+            // One over another link is of the address's next owner.
+            let leads = || seen.routes.iter().any(|there| (there.table, there.dst) == (TABLE_MAIN, route.dst));
+            if !told.contains(&address) && !leads() {
                 note(format!("route {address} dev {} is missing", outer.name), Mend::Route(route));
             }
         }
@@ -229,7 +241,7 @@ fn one(
     intent: &Intent,
     pod: &Wired<'_>,
     seats: &Seats<'_>,
-    host: &Side,
+    host: &Known<'_>,
     namespaces: &[Inside],
     mtu: u32,
     found: &mut Found,
@@ -254,7 +266,7 @@ fn one(
     }
     let Some((number, interface)) = interface(pod, outer, seat.inner.map(|(_, link)| link), mtu) else { return };
     let route = interface.host_route(outer.index);
-    if !has_route(host, &route) {
+    if !host.ways.contains(&way(&route)) {
         let text = format!("route {} dev {} scope link is missing", pod.address, outer.name);
         note("pod-route", text, Place::Host, Some(Mend::Route(route)));
     }

@@ -36,17 +36,18 @@ pub(super) fn findings(intent: &Intent, seen: &Observation, found: &mut Vec<Find
         // Its tables are numbered from 10000.
         if elsewhere && rule.table >= 10_000 {
             found.push(Finding::new("ec2-net-utils", "", format!("rule {rule}")));
-        } else if elsewhere || foreign(rule) || diverts || traffic.meets(rule) {
+        } else if elsewhere || diverts || traffic.loses_to(rule) || traffic.meets(rule) {
             let (ip, text) = (if rule.family == Family::V6 { "ip -6" } else { "ip" }, rule.to_string());
             // What is not understood of it need not be named to delete it.
             let known = text.split(" lookup ").next().filter(|_| rule.foreign).unwrap_or(&text);
             let command = format!("{ip} rule del pref {}", known.replacen(": ", " ", 1));
             let more = if rule.foreign { ", and there is more to it: ip rule" } else { "" };
             let finding = Finding::new("foreign-rule", "", format!("rule {rule}{more}"));
-            // Beside ours the command would take the wrong one.
-            let mistakable =
-                rule.foreign && seen.rules.iter().any(|there| !there.foreign && there.priority == rule.priority);
-            found.push(if mistakable { finding } else { finding.mended_by(command) });
+            // Of those that the words fit the kernel takes the first, which may be another one, even of ours.
+            let named = Rule { table: if rule.foreign { 0 } else { rule.table }, ..rule.clone() };
+            let taken = seen.rules.iter().find(|there| named.deletes(there));
+            let sure = taken.is_some_and(|taken| std::ptr::eq(taken, rule));
+            found.push(if sure { finding.mended_by(command) } else { finding });
         }
     }
 }
@@ -58,14 +59,24 @@ fn kernels(rule: &Rule) -> bool {
 /// Whether a rule that is not ours decides about traffic of pods: it stands among ours, and either selects everything or
 /// has one of our priorities with a shape that ours never have.
 pub(super) fn foreign(rule: &Rule) -> bool {
-    // External services may be everywhere.
-    if *rule == Rule::any(Family::V4, priority::EXTERNAL_SERVICE, TABLE_MAIN) {
+    for_everything(rule) || misshapen(rule)
+}
+
+/// Whether it selects everything and stands among ours.
+fn for_everything(rule: &Rule) -> bool {
+    let before = rule.priority < priority::FROM_ENI && !everywhere(rule);
+    before && *rule == Rule::any(rule.family, rule.priority, rule.table)
+}
+
+/// Ours, for external services that may be everywhere.
+fn everywhere(rule: &Rule) -> bool {
+    *rule == Rule::any(Family::V4, priority::EXTERNAL_SERVICE, TABLE_MAIN)
+}
+
+/// Whether it has one of our priorities with a shape that ours never have.
+fn misshapen(rule: &Rule) -> bool {
+    if everywhere(rule) {
         return false;
-    }
-    let all = rule.src.is_none() && rule.dst.is_none() && rule.fwmark.is_none() && rule.iif.is_none();
-    let before = rule.priority < priority::FROM_ENI;
-    if all && before && !rule.foreign && rule.ipproto.is_none() {
-        return true;
     }
     let shape = Rule { fwmark: None, src: None, dst: None, iif: None, ..rule.clone() };
     let plain = shape == Rule::any(rule.family, rule.priority, rule.table);
@@ -107,6 +118,20 @@ impl<'a> Traffic<'a> {
         }
     }
 
+    /// Whether a rule that is [`foreign`] does take such packets. What selects everything is harmless if its table knows only a network
+    /// of its own, as a tunnel's does; and at our first priority others have rules for marks of their own.
+    fn loses_to(&self, rule: &Rule) -> bool {
+        let all = for_everything(rule) && (rule.table == TABLE_MAIN || self.takes(rule, true));
+        let marked = rule.priority != priority::BRANCH || rule.iif.is_some() || rule.foreign || self.marked(rule);
+        all || (misshapen(rule) && marked)
+    }
+
+    /// Whether it takes a packet that is not marked, or has our mark.
+    fn marked(&self, rule: &Rule) -> bool {
+        let mark = self.intent.mark;
+        rule.fwmark.is_none_or(|(value, mask)| value & mask == 0 || value & mask & mark != 0)
+    }
+
     /// Whether a rule that is not of one of our shapes takes such packets out of the hands of ours, to a table that has a route
     /// for them. What selects a mark of somebody else's, or a link or addresses that are none of ours, is let be.
     fn meets(&self, rule: &Rule) -> bool {
@@ -120,9 +145,8 @@ impl<'a> Traffic<'a> {
         if v6 != self.intent.v6 || rule.table == TABLE_MAIN || rule.priority > priority::FROM_ENI || shaped {
             return false;
         }
-        // A packet that is not marked, or has our mark. What is not understood of a rule may turn its mark round.
-        let mark = self.intent.mark;
-        let marked = rule.fwmark.is_none_or(|(value, mask)| value & mask == 0 || value & mask & mark != 0);
+        // What is not understood of a rule may turn its mark round.
+        let marked = self.marked(rule);
         let from = rule.src.is_none_or(|src| self.holds(src));
         // To pods what comes from elsewhere is led by rules of ours.
         let comes = rule.priority < priority::TO_POD && rule.dst.is_some_and(|dst| self.holds(dst));

@@ -34,6 +34,8 @@ struct Way {
 struct Ways<'a> {
     intent: &'a Intent,
     seen: &'a Observation,
+    /// Index of the primary ENI's link.
+    primary: Option<u32>,
     tables: Map<u32, Own<'a>>,
     /// Routes of ours by table and destination.
     ours: Map<(u32, IpNet), (Route, &'a str)>,
@@ -44,8 +46,9 @@ pub(super) fn findings(intent: &Intent, seen: &Observation) -> Vec<Finding> {
     let ways = Ways::new(intent, seen);
     let name = |dev: u32| seen.links.iter().find(|link| link.index == dev).map_or("?", |link| link.name.as_str());
     let mut found = Vec::new();
-    let mut tell = |way: &Way, text: String| {
+    let mut tell = |way: &Way, text: &dyn Fn() -> String| {
         if let Some(subject) = ways.whom(way) {
+            let text = text();
             let ip = if way.dst.addr().is_ipv6() { "ip -6" } else { "ip" };
             let mut finding = Finding::new("foreign-route", subject, format!("route {text}"));
             if let Some((route, _)) = ways.ours.get(&(way.table, way.dst)) {
@@ -62,17 +65,18 @@ pub(super) fn findings(intent: &Intent, seen: &Observation) -> Vec<Finding> {
     for route in &seen.routes {
         let to = Some((route.dev, route.gateway));
         let way = Way { table: route.table, dst: route.dst, metric: route.metric, to };
-        let text = route.to_string().replace(&format!("dev if{}", route.dev), &format!("dev {}", name(route.dev)));
+        // There are thousands, and hardly ever one to tell of.
+        let text = || route.to_string().replace(&format!("dev if{}", route.dev), &format!("dev {}", name(route.dev)));
         match ways.leads_astray(route, &way) {
-            Some(why) => astray.push((route.dst.addr().is_ipv6(), text, why)),
-            None => tell(&way, text),
+            Some(why) => astray.push((route.dst.addr().is_ipv6(), text(), why)),
+            None => tell(&way, &text),
         }
     }
     for barrier in &seen.barriers {
         let way = Way { table: barrier.table, dst: barrier.dst, metric: barrier.metric, to: None };
         // IPv6 takes any route to the destination if the link is not named.
-        let dev = if barrier.dev == 0 { String::new() } else { format!(" dev {}", name(barrier.dev)) };
-        tell(&way, format!("{barrier}{dev}"));
+        let dev = || if barrier.dev == 0 { String::new() } else { format!(" dev {}", name(barrier.dev)) };
+        tell(&way, &|| format!("{barrier}{}", dev()));
     }
     for (v6, text, why) in astray {
         let finding = Finding::new("foreign-route", "", format!("route {text} {why}"));
@@ -80,7 +84,13 @@ pub(super) fn findings(intent: &Intent, seen: &Observation) -> Vec<Finding> {
         let finding = finding.mended_by(format!("{ip} route del {text}"));
         found.insert(0, Finding { severity: Severity::Fail, ..finding });
     }
+    let more = found.len().saturating_sub(RULESET_MAX);
     found.truncate(RULESET_MAX);
+    if more > 0 {
+        found.push(
+            Finding::new("foreign-route", "", format!("{more} more routes")).mended_by("ip route show table all"),
+        );
+    }
     for entry in &seen.neighbours {
         if let Some(subject) = ways.asks(entry.dev, entry.addr) {
             let mac = entry.mac.map(|mac| mac.to_string()).unwrap_or_default();
@@ -96,7 +106,8 @@ pub(super) fn findings(intent: &Intent, seen: &Observation) -> Vec<Finding> {
 impl<'a> Ways<'a> {
     fn new(intent: &'a Intent, seen: &'a Observation) -> Self {
         let veths = veths_of(intent, &seen.links);
-        let mut ways = Ways { intent, seen, tables: Map::new(), ours: Map::new() };
+        let primary = link_of(&seen.links, intent.primary_mac).map(|link| link.index);
+        let mut ways = Ways { intent, seen, primary, tables: Map::new(), ours: Map::new() };
         for eni in &intent.enis {
             let dev = link_of(&seen.links, eni.mac).map_or(0, |link| link.index);
             let subject = eni.id.as_str();
@@ -148,10 +159,12 @@ impl<'a> Ways<'a> {
         if let Some((route, subject)) = self.ours.get(&(way.table, way.dst)) {
             let same = |there: &Route| (there.table, there.dst, there.dev, there.gateway, there.metric);
             let there = || self.seen.routes.iter().any(|there| same(there) == same(route));
-            // A greater metric loses. In the very place of ours it goes with the host's plan.
-            let loses = way.metric > route.metric || way.to == Some((route.dev, route.gateway));
+            // A greater metric loses, and most are ours themselves. In the very place of ours it goes with the host's plan.
+            if way.metric > route.metric || way.to == Some((route.dev, route.gateway)) {
+                return None;
+            }
             let replaced = way.metric == route.metric && (way.to.is_none() || !there());
-            return (!loses && !replaced).then_some(subject);
+            return (!replaced).then_some(subject);
         }
         if let Some(own) = self.tables.get(&way.table) {
             // It only says more exactly what ours say.
@@ -171,7 +184,7 @@ impl<'a> Ways<'a> {
     /// Whether it takes what main is to send by the primary ENI to another link, and how. What the VPC gets there has an address
     /// that is not of the ENI it comes by, and is dropped.
     fn leads_astray(&self, route: &Route, way: &Way) -> Option<&'static str> {
-        let primary = link_of(&self.seen.links, self.intent.primary_mac).filter(|_| route.table == TABLE_MAIN)?.index;
+        let primary = self.primary.filter(|_| route.table == TABLE_MAIN)?;
         let v6 = route.dst.addr().is_ipv6();
         if route.dst.prefix_len() == 0 {
             let used = v6 == self.intent.v6 || matches!(self.intent.egress, Egress::Snat(ip) if ip.is_ipv6() == v6);
@@ -214,8 +227,8 @@ impl<'a> Ways<'a> {
     /// Whose gateway it is.
     fn asks(&self, dev: u32, address: IpAddr) -> Option<&'a str> {
         let own = self.tables.values().find(|own| (own.dev, own.gateway) == (dev, address));
-        let primary = || link_of(&self.seen.links, self.intent.primary_mac).is_some_and(|link| link.index == dev);
         let leads = |route: &Route| route.dev == dev && route.gateway == Some(address);
-        own.map(|own| own.subject).or_else(|| (self.seen.routes.iter().any(leads) && primary()).then_some(""))
+        let primary = || self.primary == Some(dev) && self.seen.routes.iter().any(leads);
+        own.map(|own| own.subject).or_else(|| primary().then_some(""))
     }
 }

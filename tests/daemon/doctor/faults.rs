@@ -26,6 +26,8 @@ pub enum Mended {
     ByHand(&'static str),
     /// The very command that the doctor prints, and then this script, which takes away what does no harm alone.
     AsTold(&'static str),
+    /// That command lets pods pass a firewall, which stays and is a fault no more; then it is taken away.
+    Let,
 }
 
 const fn ours(case: &'static str, finding: &'static str, plant: &'static str) -> Fault {
@@ -38,6 +40,11 @@ const fn theirs(case: &'static str, finding: &'static str, plant: &'static str, 
 
 const fn told(case: &'static str, finding: &'static str, plant: &'static str) -> Fault {
     Fault { case, plant, finding, mended: Mended::AsTold("true"), env: &[] }
+}
+
+/// A chain at the hook `forward` that goes on dropping all but pods' packets: the command lets them pass.
+const fn firewall(case: &'static str, plant: &'static str) -> Fault {
+    Fault { mended: Mended::Let, ..told(case, "forward-drop", plant) }
 }
 
 const fn under(fault: Fault, env: &'static [(&'static str, &'static str)]) -> Fault {
@@ -133,21 +140,25 @@ pub const FAULTS: &[Fault] = &[
     theirs("rule of nm-cloud-setup", "nm-cloud-setup", "ip rule add pref 30350 from $OWN lookup 30400", "ip rule del pref 30350"),
     theirs("table of nm-cloud-setup", "nm-cloud-setup", "ip route add 203.0.113.0/24 dev $ETH table 30200", "ip route flush table 30200"),
     theirs("rule of ec2-net-utils", "ec2-net-utils", "ip rule add pref 10001 from $OWN lookup 10001", "ip rule del pref 10001"),
-    told("rule for everything", "foreign-rule", "ip rule add pref 100 lookup 52"),
+    told("rule for everything", "foreign-rule", "ip rule add pref 100 lookup main"),
     told("our mark to another table", "foreign-rule", "ip rule add pref 1024 fwmark 0x80/0x80 lookup $T"),
     told("rule among the ways in", "foreign-rule", "ip rule add pref 512 from 10.99.0.1 lookup main"),
     theirs("rule among the ways out", "foreign-rule", "ip rule add pref 1536 from $A2 tos 0x10 lookup main", "ip rule del pref 1536 from $A2 tos 0x10"),
     told("FORWARD drops, iptables-nft", "forward-drop", "nft add table ip filter; nft add chain ip filter FORWARD '{ type filter hook forward priority 0; policy drop; }'"),
     told("FORWARD drops, nft", "forward-drop", "nft add table inet fw; nft add chain inet fw forwarded '{ type filter hook forward priority 5; policy drop; }'"),
-    theirs("FORWARD ends with a drop", "forward-drop", "nft add table inet fw; nft add chain inet fw forwarded '{ type filter hook forward priority 5; }'; \
-        nft add rule inet fw forwarded ip daddr 192.0.2.1 counter drop; nft add rule inet fw forwarded counter drop", "nft delete table inet fw"),
-    theirs("FORWARD ends with a reject, iptables-nft", "forward-drop", "iptables-nft -A FORWARD -m comment --comment x -j REJECT --reject-with icmp-host-prohibited", "nft delete table ip filter"),
+    firewall("FORWARD ends with a drop", "nft add table inet fw; nft add chain inet fw forwarded '{ type filter hook forward priority 5; }'; \
+        nft add rule inet fw forwarded ip daddr 192.0.2.1 counter drop; nft add rule inet fw forwarded counter drop"),
+    firewall("FORWARD ends with a reject, iptables-nft", "iptables-nft -A FORWARD -m comment --comment x -j REJECT --reject-with icmp-host-prohibited"),
+    firewall("FORWARD drops what other chains let through", "nft add table inet fw; nft add chain inet fw allowed; \
+        nft add chain inet fw forwarded '{ type filter hook forward priority 5; policy drop; }'; nft add rule inet fw forwarded jump allowed"),
+    firewall("FORWARD lets answers through, and what comes from pods", "iptables-nft -P FORWARD DROP; iptables-nft -A FORWARD -i eni+ -j ACCEPT; \
+        iptables-nft -A FORWARD -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT"),
     told("FORWARD drops, iptables-legacy", "forward-drop", "iptables-legacy -P FORWARD DROP"),
     told("FORWARD drops, ip6tables-legacy", "forward-drop", "ip6tables-legacy -P FORWARD DROP"),
-    theirs("FORWARD ends with a reject, iptables-legacy", "forward-drop", "iptables-legacy -A FORWARD -d 192.0.2.1 -j ACCEPT; iptables-legacy -A FORWARD -j REJECT",
-        "iptables-legacy -D FORWARD -j REJECT; iptables-legacy -D FORWARD -d 192.0.2.1 -j ACCEPT"),
-    theirs("FORWARD ends with a drop, iptables-legacy", "forward-drop", "iptables-legacy -A FORWARD -j LOG; iptables-legacy -A FORWARD -m comment --comment x -j DROP", "iptables-legacy -F FORWARD"),
-    theirs("FORWARD ends with a reject, ip6tables-legacy", "forward-drop", "ip6tables-legacy -A FORWARD -m comment --comment x -j REJECT", "ip6tables-legacy -F FORWARD"),
+    firewall("FORWARD ends with a reject, iptables-legacy", "iptables-legacy -A FORWARD -d 192.0.2.1 -j ACCEPT; iptables-legacy -A FORWARD -j REJECT"),
+    firewall("FORWARD ends with a drop, iptables-legacy", "iptables-legacy -A FORWARD -j LOG; iptables-legacy -A FORWARD -m comment --comment x -j DROP"),
+    firewall("FORWARD ends with a reject, ip6tables-legacy", "ip6tables-legacy -A FORWARD -m comment --comment x -j REJECT"),
+    firewall("FORWARD drops what it does not let through, iptables-legacy", "iptables-legacy -P FORWARD DROP; iptables-legacy -A FORWARD -s 192.0.2.1 -j ACCEPT"),
     theirs("default route of the node", "default-route", "ip route show default > $R/default; ip route del default", "ip route add $(cat $R/default)"),
     told("pod's address on the primary", "pod-address-taken", "ip addr add $A1/32 dev $ETH"),
     theirs("veth in a bridge", "pod-enslaved", "ip link add br0 type bridge; ip link set $V1 master br0", "ip link set $V1 nomaster; ip link del br0"),
@@ -349,7 +360,7 @@ pub const V6_FAULTS: &[Fault] = &[
     ours("redirects heard on the host veth", "link-sysctl", "echo 1 > /proc/sys/net/ipv6/conf/$V2/accept_redirects"),
     told("gateway of the ENI", "gateway-neighbour", "ip neigh replace fe80:ec2::1 lladdr 02:00:00:00:00:96 dev $ENI nud permanent"),
     theirs("neighbour table small", "neighbour-table", "mkdir -p $R/proc/sys/net/ipv6/neigh/default; echo 4 > $R/proc/sys/net/ipv6/neigh/default/gc_thresh3", "rm -r $R/proc"),
-    told("rule for everything", "foreign-rule", "ip -6 rule add pref 100 lookup 52"),
+    told("rule for everything", "foreign-rule", "ip -6 rule add pref 100 lookup main"),
     told("our mark to another table", "foreign-rule", "ip -6 rule add pref 1024 fwmark 0x80/0x80 lookup $T"),
     told("rule for our mark", "foreign-rule", "ip -6 rule add pref 1000 fwmark 0x80/0x80 lookup $T"),
     told("rule for a network with ENIs", "foreign-rule", "ip -6 rule add pref 200 from $SUBNET lookup $T"),
@@ -379,12 +390,15 @@ pub const V6_EGRESS_FAULTS: &[Fault] = &[
     ours("router advertisements not heard", "sysctl", "echo 1 > /proc/sys/net/ipv6/conf/$ETH/accept_ra"),
     theirs("no IPv6 in the kernel", "ipv6-off", "mkdir -p $R/proc/net; : > $R/proc/net/if_inet6", "rm -r $R/proc"),
     ours("way to main", "main-rule", "ip -6 rule flush"),
-    ours("route to the pod", "egress-way", "ip -6 route del $A"),
-    ours("host's end down", "egress-way", "ip link set $V down"),
+    ours("route to the pod", "egress-route", "ip -6 route del $A"),
+    ours("host's end down", "egress-link", "ip link set $V down"),
     ours("hole before the pod's route", "egress-route", "ip -6 route del $A dev $V; ip -6 route add blackhole $A; ip -6 route append $A dev $V"),
     ours("hole in place of the pod's route", "egress-route", "ip -6 route del $A dev $V; ip -6 route add blackhole $A"),
     told("hole of less metric", "foreign-route", "ip -6 route add blackhole $A metric 10"),
     told("FORWARD drops", "forward-drop", "nft add table ip6 filter; nft add chain ip6 filter FORWARD '{ type filter hook forward priority 0; policy drop; }'"),
+    // Of which no alias tells; these go last.
+    ours("route to the pod, of the original's", "egress-way", "ip link set $V alias ''; ip -6 route del $A"),
+    ours("host's end down, of the original's", "egress-way", "ip link set $V alias ''; ip link set $V down"),
 ];
 
 /// Of a pod with a branch ENI of its own, in both modes and families. Scripts may name `$IP` (`ip` with the family), `$A`, `$P`
