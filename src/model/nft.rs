@@ -82,10 +82,8 @@ pub struct AnyChain {
 pub struct Forward {
     /// Its policy is drop.
     pub drops: bool,
-    /// A rule of it drops or rejects whatever has come as far.
-    pub bars: bool,
-    /// A rule accepts whatever has come as far: the policy has nothing to say.
-    pub accepts: bool,
+    /// Whether the first rule for whatever has come as far accepts it, or drops or rejects it; the policy has nothing to say then.
+    pub accepts: Option<bool>,
     /// Before that a rule may let packets pass: it accepts some, or leads to another chain.
     pub spares: bool,
     /// Before that all packets are accepted that come by such links, and that leave by such: names, with `*` for all that begin so.

@@ -325,7 +325,9 @@ pub fn chains(socket: &mut Socket) -> Result<Vec<AnyChain>> {
             let list = Request::new(GET_RULE, 0, writer.finish(), format!("list rules of chain {}", chain.name));
             let (table, name) = (chain.table.clone(), chain.name.clone());
             let fates = socket.dump(&list, |message: &Message<'_>| fate(message.body, &table, &name))?;
-            fates.into_iter().for_each(|fate| note(&mut chain.forward, fate));
+            for fate in fates {
+                note(&mut chain.forward, fate);
+            }
         }
         chains.push(chain);
     }
@@ -347,11 +349,11 @@ enum Fate {
 
 /// Notes the fate of packets at a chain's next rule, if any get as far.
 fn note(forward: &mut Forward, fate: Fate) {
-    if forward.bars || forward.accepts {
+    if forward.accepts.is_some() {
         return;
     }
     match fate {
-        Fate::All { accepted } => (forward.bars, forward.accepts) = (!accepted, accepted),
+        Fate::All { accepted } => forward.accepts = Some(accepted),
         Fate::Link(side, name) => {
             forward.spares = true;
             forward.links[side].push(name);
@@ -578,7 +580,9 @@ mod tests {
             writer.text(1u16, "filter");
             writer.text(2u16, "FORWARD");
             writer.nest(4u16, |list| {
-                exprs.iter().for_each(|expr| nft_expr::encode(list, Family::V4, expr).unwrap());
+                for expr in exprs {
+                    nft_expr::encode(list, Family::V4, expr).unwrap();
+                }
                 if drops {
                     drop(list);
                 }
@@ -614,7 +618,12 @@ mod tests {
         note(&mut forward, Fate::None);
         note(&mut forward, Fate::Link(1, "eni*".into()));
         note(&mut forward, all(false));
-        let bars = Forward { bars: true, spares: true, links: [Vec::new(), vec!["eni*".into()]], ..Forward::default() };
+        let bars = Forward {
+            accepts: Some(false),
+            spares: true,
+            links: [Vec::new(), vec!["eni*".into()]],
+            ..Forward::default()
+        };
         assert_eq!(forward, bars);
         note(&mut forward, all(true));
         note(&mut forward, Fate::Link(0, "eni*".into()));
@@ -622,7 +631,7 @@ mod tests {
         let mut forward = Forward { drops: true, ..Forward::default() };
         note(&mut forward, all(true));
         note(&mut forward, Fate::Some);
-        assert_eq!(forward, Forward { drops: true, accepts: true, ..Forward::default() });
+        assert_eq!(forward, Forward { drops: true, accepts: Some(true), ..Forward::default() });
     }
 
     proptest! {

@@ -131,11 +131,11 @@ fn rules(table: &Raw, forward: &mut Forward) -> Option<()> {
         let all = asks_nothing(entry, target, table.offsets);
         match fate {
             _ if all && drops => {
-                forward.bars = true;
+                forward.accepts = Some(false);
                 return Some(());
             }
             (b"", Some(ACCEPT)) if all => {
-                forward.accepts = true;
+                forward.accepts = Some(true);
                 return Some(());
             }
             // On to the policy.
@@ -312,8 +312,10 @@ mod tests {
         let check = |rules: &[Vec<u8>], expected: &str| {
             let found = table(&[rules, &[standard(ACCEPT)]].concat());
             let forward = judged(&found);
-            let said = [(forward.bars, "bars"), (forward.accepts, "accepts"), (forward.spares, "spares")];
-            let said = said.iter().filter(|said| said.0).map(|said| said.1.to_owned());
+            let said = [(Some(false), "bars"), (Some(true), "accepts")]
+                .map(|(accepts, name)| (forward.accepts == accepts, name));
+            let said = said.into_iter().chain([(forward.spares, "spares")]);
+            let said = said.filter(|said| said.0).map(|said| said.1.to_owned());
             let links = forward.links.iter().zip(["in", "out"]).filter(|(names, _)| !names.is_empty());
             let links = links.map(|(names, side)| format!("{side} {}", names.join(" ")));
             assert_eq!(said.chain(links).collect::<Vec<_>>().join(", "), expected, "{rules:?}");

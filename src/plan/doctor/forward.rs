@@ -48,11 +48,12 @@ fn judge(
     found: &mut Vec<Finding>,
 ) {
     let passes = |link: &&str| forward.links.iter().all(|names| names.iter().any(|name| covers(name, link)));
-    let by_policy = forward.drops && !forward.accepts;
-    if !(by_policy || forward.bars) || links.iter().all(passes) {
+    let bars = forward.accepts == Some(false);
+    let by_policy = forward.drops && forward.accepts.is_none();
+    if !(by_policy || bars) || links.iter().all(passes) {
         return;
     }
-    let what = if forward.bars { "ends with a rule against everything".into() } else { format!("has policy {drop}") };
+    let what = if bars { "ends with a rule against everything".into() } else { format!("has policy {drop}") };
     let mut finding = Finding::new("forward-drop", "", format!("{chain} {what}"));
     if forward.spares {
         finding.severity = Severity::Warn;
@@ -60,7 +61,7 @@ fn judge(
         finding.seen.push_str("; whether a rule before lets all traffic of pods pass is not known");
     }
     let pass = links.iter().filter(|link| !passes(link)).flat_map(|link| (remedies.pass)(link)).collect::<Vec<_>>();
-    let sole = by_policy && !forward.bars && !forward.spares;
+    let sole = by_policy && !forward.spares;
     found.push(finding.mended_by(if sole { remedies.policy.clone() } else { pass.join("; ") }));
 }
 
@@ -117,23 +118,35 @@ mod tests {
         check(false, none(), None);
         check(false, Forward { spares: true, ..none() }, None);
         check(false, Forward { drops: true, ..none() }, Some((Severity::Fail, policy, accept)));
-        check(false, Forward { bars: true, ..none() }, Some((Severity::Fail, bars, &pods)));
-        check(false, Forward { drops: true, bars: true, ..none() }, Some((Severity::Fail, bars, &pods)));
+        check(false, Forward { accepts: Some(false), ..none() }, Some((Severity::Fail, bars, &pods)));
+        check(false, Forward { drops: true, accepts: Some(false), ..none() }, Some((Severity::Fail, bars, &pods)));
         check(false, Forward { drops: true, spares: true, ..none() }, Some((Severity::Warn, &policy_maybe, &pods)));
-        check(false, Forward { bars: true, spares: true, ..none() }, Some((Severity::Warn, &bars_maybe, &pods)));
-        check(false, Forward { drops: true, accepts: true, ..none() }, None);
+        check(
+            false,
+            Forward { accepts: Some(false), spares: true, ..none() },
+            Some((Severity::Warn, &bars_maybe, &pods)),
+        );
+        check(false, Forward { drops: true, accepts: Some(true), ..none() }, None);
         // What comes from pods and what goes to them.
         check(false, Forward { drops: true, ..by(&["eni*"], &["docker0", "eni*"]) }, None);
-        check(false, Forward { bars: true, ..by(&["en*"], &["eni*"]) }, None);
-        check(false, Forward { bars: true, ..by(&["eni*"], &[]) }, Some((Severity::Warn, &bars_maybe, &pods)));
-        check(false, Forward { bars: true, ..by(&["eni"], &["eni0*"]) }, Some((Severity::Warn, &bars_maybe, &pods)));
+        check(false, Forward { accepts: Some(false), ..by(&["en*"], &["eni*"]) }, None);
+        check(
+            false,
+            Forward { accepts: Some(false), ..by(&["eni*"], &[]) },
+            Some((Severity::Warn, &bars_maybe, &pods)),
+        );
+        check(
+            false,
+            Forward { accepts: Some(false), ..by(&["eni"], &["eni0*"]) },
+            Some((Severity::Warn, &bars_maybe, &pods)),
+        );
         // Pods with branch ENIs have links of another name.
-        check(true, Forward { bars: true, ..none() }, Some((Severity::Fail, bars, &both)));
+        check(true, Forward { accepts: Some(false), ..none() }, Some((Severity::Fail, bars, &both)));
         check(
             true,
-            Forward { bars: true, ..by(&["eni*"], &["eni*"]) },
+            Forward { accepts: Some(false), ..by(&["eni*"], &["eni*"]) },
             Some((Severity::Warn, &bars_maybe, &pass("vlan"))),
         );
-        check(true, Forward { bars: true, ..by(&["eni*", "vlan*"], &["vlan*", "eni*"]) }, None);
+        check(true, Forward { accepts: Some(false), ..by(&["eni*", "vlan*"], &["vlan*", "eni*"]) }, None);
     }
 }
