@@ -111,7 +111,7 @@ fn made(index: u8, name: &str, kind: &str) -> Link {
 }
 
 /// A node with an ENI and a pod of it.
-fn node() -> (Intent, Observation) {
+pub(super) fn node() -> (Intent, Observation) {
     let veth = "0123456789a";
     let intent = Intent {
         primary_mac: mac(3),
@@ -734,69 +734,4 @@ fn what_imds_and_ec2_say_of_pods() {
     check(None, Some(interface(&[], 1)), &["address-lost"]);
     check(None, Some(interface(&pod, 2)), &["pod-other-eni"]);
     check(None, Some(Interface { id: "eni-3".into(), ..interface(&pod, 1) }), &["eni-not-attached"]);
-}
-
-#[test]
-fn what_network_manager_leaves_alone() {
-    let check = |texts: &[&str], missing: Option<&str>| {
-        let mut facts = environment::Facts::default();
-        facts.there.insert("/run/NetworkManager".into());
-        for (number, text) in texts.iter().enumerate() {
-            facts.files.insert(format!("/etc/NetworkManager/conf.d/{number}.conf"), (*text).to_owned());
-        }
-        let settings = crate::model::settings::Settings::parse(|_| None).0;
-        let (intent, seen) = node();
-        let found = managers::network_manager(Some(&intent), &seen, &settings, &facts);
-        let missing = missing.map(|what| format!("NetworkManager runs, and unmanaged-devices has no {what}"));
-        assert_eq!(found.map(|finding| finding.seen), missing, "{texts:?}");
-        facts.there.clear();
-        assert_eq!(managers::network_manager(Some(&intent), &seen, &settings, &facts), None);
-    };
-    let all = "interface-name:eni*, no interface-name:vlan*, no interface-name:eth1";
-    check(&[], Some(all));
-    check(&["[main]\nplugins=keyfile\n"], Some(all));
-    check(
-        &["[keyfile]\nunmanaged-devices=interface-name:eni*\n"],
-        Some("interface-name:vlan*, no interface-name:eth1"),
-    );
-    check(&["unmanaged-devices=interface-name:eni*;interface-name:vlan*"], Some("interface-name:eth1"));
-    check(&["unmanaged-devices=interface-name:eni*;interface-name:vlan*;interface-name:eth1;"], None);
-    check(&["unmanaged-devices=eni*,vlan*", "unmanaged-devices+=mac:02:00:00:00:00:04"], None);
-    check(&["unmanaged-devices=interface-name:eni*;vlan*;02:00:00:00:00:04"], None);
-    check(&["unmanaged-devices=type:veth;type:vlan;driver:ena;except:interface-name:eth0"], None);
-    check(
-        &["unmanaged-devices=type:veth;type:vlan;type:ethernet;except:interface-name:eth?"],
-        Some("interface-name:eth1"),
-    );
-    check(&["unmanaged-devices=type:veth;interface-name:eth1"], Some("interface-name:vlan*"));
-    check(&["unmanaged-devices=*;except:mac:02:00:00:00:00:03"], None);
-    check(&["unmanaged-devices=except:interface-name:eth0"], None);
-    check(&["unmanaged-devices=eni*;vlan*", "[main]\nno-auto-default=*"], None);
-    check(&["[main]\nno-auto-default=*"], Some("interface-name:eni*, no interface-name:vlan*"));
-    check(&["[device-ours]\nmatch-device=interface-name:eni*;vlan*;eth*\nmanaged=0"], None);
-    check(&["[device-ours]\nmatch-device=interface-name:eni*;vlan*;eth*\nmanaged=1"], Some(all));
-}
-
-/// Veths are left alone by rules that NetworkManager brings along; VLAN devices and ENIs are not.
-#[test]
-fn what_network_managers_own_rules_leave_alone() {
-    let stock = "# pairs\nENV{ID_NET_DRIVER}==\"veth\", ENV{NM_UNMANAGED}=\"1\"\n";
-    let check = |folder: &str, text: &str, missing: &str| {
-        let mut facts = environment::Facts::default();
-        facts.there.insert("/run/NetworkManager".into());
-        facts.files.insert(format!("/usr/lib/udev/rules.d/{}", managers::UDEV_RULES), stock.into());
-        facts.files.insert(format!("{folder}/{}", managers::UDEV_RULES), text.into());
-        let (intent, seen) = node();
-        let found = managers::network_manager(Some(&intent), &seen, &Settings::parse(|_| None).0, &facts).unwrap();
-        assert_eq!(found.seen, format!("NetworkManager runs, and unmanaged-devices has no {missing}"), "{text}");
-    };
-    let (usr, all) = ("/usr/lib/udev/rules.d", "interface-name:eni*, no interface-name:vlan*, no interface-name:eth1");
-    let rest = "interface-name:vlan*, no interface-name:eth1";
-    check(usr, stock, rest);
-    check(usr, &stock.replace("\", E", "\",E"), rest);
-    check(usr, &format!("# {}", &stock[8..]), all);
-    check(usr, &stock.replace("=\"1\"", "=\"0\""), all);
-    check(usr, &stock.replace("==", "!="), all);
-    check("/etc/udev/rules.d", "", all); // in its place
-    check("/etc/udev/rules.d", stock, rest);
 }

@@ -131,3 +131,75 @@ fn like(pattern: &str, name: &str) -> bool {
         _ => false,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::doctor::tests::node;
+
+    #[test]
+    fn what_network_manager_leaves_alone() {
+        let check = |texts: &[&str], missing: Option<&str>| {
+            let mut facts = Facts::default();
+            facts.there.insert("/run/NetworkManager".into());
+            for (number, text) in texts.iter().enumerate() {
+                facts.files.insert(format!("/etc/NetworkManager/conf.d/{number}.conf"), (*text).to_owned());
+            }
+            let settings = Settings::parse(|_| None).0;
+            let (intent, seen) = node();
+            let found = network_manager(Some(&intent), &seen, &settings, &facts);
+            let missing = missing.map(|what| format!("NetworkManager runs, and unmanaged-devices has no {what}"));
+            assert_eq!(found.map(|finding| finding.seen), missing, "{texts:?}");
+            facts.there.clear();
+            assert_eq!(network_manager(Some(&intent), &seen, &settings, &facts), None);
+        };
+        let all = "interface-name:eni*, no interface-name:vlan*, no interface-name:eth1";
+        check(&[], Some(all));
+        check(&["[main]\nplugins=keyfile\n"], Some(all));
+        check(
+            &["[keyfile]\nunmanaged-devices=interface-name:eni*\n"],
+            Some("interface-name:vlan*, no interface-name:eth1"),
+        );
+        check(&["unmanaged-devices=interface-name:eni*;interface-name:vlan*"], Some("interface-name:eth1"));
+        check(&["unmanaged-devices=interface-name:eni*;interface-name:vlan*;interface-name:eth1;"], None);
+        check(&["unmanaged-devices=eni*,vlan*", "unmanaged-devices+=mac:02:00:00:00:00:04"], None);
+        check(&["unmanaged-devices=interface-name:eni*;vlan*;02:00:00:00:00:04"], None);
+        check(&["unmanaged-devices=type:veth;type:vlan;driver:ena;except:interface-name:eth0"], None);
+        check(
+            &["unmanaged-devices=type:veth;type:vlan;type:ethernet;except:interface-name:eth?"],
+            Some("interface-name:eth1"),
+        );
+        check(&["unmanaged-devices=type:veth;interface-name:eth1"], Some("interface-name:vlan*"));
+        check(&["unmanaged-devices=*;except:mac:02:00:00:00:00:03"], None);
+        check(&["unmanaged-devices=except:interface-name:eth0"], None);
+        check(&["unmanaged-devices=eni*;vlan*", "[main]\nno-auto-default=*"], None);
+        check(&["[main]\nno-auto-default=*"], Some("interface-name:eni*, no interface-name:vlan*"));
+        check(&["[device-ours]\nmatch-device=interface-name:eni*;vlan*;eth*\nmanaged=0"], None);
+        check(&["[device-ours]\nmatch-device=interface-name:eni*;vlan*;eth*\nmanaged=1"], Some(all));
+    }
+
+    /// Veths are left alone by rules that NetworkManager brings along; VLAN devices and ENIs are not.
+    #[test]
+    fn what_network_managers_own_rules_leave_alone() {
+        let stock = "# pairs\nENV{ID_NET_DRIVER}==\"veth\", ENV{NM_UNMANAGED}=\"1\"\n";
+        let check = |folder: &str, text: &str, missing: &str| {
+            let mut facts = Facts::default();
+            facts.there.insert("/run/NetworkManager".into());
+            facts.files.insert(format!("/usr/lib/udev/rules.d/{UDEV_RULES}"), stock.into());
+            facts.files.insert(format!("{folder}/{UDEV_RULES}"), text.into());
+            let (intent, seen) = node();
+            let found = network_manager(Some(&intent), &seen, &Settings::parse(|_| None).0, &facts).unwrap();
+            assert_eq!(found.seen, format!("NetworkManager runs, and unmanaged-devices has no {missing}"), "{text}");
+        };
+        let (usr, all) =
+            ("/usr/lib/udev/rules.d", "interface-name:eni*, no interface-name:vlan*, no interface-name:eth1");
+        let rest = "interface-name:vlan*, no interface-name:eth1";
+        check(usr, stock, rest);
+        check(usr, &stock.replace("\", E", "\",E"), rest);
+        check(usr, &format!("# {}", &stock[8..]), all);
+        check(usr, &stock.replace("=\"1\"", "=\"0\""), all);
+        check(usr, &stock.replace("==", "!="), all);
+        check("/etc/udev/rules.d", "", all); // in its place
+        check("/etc/udev/rules.d", stock, rest);
+    }
+}
