@@ -172,10 +172,14 @@ fn the_other_address_is_tried() {
 fn a_black_hole_costs_the_deadline() {
     let bed = Bed::new();
     bed.kube.tune(|knobs| knobs.black_hole = true);
-    let begin = clock::instant();
-    let failure = bed.client().execute(&pod()).unwrap_err();
-    assert!(begin.elapsed() < Duration::from_secs(30), "{:?}", begin.elapsed());
-    assert_eq!(failure.status, 0, "{failure}");
+    // The machine may be busy with other things: one of three calls counts.
+    let in_time = (0..3).any(|_| {
+        let begin = clock::instant();
+        let failure = bed.client().execute(&pod()).unwrap_err();
+        assert_eq!(failure.status, 0, "{failure}");
+        begin.elapsed() < Duration::from_secs(7)
+    });
+    assert!(in_time);
     bed.kube.tune(|knobs| knobs.black_hole = false);
 }
 

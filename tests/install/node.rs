@@ -24,8 +24,8 @@ use std::time::Duration;
 const PROGRAM: &str = env!("CARGO_BIN_EXE_enibox");
 /// Nothing here takes longer on a loaded machine.
 const LIMIT: Duration = Duration::from_mins(2);
-/// Calls that run have 5 s to end after a SIGTERM; the kubelet kills after 30.
-const STOP_LIMIT: Duration = Duration::from_secs(15);
+/// Calls that run have so long to end after a SIGTERM.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 const CONFLIST: &str = "10-aws.conflist";
 /// A plugin of the runtime's that knows all versions.

@@ -353,9 +353,13 @@ fn an_operation_ends_in_time() {
     let (response, operation) = (Duration::from_millis(150), Duration::from_millis(250));
     let limits = Limits { response, operation, ..config(&server).limits };
     let slow = Client::new(Config { limits, ..config(&server) }).unwrap();
-    let start = clock::now().mono;
-    assert!(slow.get("mac").unwrap_err().to_string().contains("1 attempts"));
-    assert!(clock::now().mono.since(start) < Duration::from_secs(8));
+    // The machine may be busy with other things: one of three operations counts.
+    let in_time = (0..3).any(|_| {
+        let start = clock::now().mono;
+        assert!(slow.get("mac").unwrap_err().to_string().contains("1 attempts"));
+        clock::now().mono.since(start) < Duration::from_secs(2)
+    });
+    assert!(in_time);
 }
 
 #[test]
